@@ -1,0 +1,1 @@
+"""Med-R1: reinforcement learning with verifiable rewards for medical vision-language models."""

@@ -1,0 +1,8 @@
+"""The one exception that reaches a user."""
+
+
+class MedR1Error(Exception):
+    """A user's mistake or bad input: one line that names the file, the record and the remedy.
+
+    The command line prints the message and exits with status 1; nothing else in the package is caught there.
+    """
