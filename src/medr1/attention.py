@@ -1,0 +1,179 @@
+"""Attention of G completions to the one prompt they share, without G copies of the prompt.
+
+Registered with transformers under the name `medr1_shared_prefix`: the model's own layers run unchanged, and
+only the innermost call (queries, keys and values after rotary embedding) is laid out anew. A layout object
+travels as the model argument `shared_prefix`; without one the function is transformers' own `sdpa`, so
+`generate`, SFT and every other call behave as before. The layout is an argument and not a global, so that
+gradient checkpointing, which repeats a layer during the backward pass, repeats it with the same layout.
+
+Shapes: B prompts, G completions each, N = B*G rows in prompt-major order, P prompt tokens (left-padded), T
+completion tokens, H query heads, K key-value heads, R = H/K, D head size.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "medr1_shared_prefix"
+
+
+class Layout(Protocol):
+    """How the tokens of one model call are arranged."""
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+        """Attention output (B, tokens, H, D) for query (B, H, tokens, D) and key, value (B, K, tokens, D)."""
+
+
+def shared_prefix_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    shared_prefix: Layout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls in each layer."""
+    if shared_prefix is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return shared_prefix.attend(module, query, key, value, **kwargs), None
+
+
+AttentionInterface.register(NAME, shared_prefix_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def prompt_mask(attention_mask_BP: Tensor) -> Tensor | None:
+    """Causal mask (B, 1, P, P), true where attention is allowed; None where nothing is padded (plain causal).
+
+    A padded query may see itself, since a row of nothing but -inf would make NaN; nobody reads its output.
+    """
+    if bool(attention_mask_BP.all()):
+        return None
+    length = attention_mask_BP.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=attention_mask_BP.device).tril()
+    itself = torch.eye(length, dtype=torch.bool, device=attention_mask_BP.device)
+    return ((causal & attention_mask_BP.bool()[:, None, :]) | itself)[:, None]
+
+
+class PackedGroups:
+    """Rows `[prompt | completion 1 | … | completion G]`: each completion sees its prompt and itself.
+
+    This is the tree mask of one packed row, computed in two calls so that completions are never compared with
+    each other: prompt against prompt, and (N, T) completions against their prompt and themselves.
+    """
+
+    def __init__(self, attention_mask_BP: Tensor, num_completions: int, completion_length: int) -> None:
+        num_prompts, prompt_length = attention_mask_BP.shape
+        self.prompt_length = prompt_length
+        self.groups = (num_completions, completion_length)
+        self.prompt_mask = prompt_mask(attention_mask_BP)
+        # Completions are right-padded, so causality alone keeps real tokens from seeing padding.
+        device = attention_mask_BP.device
+        causal = torch.ones(completion_length, completion_length, dtype=torch.bool, device=device).tril()
+        prompts = attention_mask_BP.bool()[:, None, None, :].expand(-1, *self.groups, -1)
+        own = causal.expand(num_prompts, num_completions, -1, -1)
+        self.completion_mask = torch.cat([prompts, own], dim=-1).flatten(0, 1)[:, None]
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+        length, (num_completions, _) = self.prompt_length, self.groups
+
+        def completions(states: Tensor) -> Tensor:  # (B, heads, G*T, D) -> (N, heads, T, D)
+            return states[:, :, length:].unflatten(2, self.groups).transpose(1, 2).flatten(0, 1)
+
+        def with_prompt(states: Tensor) -> Tensor:  # (B, heads, P + G*T, D) -> (N, heads, P + T, D)
+            prompt = states[:, :, :length].repeat_interleave(num_completions, dim=0)
+            return torch.cat([prompt, completions(states)], dim=2)
+
+        prompt_out, _ = sdpa_attention_forward(
+            module, query[:, :, :length], key[:, :, :length], value[:, :, :length], self.prompt_mask, **kwargs
+        )
+        completion_out, _ = sdpa_attention_forward(
+            module, completions(query), with_prompt(key), with_prompt(value), self.completion_mask, **kwargs
+        )
+        grouped = completion_out.unflatten(0, (-1, num_completions)).flatten(1, 2)
+        return torch.cat([prompt_out, grouped], dim=1)
+
+
+class Prefill:
+    """The prompts alone; keeps each layer's keys and values (B, K, P, D) for decoding."""
+
+    def __init__(self, attention_mask_BP: Tensor) -> None:
+        self.mask = prompt_mask(attention_mask_BP)
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        self.keys[layer], self.values[layer] = key, value
+        out, _ = sdpa_attention_forward(module, query, key, value, self.mask, **kwargs)
+        return out
+
+
+class Decoding:
+    """One new token for each of N rows, over the prompts' cache (B, K, P, D) and each row's own static cache.
+
+    Scores against the prompt are one batched product a prompt, scores against the row's own tokens another;
+    one softmax over both. So a group reads its prompt's keys once instead of G times, and no mask is built.
+    """
+
+    def __init__(
+        self, prefill: Prefill, attention_mask_BP: Tensor, num_completions: int, max_new_tokens: int
+    ) -> None:
+        self.num_completions = num_completions
+        self.step = 0
+        self.prompt_keys = {layer: key.transpose(2, 3).contiguous() for layer, key in prefill.keys.items()}
+        self.prompt_values = {layer: value.contiguous() for layer, value in prefill.values.items()}
+        self.prompt_bias: Tensor | None = None  # (B, 1, 1, P), -inf at padding
+        first = prefill.keys[0]
+        if not bool(attention_mask_BP.all()):
+            bias = torch.zeros(attention_mask_BP.shape, dtype=first.dtype, device=first.device)
+            self.prompt_bias = bias.masked_fill(~attention_mask_BP.bool(), -torch.inf)[:, None, None, :]
+        num_prompts, heads, _, size = first.shape
+        shape = (num_prompts * num_completions, heads, max_new_tokens, size)
+        self.keys = {layer: first.new_empty(shape) for layer in prefill.keys}
+        self.values = {layer: first.new_empty(shape) for layer in prefill.keys}
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float, **kwargs: Any
+    ) -> Tensor:
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        end = self.step + 1
+        own_keys, own_values = self.keys[layer], self.values[layer]
+        own_keys[:, :, self.step] = key[:, :, 0]
+        own_values[:, :, self.step] = value[:, :, 0]
+        num_rows, heads, _, size = query.shape
+        kv_heads = own_keys.shape[1]
+        repeats = heads // kv_heads
+        prompts = num_rows // self.num_completions
+        query = query.reshape(num_rows, kv_heads, repeats, size) * scaling  # (N, K, R, D)
+        # (B, G, K, R, D) -> (B, K, G*R, D): all queries of a prompt's group side by side
+        grouped = query.unflatten(0, (prompts, -1)).transpose(1, 2).flatten(2, 3)
+        prompt_scores = grouped @ self.prompt_keys[layer]
+        if self.prompt_bias is not None:
+            prompt_scores = prompt_scores + self.prompt_bias
+        own_scores = query @ own_keys[:, :, :end].transpose(2, 3)  # (N, K, R, end)
+        own_scores = own_scores.unflatten(0, (prompts, -1)).transpose(1, 2).flatten(2, 3)
+        scores = torch.cat([prompt_scores, own_scores], dim=-1)
+        weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+        prompt_weights, own_weights = weights.split([weights.shape[-1] - end, end], dim=-1)
+        prompt_out = prompt_weights @ self.prompt_values[layer]  # (B, K, G*R, D)
+        own_weights = own_weights.unflatten(2, (-1, repeats)).transpose(1, 2).flatten(0, 1)  # (N, K, R, end)
+        own_out = own_weights @ own_values[:, :, :end]
+        out = prompt_out.unflatten(2, (-1, repeats)).transpose(1, 2).flatten(0, 1) + own_out
+        return out.reshape(num_rows, 1, heads, size)
+
+    def keep(self, prompts: Tensor, rows: Tensor, num_completions: int) -> None:
+        """Keep only these prompts and rows, by their present indices; num_completions rows a prompt."""
+        self.num_completions = num_completions
+        if self.prompt_bias is not None:
+            self.prompt_bias = self.prompt_bias[prompts]
+        for layer in self.keys:
+            self.prompt_keys[layer] = self.prompt_keys[layer][prompts]
+            self.prompt_values[layer] = self.prompt_values[layer][prompts]
+            self.keys[layer] = self.keys[layer][rows]
+            self.values[layer] = self.values[layer][rows]

@@ -1,0 +1,120 @@
+"""GRPO (arXiv:2402.03300): the maths alone, on tensors.
+
+Where published codes differ, the choice is an argument with a name. Every loss divides by a `denominator` of
+the whole optimizer step, so that micro-batches of any size add up to the gradient of the whole batch.
+
+Shapes: B prompts, G completions each, N = B*G rows, T completion tokens.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from medr1.errors import MedR1Error
+
+Scale = Literal["group", "none"]
+Aggregate = Literal["sequence", "token", "dr_grpo"]
+
+
+def group_advantages(
+    rewards_BG: Tensor, *, scale: Scale = "group", ddof: int = 1, eps: float = 1e-4
+) -> Tensor:
+    """How much better each completion is than its group: (B, G), centred in each row.
+
+    "group": (r - mean) / (std + eps) (arXiv:2402.03300, eq. 4.1.1; ddof=1 and eps=1e-4 as in R1-V and TRL).
+    "none": r - mean (Dr. GRPO, arXiv:2503.20783: dividing by std favours too easy and too hard questions).
+    A group of equal rewards gets exactly 0. Rewards (1, 0, 0, 0) give (1.4997, -0.4999, -0.4999, -0.4999).
+
+    Raises:
+        MedR1Error: G = 1, where there is nothing to compare with.
+    """
+    if rewards_BG.shape[1] < 2:
+        raise MedR1Error(
+            "GRPO compares the completions of one prompt, and there is only one; set num_completions to 2 or more"
+        )
+    # Rounding of the mean must not turn equal rewards into a tiny advantage over a tiny deviation.
+    equal = (rewards_BG == rewards_BG[:, :1]).all(dim=1, keepdim=True)
+    centred = (rewards_BG - rewards_BG.mean(dim=1, keepdim=True)).masked_fill(equal, 0.0)
+    if scale == "none":
+        return centred
+    return centred / (rewards_BG.std(dim=1, correction=ddof, keepdim=True) + eps)
+
+
+def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """KL(policy ‖ reference) at each sampled token, never negative: exp(d) - d - 1 with d = ref_logp - logp.
+
+    Source: estimator k3 of http://joschu.net/blog/kl-approx.html, as in arXiv:2402.03300, eq. 4.
+    """
+    difference = ref_logp - logp
+    return difference.exp() - difference - 1
+
+
+def loss_denominator(mask_NT: Tensor, aggregate: Aggregate, max_tokens: int | None = None) -> float:
+    """What `policy_loss` divides by, for the rows of the whole step (add it over processes, micro-batches).
+
+    "sequence": rows; "token": tokens; "dr_grpo": rows times max_tokens.
+    """
+    if aggregate == "token":
+        return float(mask_NT.sum())
+    if aggregate == "sequence":
+        return float(len(mask_NT))
+    assert max_tokens is not None, "dr_grpo divides by max_tokens"
+    return float(len(mask_NT) * max_tokens)
+
+
+def policy_loss(
+    logp_NT: Tensor,
+    old_logp_NT: Tensor | None,
+    advantage_N: Tensor,
+    mask_NT: Tensor,
+    *,
+    denominator: float,
+    aggregate: Aggregate = "sequence",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    beta: float = 0.0,
+    ref_logp_NT: Tensor | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """The clipped objective with a KL penalty, to minimise (arXiv:2402.03300, eq. 3).
+
+    clip_high may differ from clip_low (arXiv:2503.14476).
+    Per token: -min(ρ A, clip(ρ, 1 - clip_low, 1 + clip_high) A) + beta k3, with ρ = exp(logp - old_logp).
+    Then, over the denominator (see `loss_denominator`):
+        "sequence": mean over the tokens of each row, summed over rows (GRPO as published);
+        "token": sum over all tokens (DAPO, arXiv:2503.14476);
+        "dr_grpo": the same sum over a constant number of tokens (arXiv:2503.20783).
+
+    Args:
+        logp_NT: of the policy, with gradient.
+        old_logp_NT: of the policy that sampled; None on the first update after sampling: it is logp itself.
+        mask_NT: 1 at tokens that count.
+        ref_logp_NT: of the reference; needed if beta > 0.
+
+    Returns:
+        The loss, and sums over tokens for the log: "tokens", "clipped_low", "clipped_high", "ratio", and "kl"
+        where a reference is given (divide by "tokens" for means).
+    """
+    mask = mask_NT.to(logp_NT.dtype)
+    old = logp_NT.detach() if old_logp_NT is None else old_logp_NT
+    ratio = ((logp_NT - old) * mask).exp()
+    advantage = advantage_N.to(logp_NT.dtype)[:, None]
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss_NT = -torch.minimum(ratio * advantage, clipped * advantage)
+    sums = {
+        "tokens": mask.sum(),
+        "ratio": (ratio * mask).sum(),
+        "clipped_low": ((ratio < 1 - clip_low) & (advantage < 0)).to(mask.dtype).mul(mask).sum(),
+        "clipped_high": ((ratio > 1 + clip_high) & (advantage > 0)).to(mask.dtype).mul(mask).sum(),
+    }
+    if ref_logp_NT is not None:
+        kl_NT = kl_k3(logp_NT, ref_logp_NT) * mask
+        sums["kl"] = kl_NT.sum()
+        if beta != 0:
+            loss_NT = loss_NT + beta * kl_NT
+    assert beta == 0 or ref_logp_NT is not None, "beta > 0 needs the reference's log-probs"
+
+    loss_N = (loss_NT * mask).sum(dim=1)
+    if aggregate == "sequence":
+        loss_N = loss_N / mask.sum(dim=1).clamp(min=1)
+    return loss_N.sum() / denominator, {name: float(value.detach()) for name, value in sums.items()}

@@ -1,0 +1,346 @@
+"""Vision-language models: loading, prompts as tensors, and everything that differs between model families.
+
+Works for models of transformers whose prompt is causal text with image tokens in it and whose attention goes through
+transformers' attention interface. Tested: Qwen2-VL, Qwen2.5-VL, Qwen3-VL.
+
+Shapes: B prompts, P prompt tokens, A rotary axes (3 with M-RoPE, else 1).
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+
+from medr1 import attention
+from medr1.errors import MedR1Error
+
+TINY = Path(__file__).parent / "tiny" / "checkpoint"
+"""The checkpoint that the package carries; `load_vlm("tiny")`."""
+
+
+@dataclass
+class VLM:
+    """A model with its processor.
+
+    Example: `vlm = load_vlm("tiny"); vlm.model.train()`
+    """
+
+    model: nn.Module
+    """A transformers model for image-text-to-text, or a PEFT model around one."""
+    processor: Any
+    name: str
+    """As the user gave it: hub id, folder, or "tiny"."""
+
+    def __post_init__(self) -> None:
+        text_config = self.core.config.get_text_config()
+        windowed = set(getattr(text_config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
+        if windowed:
+            raise MedR1Error(
+                f"{self.name}: its {', '.join(sorted(windowed))} layers are not supported;"
+                " choose a model with full attention, such as Qwen2-VL"
+            )
+        self.core.set_attn_implementation({"text_config": attention.NAME})
+
+    @property
+    def core(self) -> PreTrainedModel:
+        """The transformers model itself, without PEFT around it (its linear layers may still carry adapters)."""
+        peft = hasattr(self.model, "peft_config") and hasattr(self.model, "get_base_model")
+        return self.model.get_base_model() if peft else self.model  # type: ignore[operator,return-value]
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @cached_property
+    def banned_token_ids(self) -> list[int]:
+        """Image, video and vision-boundary tokens: never sampled, and left out of the scored distribution too."""
+        names = ("image", "video", "vision_start", "vision_end")
+        ids = {getattr(self.core.config, f"{name}_token_id", None) for name in names}
+        vocabulary = self.tokenizer.get_vocab()
+        ids |= {vocabulary.get(f"<|{name}|>") for name in ("vision_start", "vision_end", "vision_pad")}
+        ids |= {vocabulary.get(f"<|{name}_pad|>") for name in ("image", "video")}
+        return sorted(token for token in ids if token is not None)
+
+    @cached_property
+    def stop_token_ids(self) -> list[int]:
+        """Tokens that end a completion: the model's and the tokenizer's end tokens."""
+        ids: set[int | None] = {self.tokenizer.eos_token_id}
+        configured = getattr(self.core.generation_config, "eos_token_id", None)
+        ids |= set(configured) if isinstance(configured, list) else {configured}
+        return sorted(token for token in ids if token is not None)
+
+    @property
+    def pad_token_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return self.stop_token_ids[0] if pad is None else pad
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Left-padded prompts with their images, each image once however many completions follow."""
+
+    input_ids_BP: Tensor
+    attention_mask_BP: Tensor
+    """1 at real tokens, 0 at padding."""
+    position_ids_ABP: Tensor
+    """Rotary positions, 0 at padding."""
+    vision: dict[str, Tensor]
+    """The processor's image tensors (pixel_values, image_grid_thw, …); empty for text-only prompts."""
+    image_counts: list[int]
+    """Images of each prompt, in order."""
+    features: Any = None
+    """Output of a frozen vision tower for these images (see `with_vision_features`), else None."""
+
+    def __len__(self) -> int:
+        return len(self.image_counts)
+
+    @property
+    def next_position_B(self) -> Tensor:
+        """Rotary position of the first completion token: one past the largest of the prompt, padding left out."""
+        padding = self.attention_mask_BP == 0
+        return self.position_ids_ABP.masked_fill(padding, -1).amax(dim=(0, 2)) + 1
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same prompts on another device."""
+        return replace(
+            self,
+            input_ids_BP=self.input_ids_BP.to(device),
+            attention_mask_BP=self.attention_mask_BP.to(device),
+            position_ids_ABP=self.position_ids_ABP.to(device),
+            vision={name: tensor.to(device) for name, tensor in self.vision.items()},
+        )
+
+    def select(self, indices: Sequence[int]) -> Self:
+        """These prompts in this order, without padding that none of them needs."""
+        rows = torch.tensor(list(indices), device=self.input_ids_BP.device)
+        mask = self.attention_mask_BP[rows]
+        start = mask.shape[1] - int(mask.sum(1).max())
+        first = [sum(self.image_counts[:index]) for index in range(len(self) + 1)]
+        images = [image for index in indices for image in range(first[index], first[index + 1])]
+        return replace(
+            self,
+            input_ids_BP=self.input_ids_BP[rows, start:],
+            attention_mask_BP=mask[:, start:],
+            position_ids_ABP=self.position_ids_ABP[:, rows, start:],
+            vision=_select_images(self.vision, images),
+            image_counts=[self.image_counts[index] for index in indices],
+            features=_select_features(self.features, images),
+        )
+
+    def model_inputs(self) -> dict[str, Any]:
+        """The image part of a model call: ready features where a frozen tower made them, else pixels."""
+        if self.features is not None:
+            return {"mm_encoder_outputs": {"image": copy.copy(self.features)}}
+        return dict(self.vision)
+
+
+def _select_images(vision: dict[str, Tensor], images: list[int]) -> dict[str, Tensor]:
+    if not images:
+        return {}
+    if "image_grid_thw" not in vision:  # one row an image
+        return {name: tensor[images] for name, tensor in vision.items()}
+    grid = vision["image_grid_thw"]
+    patches = torch.split(vision["pixel_values"], grid.prod(-1).tolist())
+    return {
+        **{name: tensor[images] for name, tensor in vision.items() if name != "pixel_values"},
+        "pixel_values": torch.cat([patches[image] for image in images]),
+    }
+
+
+def _select_features(features: Any, images: list[int]) -> Any:
+    if features is None or not images:
+        return None
+    selected = copy.copy(features)
+    selected.pooler_output = tuple(features.pooler_output[image] for image in images)
+    if getattr(features, "deepstack_features", None) is not None:  # Qwen3-VL: features for several text layers
+        selected.deepstack_features = [
+            tuple(layer[image] for image in images) for layer in features.deepstack_features
+        ]
+    return selected
+
+
+def load_vlm(name: str, *, dtype: str = "auto", device: str | torch.device | None = None) -> VLM:
+    """Load a vision-language model and its processor.
+
+    Args:
+        name: a hub id ("Qwen/Qwen2-VL-2B-Instruct"), a local folder (a model, or a LoRA adapter that names its base),
+            or "tiny" for the one in the package.
+        dtype: "auto" (bfloat16 on a GPU that has it, else float32), "float32", "bfloat16" or "float16".
+        device: default is the first GPU, else the CPU.
+
+    Raises:
+        MedR1Error: no such model, the hub cannot be reached, or it is not a vision-language model.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = TINY if name == "tiny" else Path(name).expanduser()
+    if name == "tiny" and not folder.is_dir():
+        raise MedR1Error("tiny: the package carries no checkpoint; reinstall medr1, or build it with medr1.tiny")
+    if (folder / "adapter_config.json").is_file():
+        return _load_adapter(name, folder, dtype, device)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise MedR1Error(f"{folder}: holds no config.json; give a model folder, a hub id or 'tiny'")
+    if not folder.exists() and (len(folder.parts) > 2 or name.startswith((".", "/", "~"))):
+        raise MedR1Error(f"{name}: no such folder; give a model folder, a hub id or 'tiny'")
+    source = str(folder) if folder.exists() else name
+    try:
+        processor = AutoProcessor.from_pretrained(source)
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=_torch_dtype(dtype, device))
+    except (OSError, ValueError, KeyError) as error:
+        raise MedR1Error(_load_failure(name, folder, error)) from error
+    if not hasattr(processor, "image_processor"):
+        raise MedR1Error(f"{name}: its processor takes no images; choose a vision-language model")
+    return VLM(model.to(device), processor, name)
+
+
+def _load_failure(name: str, folder: Path, error: Exception) -> str:
+    reason = str(error).strip().split("\n")[0]
+    if folder.exists():
+        return f"{name}: not a readable vision-language model ({reason}); choose another folder or save it again"
+    if isinstance(error, OSError):
+        return (
+            f"{name}: no local folder, and the model hub did not give it ({reason});"
+            " check the name and the network, or pass a local folder or 'tiny'"
+        )
+    return f"{name}: not a vision-language model ({reason}); choose one such as Qwen/Qwen2-VL-2B-Instruct"
+
+
+def _load_adapter(name: str, folder: Path, dtype: str, device: str | torch.device) -> VLM:
+    from peft import PeftConfig, PeftModel
+
+    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    if not base:
+        raise MedR1Error(f"{folder}: adapter_config.json names no base model; add base_model_name_or_path")
+    vlm = load_vlm(base, dtype=dtype, device=device)
+    return VLM(PeftModel.from_pretrained(vlm.core, folder), vlm.processor, name)
+
+
+def _torch_dtype(dtype: str, device: str | torch.device) -> torch.dtype:
+    if dtype == "auto":
+        on_gpu = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if on_gpu else torch.float32
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in names:
+        raise MedR1Error(f"dtype {dtype!r} is unknown; choose auto, {', '.join(names)}")
+    return names[dtype]
+
+
+def encode_prompts(
+    vlm: VLM, messages: Sequence[list[dict[str, Any]]], images: Sequence[Sequence[Image]]
+) -> PromptBatch:
+    """Chat messages and their images as one left-padded batch on the model's device.
+
+    Args:
+        messages: B conversations that end with the user's turn; each {"type": "image"} stands for one image.
+        images: B lists of RGB images in the order of those marks; an empty list for a text-only prompt.
+    """
+    assert len(messages) == len(images), "one list of images a conversation"
+    texts = [
+        vlm.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        for conversation in messages
+    ]
+    flat = [image for group in images for image in group]
+    inputs = vlm.processor(
+        text=texts, images=flat or None, padding=True, padding_side="left", return_tensors="pt"
+    )
+    input_ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
+    token_types = inputs.pop("mm_token_type_ids", None)
+    vision = dict(inputs)
+    batch = PromptBatch(
+        input_ids_BP=input_ids,
+        attention_mask_BP=mask,
+        position_ids_ABP=_positions(vlm, input_ids, mask, token_types, vision),
+        vision=vision,
+        image_counts=[len(group) for group in images],
+    )
+    return batch.to(vlm.device)
+
+
+def _positions(
+    vlm: VLM, input_ids: Tensor, mask: Tensor, token_types: Tensor | None, vision: dict[str, Tensor]
+) -> Tensor:
+    body = vlm.core.base_model
+    if hasattr(body, "get_rope_index"):  # M-RoPE: time, height and width
+        types = torch.zeros_like(input_ids) if token_types is None else token_types
+        grid = vision.get("image_grid_thw")
+        return body.get_rope_index(input_ids, types, image_grid_thw=grid, attention_mask=mask)[0]
+    return ((mask.cumsum(-1) - 1) * mask)[None]
+
+
+def with_vision_features(vlm: VLM, prompts: PromptBatch) -> PromptBatch:
+    """The prompts with their images already encoded, if the vision tower is frozen; otherwise as they are.
+
+    Sampling, policy pass and reference pass then run the tower once instead of three times.
+    """
+    tower = vision_tower(vlm)
+    frozen = tower is not None and not any(parameter.requires_grad for parameter in tower.parameters())
+    if not frozen or not prompts.vision:
+        return prompts
+    with torch.no_grad():
+        features = vlm.core.get_image_features(**prompts.vision, return_dict=True)
+    return replace(prompts, features=features)
+
+
+def vision_tower(vlm: VLM) -> nn.Module | None:
+    """The module that turns pixels into image tokens; None where it cannot be run apart from the text model."""
+    return getattr(vlm.core.base_model, "visual", None)
+
+
+def freeze_vision(vlm: VLM) -> None:
+    """Stop training of the vision tower.
+
+    Raises:
+        MedR1Error: this family's tower is unknown here.
+    """
+    tower = vision_tower(vlm)
+    if tower is None:
+        raise MedR1Error(f"{vlm.name}: its vision tower is not known to medr1; train it, or use a Qwen-VL model")
+    tower.requires_grad_(False)
+
+
+def add_lora(vlm: VLM, *, rank: int, alpha: float, dropout: float = 0.0) -> VLM:
+    """Low-rank adapters on every linear layer of the text model (arXiv:2106.09685); all else is frozen.
+
+    The reference policy is then the same model with its adapters off: `with vlm.model.disable_adapter(): …`.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    linear = {
+        name.rsplit(".", 1)[-1]
+        for name, module in vlm.core.named_modules()
+        if isinstance(module, nn.Linear) and "language_model." in name
+    }
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_dropout=dropout,
+        target_modules=rf".*language_model\..*\.({'|'.join(sorted(linear))})",
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(vlm.core, config)
+    config.base_model_name_or_path = vlm.name
+    return VLM(model, vlm.processor, vlm.name)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout and gradients, and back to the mode it was in."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)

@@ -1,0 +1,133 @@
+"""Log-probabilities of G completions that share one prompt, from one packed row a prompt.
+
+A row is `[prompt | c1 | … | cG]`; positions of each completion start anew after the prompt's largest position, each
+completion sees the prompt and itself (`attention.PackedGroups`), and the vocabulary projection runs only where a
+completion token is predicted. Equal to scoring G repeated rows up to rounding, at the cost of one image and one
+prompt. It is one ordinary call of the model, so PEFT, gradient checkpointing and DDP work as they do elsewhere.
+
+Shapes: B prompts, G completions each, N = B*G rows in prompt-major order, P prompt tokens, T completion tokens, V
+vocabulary, M scored tokens.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from medr1.attention import PackedGroups
+from medr1.models import VLM, PromptBatch
+
+MAX_LOGITS = 2**25
+"""Largest number of logits alive at once (128 MiB in float32); more are computed in chunks, again in backward."""
+
+
+def completion_logprobs(
+    vlm: VLM,
+    prompts: PromptBatch,
+    completion_ids_NT: Tensor,
+    mask_NT: Tensor,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    model: nn.Module | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of each completion token under the policy that `rollouts.sample` samples from.
+
+    That policy is softmax(logits / temperature) over the vocabulary without image, video and vision-boundary tokens.
+
+    Args:
+        completion_ids_NT: right-padded completions, the G of the first prompt first.
+        mask_NT: 1 at tokens to score, 0 at padding.
+        entropy: also return the policy's entropy before each token, in nats, without gradient.
+        model: the same model as a trainer wrapped it (DDP); default `vlm.model`.
+
+    Returns:
+        Log-probabilities (N, T) in float32 (float64 for a float64 model), 0 where the mask is 0, with gradient; and
+        entropies (N, T) or None.
+    """
+    num_prompts, prompt_length = prompts.input_ids_BP.shape
+    num_rows, length = completion_ids_NT.shape
+    assert num_rows % num_prompts == 0, "the same number of completions for every prompt"
+    num_completions = num_rows // num_prompts
+
+    ids = torch.cat([prompts.input_ids_BP, completion_ids_NT.reshape(num_prompts, -1)], dim=1)
+    steps = torch.arange(length, device=ids.device).repeat(num_completions)
+    positions = (prompts.next_position_B[:, None] + steps).expand(len(prompts.position_ids_ABP), -1, -1)
+    positions = torch.cat([prompts.position_ids_ABP, positions], dim=-1)
+
+    # The last prompt token predicts each completion's first token, token t predicts token t + 1.
+    first = torch.full((num_completions, 1), prompt_length - 1, device=ids.device)
+    rest = prompt_length + torch.arange(num_completions * length, device=ids.device).view(num_completions, -1)
+    predictors = torch.cat([first, rest[:, :-1]], dim=1).flatten()
+
+    scored = mask_NT.bool()
+    targets_M = completion_ids_NT[scored]
+
+    def score(hidden: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+        hidden_M = hidden.reshape(num_rows, length, -1)[scored]
+        return _target_logprobs(hidden_M, head, targets_M, temperature, vlm.banned_token_ids)
+
+    with _head_replaced(vlm.core.get_output_embeddings(), score):
+        logp_2M = (model or vlm.model)(
+            input_ids=ids,
+            position_ids=positions if len(positions) > 1 else positions[0],
+            shared_prefix=PackedGroups(prompts.attention_mask_BP, num_completions, length),
+            logits_to_keep=predictors,
+            use_cache=False,
+            **prompts.model_inputs(),
+        ).logits
+    logp_NT = logp_2M.new_zeros(num_rows, length).masked_scatter(scored, logp_2M[0])
+    if not entropy:
+        return logp_NT, None
+    return logp_NT, logp_NT.new_zeros(num_rows, length).masked_scatter(scored, logp_2M[1].detach())
+
+
+@contextlib.contextmanager
+def _head_replaced(
+    head: nn.Module, score: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
+) -> Iterator[None]:
+    """Within this block the model's vocabulary projection returns `score(hidden, projection)`.
+
+    So that a call of the whole model, through whatever wraps it, never makes logits of all its tokens at once.
+    """
+    projection = head.forward
+    head.forward = lambda hidden: score(hidden, projection)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+def _target_logprobs(
+    hidden_M: Tensor,
+    head: Callable[[Tensor], Tensor],
+    targets_M: Tensor,
+    temperature: float,
+    banned: list[int],
+) -> Tensor:
+    """(2, M): log-probability of each target with gradient, and entropy without."""
+
+    def chunk(hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = restrict(head(hidden), temperature, banned)
+        normaliser = logits.logsumexp(-1)
+        logp = logits.gather(-1, targets[:, None])[:, 0] - normaliser
+        with torch.no_grad():
+            entropy = torch.special.entr((logits - normaliser[:, None]).exp()).sum(-1)
+        return torch.stack([logp, entropy])
+
+    vocabulary = head.__self__.weight.shape[0]  # type: ignore[attr-defined]
+    size = max(1, MAX_LOGITS // vocabulary)
+    if len(targets_M) <= size:
+        return chunk(hidden_M, targets_M)
+    parts = zip(hidden_M.split(size), targets_M.split(size), strict=True)
+    return torch.cat([checkpoint(chunk, *part, use_reentrant=False) for part in parts], dim=1)
+
+
+def restrict(logits: Tensor, temperature: float, banned: list[int]) -> Tensor:
+    """The policy's logits (…, V), at least float32: over temperature, and -inf at banned tokens."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if temperature != 1.0:
+        logits = logits / temperature
+    return logits.index_fill(-1, torch.tensor(banned, device=logits.device), -torch.inf) if banned else logits

@@ -1,0 +1,144 @@
+"""Random models of a few thousand parameters for each family, with a byte tokenizer and real processors."""
+
+from typing import Any
+
+import torch
+from PIL import Image
+from tokenizers import AddedToken, pre_tokenizers
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2TokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
+
+from medr1.models import VLM, PromptBatch, encode_prompts
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+SPECIAL = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>",
+)  # fmt: skip
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_tokenizer() -> Any:
+    """A byte is a token; then Qwen's special tokens and the reply tags."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Qwen2TokenizerFast(
+        vocab={byte: index for index, byte in enumerate(alphabet)},
+        merges=[],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        padding_side="left",
+    )
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    tokenizer.add_tokens(["<think>", "</think>", "<answer>", "</answer>"])
+    return tokenizer
+
+
+def tiny_vlm(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> VLM:
+    """A model of this family with two text layers, hidden size 64 and sharp enough logits to tell tokens apart."""
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer.convert_tokens_to_ids
+    text = {
+        "vocab_size": 300,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+        "bos_token_id": None,
+        "eos_token_id": ids("<|im_end|>"),
+        "pad_token_id": ids("<|endoftext|>"),
+        "initializer_range": 0.15,
+    }
+    special = {
+        "image_token_id": ids("<|image_pad|>"),
+        "video_token_id": ids("<|video_pad|>"),
+        "vision_start_token_id": ids("<|vision_start|>"),
+        "vision_end_token_id": ids("<|vision_end|>"),
+        "tie_word_embeddings": True,
+    }
+    size = {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
+    config: Any
+    torch.manual_seed(seed)
+    if family == "qwen2_vl":
+        vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2}
+        config = Qwen2VLConfig(text_config=text, vision_config=vision, **special)
+        model: Any = Qwen2VLForConditionalGeneration(config)
+        processor: Any = Qwen2VLProcessor(
+            Qwen2VLImageProcessor(size=size), tokenizer, Qwen2VLVideoProcessor(size=size), chat_template=TEMPLATE
+        )
+    elif family == "qwen2_5_vl":
+        vision = {
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "out_hidden_size": 64,
+            "num_heads": 2,
+            "window_size": 56,
+            "fullatt_block_indexes": [1],
+        }
+        config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **special)
+        model = Qwen2_5_VLForConditionalGeneration(config)
+        processor = Qwen2_5_VLProcessor(
+            Qwen2VLImageProcessor(size=size), tokenizer, Qwen2VLVideoProcessor(size=size), chat_template=TEMPLATE
+        )
+    elif family == "qwen3_vl":
+        text |= {"head_dim": 16, "rope_parameters": text["rope_parameters"] | {"mrope_interleaved": True}}
+        vision = {
+            "depth": 3,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "out_hidden_size": 64,
+            "num_heads": 2,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 1],
+        }
+        config = Qwen3VLConfig(text_config=text, vision_config=vision, **special)
+        model = Qwen3VLForConditionalGeneration(config)
+        processor = Qwen3VLProcessor(
+            Qwen2VLImageProcessor(size=size, patch_size=16),
+            tokenizer,
+            Qwen3VLVideoProcessor(size=size),
+            chat_template=TEMPLATE,
+        )
+    else:
+        raise ValueError(family)
+    model.generation_config.eos_token_id = [ids("<|im_end|>"), ids("<|endoftext|>")]
+    model.generation_config.pad_token_id = ids("<|endoftext|>")
+    return VLM(model.to(dtype).eval(), processor, family)
+
+
+def picture(seed: int, width: int = 84, height: int = 56) -> Image.Image:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=generator)
+    return Image.fromarray(pixels.numpy())
+
+
+def ragged_prompts(vlm: VLM) -> PromptBatch:
+    """One image, two images of different sizes, and no image; three lengths, so two prompts are padded."""
+    images = [[picture(1)], [picture(2, 112, 84), picture(3, 56, 56)], []]
+    texts = ["What?", "Which of the two shows a lesion?", "A question without an image."]
+    return encode_prompts(vlm, [conversation(text, len(group)) for text, group in zip(texts, images, strict=True)], images)
+
+
+def conversation(text: str, num_images: int) -> list[dict[str, Any]]:
+    content = [{"type": "image"}] * num_images + [{"type": "text", "text": text}]
+    return [{"role": "user", "content": content}]
