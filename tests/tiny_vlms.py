@@ -142,3 +142,22 @@ def ragged_prompts(vlm: VLM) -> PromptBatch:
 def conversation(text: str, num_images: int) -> list[dict[str, Any]]:
     content = [{"type": "image"}] * num_images + [{"type": "text", "text": text}]
     return [{"role": "user", "content": content}]
+
+
+def plain_logprobs(
+    vlm: VLM, prompts: PromptBatch, completion_ids: torch.Tensor, mask: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """The slow definition: one call of the model per completion, nothing padded, nothing shared, all logits."""
+    image_token = vlm.core.config.image_token_id
+    num_completions = len(completion_ids) // len(prompts)
+    logp = torch.zeros(completion_ids.shape, dtype=vlm.core.dtype)
+    for row, (completion, keep) in enumerate(zip(completion_ids, mask.bool(), strict=True)):
+        prompt = prompts.select([row // num_completions])
+        ids = torch.cat([prompt.input_ids_BP[0], completion[keep]])[None]
+        kinds = {"mm_token_type_ids": (ids == image_token).int()} if prompt.vision else {}
+        logits = vlm.model(input_ids=ids, **prompt.vision, **kinds, use_cache=False).logits[0] / temperature
+        logits[:, vlm.banned_token_ids] = -torch.inf
+        start, length = prompt.input_ids_BP.shape[1], int(keep.sum())
+        chosen = logits[start - 1 : -1].log_softmax(-1).gather(-1, completion[keep][:, None])[:, 0]
+        logp[row, :length] = chosen
+    return logp

@@ -64,10 +64,11 @@ def completion_logprobs(
 
     scored = mask_NT.bool()
     targets_M = completion_ids_NT[scored]
+    chunk = max(1, MAX_LOGITS // vlm.core.config.get_text_config().vocab_size)
 
     def score(hidden: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
         hidden_M = hidden.reshape(num_rows, length, -1)[scored]
-        return _target_logprobs(hidden_M, head, targets_M, temperature, vlm.banned_token_ids)
+        return _target_logprobs(hidden_M, head, targets_M, temperature, vlm.banned_token_ids, chunk)
 
     with _head_replaced(vlm.core.get_output_embeddings(), score):
         logp_2M = (model or vlm.model)(
@@ -92,12 +93,14 @@ def _head_replaced(
 
     So that a call of the whole model, through whatever wraps it, never makes logits of all its tokens at once.
     """
-    projection = head.forward
+    projection, patched = head.forward, head.__dict__.get("forward")
     head.forward = lambda hidden: score(hidden, projection)  # type: ignore[method-assign]
     try:
         yield
     finally:
         del head.forward
+        if patched is not None:  # others (accelerate's hooks) put their own forward on the instance too
+            head.forward = patched
 
 
 def _target_logprobs(
@@ -106,10 +109,11 @@ def _target_logprobs(
     targets_M: Tensor,
     temperature: float,
     banned: list[int],
+    chunk: int,
 ) -> Tensor:
-    """(2, M): log-probability of each target with gradient, and entropy without."""
+    """(2, M): log-probability of each target with gradient, and entropy without; `chunk` tokens at a time."""
 
-    def chunk(hidden: Tensor, targets: Tensor) -> Tensor:
+    def score(hidden: Tensor, targets: Tensor) -> Tensor:
         logits = restrict(head(hidden), temperature, banned)
         normaliser = logits.logsumexp(-1)
         logp = logits.gather(-1, targets[:, None])[:, 0] - normaliser
@@ -117,12 +121,10 @@ def _target_logprobs(
             entropy = torch.special.entr((logits - normaliser[:, None]).exp()).sum(-1)
         return torch.stack([logp, entropy])
 
-    vocabulary = head.__self__.weight.shape[0]  # type: ignore[attr-defined]
-    size = max(1, MAX_LOGITS // vocabulary)
-    if len(targets_M) <= size:
-        return chunk(hidden_M, targets_M)
-    parts = zip(hidden_M.split(size), targets_M.split(size), strict=True)
-    return torch.cat([checkpoint(chunk, *part, use_reentrant=False) for part in parts], dim=1)
+    if len(targets_M) <= chunk:
+        return score(hidden_M, targets_M)
+    parts = zip(hidden_M.split(chunk), targets_M.split(chunk), strict=True)
+    return torch.cat([checkpoint(score, *part, use_reentrant=False) for part in parts], dim=1)
 
 
 def restrict(logits: Tensor, temperature: float, banned: list[int]) -> Tensor:

@@ -1,0 +1,151 @@
+"""The maths of GRPO against numbers worked out by hand."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medr1.errors import MedR1Error
+from medr1.grpo import group_advantages, kl_k3, loss_denominator, policy_loss
+
+
+def test_advantages_by_hand() -> None:
+    # mean 1/4; deviations 3/4, -1/4 x 3; squares 9/16 + 3/16 = 3/4; ddof 1: variance 1/4, std 1/2
+    # 0.75 / (0.5 + 1e-4) = 1.49970, -0.25 / 0.5001 = -0.49990
+    advantages = group_advantages(torch.tensor([[1.0, 0, 0, 0]]))
+    assert advantages[0].tolist() == pytest.approx([1.4997, -0.4999, -0.4999, -0.4999], abs=5e-5)
+    # ddof 0: variance 3/16, std 0.43301; 0.75 / 0.43311 = 1.73165
+    population = group_advantages(torch.tensor([[1.0, 0, 0, 0]]), ddof=0)
+    assert population[0].tolist() == pytest.approx([1.73165, -0.57722, -0.57722, -0.57722], abs=5e-5)
+    centred = group_advantages(torch.tensor([[1.0, 0, 0, 0]]), scale="none")
+    assert centred[0].tolist() == [0.75, -0.25, -0.25, -0.25]
+
+
+def test_each_prompt_is_its_own_group() -> None:
+    rewards = torch.tensor([[1.0, 0.0], [5.0, 5.0], [2.0, 4.0]])
+    # std of (1, 0) is 0.70711: 0.5 / 0.70721 = 0.70701; of (2, 4) 1.41421: 1 / 1.41431 = 0.70706
+    expected = [[0.70701, -0.70701], [0.0, 0.0], [-0.70706, 0.70706]]
+    for row, want in zip(group_advantages(rewards).tolist(), expected, strict=True):
+        assert row == pytest.approx(want, abs=1e-5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.floats(-3, 3, width=32), min_size=2, max_size=8),
+    st.sampled_from(["group", "none"]),
+)
+def test_advantages_sum_to_zero_and_equal_rewards_give_exactly_zero(rewards: list[float], scale: str) -> None:
+    table = torch.tensor([rewards, [rewards[0]] * len(rewards)])
+    advantages = group_advantages(table, scale=scale)  # type: ignore[arg-type]
+    assert advantages[0].sum().item() == pytest.approx(0, abs=1e-3)
+    assert advantages[1].tolist() == [0.0] * len(rewards)
+
+
+def test_equal_rewards_that_float32_cannot_average_exactly() -> None:
+    assert not group_advantages(torch.full((1, 7), 0.1)).any()
+
+
+def test_one_completion_is_refused() -> None:
+    with pytest.raises(MedR1Error, match="num_completions to 2 or more"):
+        group_advantages(torch.tensor([[1.0]]))
+
+
+def test_kl_by_hand() -> None:
+    # d = ref - policy = ln 2: 2 - ln 2 - 1 = 0.306853; d = -ln 2: 0.5 + ln 2 - 1 = 0.193147
+    policy = torch.tensor([-2.0, -2.0, -2.0])
+    reference = policy + torch.tensor([math.log(2), -math.log(2), 0.0])
+    assert kl_k3(policy, reference).tolist() == pytest.approx([0.306853, 0.193147, 0.0], abs=1e-6)
+
+
+# Two rows, three tokens; the last token of row 2 is padding. Ratios: row 1 (1.5, 1, 0.5), row 2 (0.5, 2, -).
+LOG = math.log
+LOGP = [[LOG(1.5), 0.0, LOG(0.5)], [LOG(0.5), LOG(2.0), 7.0]]
+OLD = [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+MASK = [[1, 1, 1], [1, 1, 0]]
+ADVANTAGE = [2.0, -1.0]
+# Row 1, A = 2, clip 0.2: min(3, 2.4) = 2.4; min(2, 2) = 2; min(1, 1.6) = 1.0         losses -2.4, -2, -1
+# Row 2, A = -1: min(-0.5, -0.8) = -0.8; min(-2, -1.2) = -2                            losses 0.8, 2
+# sequence: row means -1.8 and 1.4; over 2 rows -0.2.  token: (-5.4 + 2.8) / 5 = -0.52
+# dr_grpo with 4 tokens a row: -2.6 / 8 = -0.325
+
+
+@pytest.mark.parametrize(
+    ("aggregate", "expected"), [("sequence", -0.2), ("token", -0.52), ("dr_grpo", -0.325)]
+)
+def test_loss_by_hand(aggregate: str, expected: float) -> None:
+    logp = torch.tensor(LOGP, requires_grad=True)
+    mask = torch.tensor(MASK)
+    denominator = loss_denominator(mask, aggregate, max_tokens=4)  # type: ignore[arg-type]
+    loss, sums = policy_loss(
+        logp,
+        torch.tensor(OLD),
+        torch.tensor(ADVANTAGE),
+        mask,
+        denominator=denominator,
+        aggregate=aggregate,  # type: ignore[arg-type]
+    )
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+    assert sums["tokens"] == 5
+    assert sums["ratio"] == pytest.approx(1.5 + 1 + 0.5 + 0.5 + 2, abs=1e-6)
+    # Clipped where the bound decides: ratio 1.5 with A > 0, ratio 0.5 with A < 0.
+    assert (sums["clipped_high"], sums["clipped_low"]) == (1, 1)
+    loss.backward()
+    # d/dlogp of -ratio A is -ratio A; 0 where clipped and at padding.
+    weight = {"sequence": (1 / 6, 1 / 4), "token": (1 / 5, 1 / 5), "dr_grpo": (1 / 8, 1 / 8)}[aggregate]
+    expected_gradient = [[0.0, -2.0 * weight[0], -1.0 * weight[0]], [0.0, 2.0 * weight[1], 0.0]]
+    torch.testing.assert_close(logp.grad, torch.tensor(expected_gradient), atol=1e-6, rtol=0)
+
+
+def test_clip_of_both_signs_with_its_own_bounds() -> None:
+    # clip_low 0.1, clip_high 0.3. A > 0: ratio 1.25 is free, 1.5 is held at 1.3, 0.5 is free.
+    # A < 0: ratio 0.95 is free, 0.5 is held at 0.9, 1.5 is free.
+    ratios = [1.25, 1.5, 0.5]
+    low = [0.95, 0.5, 1.5]
+    logp = torch.tensor([ratios, low]).log().requires_grad_()
+    loss, sums = policy_loss(
+        logp,
+        torch.zeros(2, 3),
+        torch.tensor([1.0, -1.0]),
+        torch.ones(2, 3),
+        denominator=1,
+        aggregate="token",
+        clip_low=0.1,
+        clip_high=0.3,
+    )
+    assert loss.item() == pytest.approx(-(1.25 + 1.3 + 0.5) + (0.95 + 0.9 + 1.5), abs=1e-6)
+    loss.backward()
+    expected = torch.tensor([[-1.25, 0.0, -0.5], [0.95, 0.0, 1.5]])
+    torch.testing.assert_close(logp.grad, expected, atol=1e-6, rtol=0)
+    assert (sums["clipped_high"], sums["clipped_low"]) == (1, 1)
+
+
+def test_kl_penalty_by_hand() -> None:
+    # One row of two tokens, A = 0, d = (ln 2, -ln 2): beta * mean(0.306853, 0.193147) = 0.04 * 0.25
+    logp = torch.zeros(1, 2, requires_grad=True)
+    reference = torch.tensor([[LOG(2), -LOG(2)]])
+    loss, sums = policy_loss(
+        logp, None, torch.zeros(1), torch.ones(1, 2), denominator=1, beta=0.04, ref_logp_NT=reference
+    )
+    assert loss.item() == pytest.approx(0.01, abs=1e-7)
+    assert sums["kl"] == pytest.approx(0.5, abs=1e-6)
+    loss.backward()
+    # d/dlogp (exp(r - p) - (r - p) - 1) = 1 - exp(r - p): -1 and 0.5, each times 0.04 / 2
+    torch.testing.assert_close(logp.grad, torch.tensor([[-0.02, 0.01]]), atol=1e-7, rtol=0)
+
+
+def test_first_update_needs_no_old_logprobs() -> None:
+    """The ratio is 1, and the gradient is that of -A logp."""
+    logp = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+    loss, _ = policy_loss(logp, None, torch.tensor([3.0]), torch.ones(1, 2), denominator=2, aggregate="token")
+    loss.backward()
+    assert loss.item() == -3.0
+    assert logp.grad is not None and logp.grad.tolist() == [[-1.5, -1.5]]
+
+
+def test_a_row_without_tokens_adds_nothing() -> None:
+    logp = torch.zeros(2, 2, requires_grad=True)
+    mask = torch.tensor([[1, 1], [0, 0]])
+    loss, _ = policy_loss(logp, None, torch.tensor([1.0, 5.0]), mask, denominator=2)
+    assert loss.item() == -0.5

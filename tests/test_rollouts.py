@@ -1,0 +1,192 @@
+"""Sampling: the policy's own distribution, the same tokens as `generate` when greedy, and honest log-probs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from tiny_vlms import FAMILIES, conversation, picture, ragged_prompts, tiny_vlm
+from torch import Tensor
+
+from medr1 import rollouts
+from medr1.models import VLM, PromptBatch, add_lora, encode_prompts
+from medr1.rollouts import Rollout, sample
+from medr1.shared_prefix import completion_logprobs
+
+
+@contextmanager
+def bias(vlm: VLM, tokens: list[int], amount: float) -> Iterator[None]:
+    """Within this block the model likes these tokens more."""
+
+    def add(module: torch.nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> Tensor:
+        logits[..., tokens] += amount
+        return logits
+
+    hook = vlm.core.get_output_embeddings().register_forward_hook(add)
+    yield
+    hook.remove()
+
+
+def rows(rollout: Rollout) -> list[list[int]]:
+    return [ids[keep].tolist() for ids, keep in zip(rollout.completion_ids_NT, rollout.mask_NT, strict=True)]
+
+
+def first_logits(vlm: VLM, prompts: PromptBatch) -> Tensor:
+    """(B, V) before the first token, by a plain padded call."""
+    ids = prompts.input_ids_BP
+    kinds = (ids == vlm.core.config.image_token_id).int()
+    with torch.no_grad():
+        return vlm.model(
+            input_ids=ids,
+            attention_mask=prompts.attention_mask_BP,
+            mm_token_type_ids=kinds,
+            **prompts.vision,
+            logits_to_keep=1,
+        ).logits[:, -1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("stop_bias", [0.0, 9.0])
+def test_greedy_equals_generate(family: str, stop_bias: float) -> None:
+    """Ragged left-padded batch; with the bias, completions stop at different lengths and rows are dropped."""
+    vlm = tiny_vlm(family)
+    prompts = ragged_prompts(vlm)
+    with bias(vlm, vlm.stop_token_ids, stop_bias):
+        ours = sample(vlm, prompts, num_completions=2, max_new_tokens=40, greedy=True, seed=0)
+        theirs = vlm.model.generate(
+            input_ids=prompts.input_ids_BP,
+            attention_mask=prompts.attention_mask_BP,
+            mm_token_type_ids=(prompts.input_ids_BP == vlm.core.config.image_token_id).int(),
+            **prompts.vision,
+            do_sample=False,
+            max_new_tokens=40,
+            suppress_tokens=vlm.banned_token_ids,
+        )
+    expected = theirs[:, prompts.input_ids_BP.shape[1] :].repeat_interleave(2, dim=0)
+    stops = torch.tensor(vlm.stop_token_ids)
+    before_stop = torch.isin(expected, stops).cumsum(1) - torch.isin(expected, stops).long() == 0
+    assert ours.completion_ids_NT.shape == expected.shape
+    assert rows(ours) == [ids[keep].tolist() for ids, keep in zip(expected, before_stop, strict=True)]
+    assert ours.finished_N.tolist() == torch.isin(expected, stops).any(1).tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_sampling_logprobs_are_the_policys(family: str, temperature: float) -> None:
+    vlm = tiny_vlm(family)
+    prompts = ragged_prompts(vlm)
+    with bias(vlm, vlm.stop_token_ids, 3.0):
+        rollout = sample(
+            vlm, prompts, num_completions=8, max_new_tokens=30, temperature=temperature, seed=3
+        )
+    assert rollout.finished_N.any(), "some rows stop early, so that dropping rows is part of the test"
+    lengths = rollout.mask_NT.sum(1)
+    assert lengths.max() == rollout.completion_ids_NT.shape[1] and lengths.min() < lengths.max()
+    plain = sample(vlm, prompts, num_completions=8, max_new_tokens=30, temperature=temperature, seed=3)
+    again, _ = completion_logprobs(
+        vlm, prompts, plain.completion_ids_NT, plain.mask_NT, temperature=temperature
+    )
+    torch.testing.assert_close(plain.logp_NT, again.detach(), atol=1e-5, rtol=0)
+
+
+def test_lora_rollouts_use_the_adapter() -> None:
+    vlm = add_lora(tiny_vlm("qwen2_vl"), rank=4, alpha=8, dropout=0.5)
+    for name, parameter in vlm.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    vlm.model.train()  # dropout must be off while sampling, and the mode must come back
+    prompts = ragged_prompts(vlm)
+    rollout = sample(vlm, prompts, num_completions=2, max_new_tokens=6, seed=0)
+    assert vlm.model.training
+    vlm.model.eval()
+    again, _ = completion_logprobs(vlm, prompts, rollout.completion_ids_NT, rollout.mask_NT)
+    torch.testing.assert_close(rollout.logp_NT, again.detach(), atol=1e-5, rtol=0)
+
+
+def test_completions_of_a_group_differ_whatever_the_generation_config_says() -> None:
+    vlm = tiny_vlm("qwen2_vl")
+    config = vlm.core.generation_config
+    config.do_sample, config.top_k, config.temperature, config.repetition_penalty = True, 1, 0.01, 1.05
+    prompts = ragged_prompts(vlm)
+    rollout = sample(vlm, prompts, num_completions=4, max_new_tokens=12, seed=0)
+    for prompt in range(len(prompts)):
+        group = [tuple(row) for row in rows(rollout)[4 * prompt : 4 * prompt + 4]]
+        assert len(set(group)) == 4
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_no_vision_token_is_ever_sampled(greedy: bool) -> None:
+    vlm = tiny_vlm("qwen2_vl")
+    names = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")
+    vision = [vlm.tokenizer.convert_tokens_to_ids(name) for name in names]
+    assert sorted(vision) == vlm.banned_token_ids
+    with bias(vlm, vision, 50.0):  # nothing else would be sampled
+        rollout = sample(
+            vlm, ragged_prompts(vlm), num_completions=8, max_new_tokens=16, greedy=greedy, seed=0
+        )
+    assert not torch.isin(rollout.completion_ids_NT, torch.tensor(vision)).any()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_first_tokens_follow_the_policy(temperature: float) -> None:
+    """Chi-square of 8000 first tokens against softmax(logits / temperature) without vision tokens."""
+    vlm = tiny_vlm("qwen2_vl")
+    prompts = encode_prompts(vlm, [conversation("What?", 1)], [[picture(4)]])
+    logits = first_logits(vlm, prompts)[0].double() / temperature
+    logits[vlm.banned_token_ids] = -torch.inf
+    probability = logits.softmax(0)
+    draws = 8000
+    rollout = sample(
+        vlm, prompts, num_completions=draws, max_new_tokens=1, temperature=temperature, seed=11
+    )
+    counts = torch.bincount(rollout.completion_ids_NT[:, 0], minlength=len(probability))
+    assert counts[probability == 0].sum() == 0
+    common = probability * draws >= 5  # the test's usual condition; the rest is one cell
+    observed = [*counts[common].tolist(), int(counts[~common].sum())]
+    expected = [*(probability[common] * draws).tolist(), float(probability[~common].sum() * draws)]
+    assert len(observed) > 10
+    assert chisquare(observed, expected).pvalue > 1e-3
+
+
+def test_a_seed_fixes_the_completions_and_dropping_rows_does_not_change_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vlm = tiny_vlm("qwen2_vl")
+    prompts = ragged_prompts(vlm)
+
+    def run(seed: int) -> tuple[Rollout, int]:
+        calls = 0
+
+        def count(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+            nonlocal calls
+            calls += len(args[0])
+
+        hook = vlm.core.get_output_embeddings().register_forward_pre_hook(count)
+        with bias(vlm, vlm.stop_token_ids, 4.0):
+            rollout = sample(vlm, prompts, num_completions=6, max_new_tokens=40, seed=seed)
+        hook.remove()
+        return rollout, calls
+
+    first, rows_computed = run(0)
+    assert rows(first) == rows(run(0)[0])
+    assert rows(first) != rows(run(1)[0])
+    monkeypatch.setattr(rollouts, "COMPACT_BELOW", 0.0)
+    whole, all_rows = run(0)
+    assert rows(first) == rows(whole)
+    torch.testing.assert_close(first.logp_NT, whole.logp_NT, atol=1e-5, rtol=0)
+    assert rows_computed < 0.7 * all_rows
+
+
+def test_padding_stops_and_texts() -> None:
+    vlm = tiny_vlm("qwen2_vl")
+    prompts = ragged_prompts(vlm)
+    tag = vlm.tokenizer.convert_tokens_to_ids("<think>")
+    with bias(vlm, [tag], 100.0):
+        endless = sample(vlm, prompts, num_completions=2, max_new_tokens=3, seed=0)
+    assert endless.texts == ["<think>" * 3] * 6
+    assert not endless.finished_N.any() and endless.mask_NT.all()
+    with bias(vlm, [vlm.tokenizer.eos_token_id], 100.0):
+        silent = sample(vlm, prompts, num_completions=2, max_new_tokens=3, seed=0)
+    assert silent.texts == [""] * 6 and silent.finished_N.all()
+    assert silent.mask_NT.shape == (6, 1), "the stop token counts, and nothing is padded beyond it"

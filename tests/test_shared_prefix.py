@@ -1,0 +1,205 @@
+"""The packed pass against the slow definition: one unpadded call of the model per completion."""
+
+import pytest
+import torch
+from tiny_vlms import FAMILIES, conversation, picture, plain_logprobs, ragged_prompts, tiny_vlm
+from torch import Tensor
+
+from medr1 import shared_prefix
+from medr1.grpo import policy_loss
+from medr1.models import VLM, PromptBatch, add_lora, encode_prompts, freeze_vision, with_vision_features
+from medr1.shared_prefix import completion_logprobs, restrict
+
+G, T = 3, 7
+
+
+def completions(num_rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Random text tokens, right-padded to different lengths (one row has a single token)."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 256, (num_rows, T), generator=generator)
+    lengths = torch.arange(num_rows) % T + 1
+    mask = torch.arange(T) < lengths[:, None]
+    return ids.masked_fill(~mask, 256), mask
+
+
+def gradients(vlm: VLM, loss: Tensor) -> Tensor:
+    vlm.model.zero_grad()
+    loss.backward()
+    parameters = [p for p in vlm.model.parameters() if p.requires_grad]
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+
+
+def grpo_loss(logp: Tensor, mask: Tensor, reference: Tensor) -> Tensor:
+    """beta > 0, old log-probs that differ from the new ones, advantages of both signs."""
+    generator = torch.Generator().manual_seed(5)
+    old = logp.detach() + 0.3 * torch.randn(logp.shape, generator=generator)
+    advantage = torch.randn(len(logp), generator=generator)
+    loss, _ = policy_loss(
+        logp, old, advantage, mask, denominator=len(logp), beta=0.04, ref_logp_NT=reference.detach()
+    )
+    return loss
+
+
+def assert_same(vlm: VLM, prompts: PromptBatch, reference_vlm: VLM | None = None, temperature: float = 1.0) -> None:
+    ids, mask = completions(len(prompts) * G)
+    expected = plain_logprobs(vlm, prompts, ids, mask, temperature)
+    packed, entropy = completion_logprobs(vlm, prompts, ids, mask, temperature=temperature)
+    assert entropy is None
+    torch.testing.assert_close(packed, expected, atol=1e-5, rtol=0)
+    reference = expected + 0.1 if reference_vlm is None else plain_logprobs(reference_vlm, prompts, ids, mask)
+    slow = gradients(vlm, grpo_loss(expected, mask, reference))
+    fast = gradients(vlm, grpo_loss(packed, mask, reference))
+    assert slow.norm() > 1e-3
+    assert (fast - slow).norm() / slow.norm() < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ragged_prompts_with_none_one_and_two_images(family: str) -> None:
+    vlm = tiny_vlm(family)
+    assert_same(vlm, ragged_prompts(vlm), temperature=0.7)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float64(family: str) -> None:
+    """Norms and rotary angles stay float32 inside transformers, so 1e-6 and not 1e-15."""
+    vlm = tiny_vlm(family, dtype=torch.float64)
+    prompts = ragged_prompts(vlm)
+    ids, mask = completions(len(prompts) * G)
+    expected = plain_logprobs(vlm, prompts, ids, mask)
+    packed, _ = completion_logprobs(vlm, prompts, ids, mask)
+    assert packed.dtype == torch.float64
+    torch.testing.assert_close(packed, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_gradient_checkpointing_and_reference(family: str) -> None:
+    base = tiny_vlm(family)
+    vlm = add_lora(base, rank=4, alpha=8)
+    for name, parameter in vlm.model.named_parameters():
+        if "lora_B" in name:  # zero at first, which would make policy and reference equal
+            torch.nn.init.normal_(parameter, std=0.1)
+    vlm.core.activation_checkpointing_enable()
+    vlm.core.enable_input_require_grads()
+    vlm.model.train()
+    prompts = ragged_prompts(vlm)
+    ids, mask = completions(len(prompts) * G)
+    with vlm.model.disable_adapter(), torch.no_grad():
+        expected = plain_logprobs(vlm, prompts, ids, mask)
+        reference, _ = completion_logprobs(vlm, prompts, ids, mask)
+    torch.testing.assert_close(reference, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(reference, plain_logprobs(tiny_vlm(family), prompts, ids, mask), atol=1e-5, rtol=0)
+    policy, _ = completion_logprobs(vlm, prompts, ids, mask)
+    assert (policy - reference).abs().max() > 0.01
+    assert_same(vlm, prompts, reference_vlm=tiny_vlm(family))
+
+
+def test_gradient_checkpointing_of_the_whole_model() -> None:
+    vlm = tiny_vlm("qwen2_vl")
+    vlm.core.activation_checkpointing_enable()
+    vlm.model.train()
+    runs = []
+    vlm.core.base_model.language_model.layers[0].self_attn.register_forward_hook(lambda *_: runs.append(1))
+    prompts = ragged_prompts(vlm)
+    ids, mask = completions(len(prompts) * G)
+    completion_logprobs(vlm, prompts, ids, mask)[0].sum().backward()
+    assert len(runs) == 2, "each layer runs again in the backward pass"
+    assert_same(vlm, prompts)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_frozen_tower_runs_once_for_sampling_policy_and_reference(family: str) -> None:
+    vlm = tiny_vlm(family)
+    prompts = ragged_prompts(vlm)
+    assert with_vision_features(vlm, prompts).features is None, "a trained tower must see the pixels again"
+    freeze_vision(vlm)
+    calls = []
+    vlm.core.base_model.visual.register_forward_hook(lambda *_: calls.append(1))
+    ready = with_vision_features(vlm, prompts)
+    assert_same(vlm, prompts)
+    calls.clear()
+    ids, mask = completions(len(prompts) * G)
+    fresh, _ = completion_logprobs(vlm, prompts, ids, mask)
+    assert len(calls) == 1
+    for _ in range(2):  # the features must survive a call
+        reused, _ = completion_logprobs(vlm, ready, ids, mask)
+        torch.testing.assert_close(reused, fresh, atol=1e-6, rtol=0)
+    order = [2, 1]
+    rows = torch.tensor([prompt * G + g for prompt in order for g in range(G)])
+    part, _ = completion_logprobs(vlm, ready.select(order), ids[rows], mask[rows])
+    torch.testing.assert_close(part, fresh[rows], atol=1e-5, rtol=0)
+    assert len(calls) == 1
+
+
+def test_text_alone() -> None:
+    vlm = tiny_vlm("qwen2_vl")
+    assert_same(vlm, encode_prompts(vlm, [conversation("What is it?", 0), conversation("Why?", 0)], [[], []]))
+
+
+def test_one_prompt_without_padding_and_one_token() -> None:
+    vlm = tiny_vlm("qwen2_5_vl")
+    prompts = encode_prompts(vlm, [conversation("What?", 1)], [[picture(4)]])
+    ids, mask = torch.tensor([[65], [66]]), torch.ones(2, 1)
+    expected = plain_logprobs(vlm, prompts, ids, mask)
+    torch.testing.assert_close(completion_logprobs(vlm, prompts, ids, mask)[0], expected, atol=1e-5, rtol=0)
+
+
+def test_logits_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers and gradients when only four tokens' logits may be alive at once."""
+    vlm = tiny_vlm("qwen3_vl")
+    sizes = []
+
+    def counted(logits: Tensor, temperature: float, banned: list[int]) -> Tensor:
+        sizes.append(logits.numel())
+        return restrict(logits, temperature, banned)
+
+    monkeypatch.setattr(shared_prefix, "MAX_LOGITS", 4 * 300)
+    monkeypatch.setattr(shared_prefix, "restrict", counted)
+    assert_same(vlm, ragged_prompts(vlm))
+    assert len(sizes) > 1 and max(sizes) <= 4 * 300
+
+
+def test_entropy() -> None:
+    vlm = tiny_vlm("qwen2_vl")
+    prompts = encode_prompts(vlm, [conversation("What?", 1)], [[picture(4)]])
+    ids, mask = torch.tensor([[65, 66, 67]]), torch.tensor([[1, 1, 0]])
+    _, entropy = completion_logprobs(vlm, prompts, ids, mask, entropy=True)
+    assert entropy is not None and not entropy.requires_grad
+    text = torch.cat([prompts.input_ids_BP, ids[:, :2]], dim=1)
+    kinds = (text == vlm.core.config.image_token_id).int()
+    logits = vlm.model(input_ids=text, mm_token_type_ids=kinds, **prompts.vision).logits[0, -3:-1]
+    logits[:, vlm.banned_token_ids] = -torch.inf
+    expected = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(entropy[0, :2], expected, atol=1e-5, rtol=0)
+    assert entropy[0, 2] == 0
+
+
+def test_micro_batches_add_up_to_the_whole_gradient() -> None:
+    """Split by prompt, and inside a group: the loss divides by the whole step's denominator."""
+    vlm = tiny_vlm("qwen2_vl")
+    prompts = ragged_prompts(vlm)
+    ids, mask = completions(len(prompts) * G)
+    advantage = torch.randn(len(ids), generator=torch.Generator().manual_seed(1))
+    reference = plain_logprobs(tiny_vlm("qwen2_vl", seed=1), prompts, ids, mask).detach()
+
+    def gradient(pieces: list[tuple[list[int], list[int]]], aggregate: str, denominator: float) -> Tensor:
+        total = torch.tensor(0.0)
+        for chosen, rows in pieces:
+            logp, _ = completion_logprobs(vlm, prompts.select(chosen), ids[rows], mask[rows])
+            loss, _ = policy_loss(
+                logp,
+                None,
+                advantage[rows],
+                mask[rows],
+                denominator=denominator,
+                aggregate=aggregate,  # type: ignore[arg-type]
+                beta=0.04,
+                ref_logp_NT=reference[rows],
+            )
+            total = total + loss
+        return gradients(vlm, total)
+
+    whole = [([0, 1, 2], list(range(9)))]
+    split = [([1], [3, 4]), ([1], [5]), ([0, 2], [0, 1, 2, 6, 7, 8])]
+    for aggregate, denominator in (("sequence", 9), ("token", float(mask.sum())), ("dr_grpo", 9 * T)):
+        expected = gradient(whole, aggregate, denominator)
+        torch.testing.assert_close(gradient(split, aggregate, denominator), expected, atol=2e-6, rtol=1e-4)
