@@ -15,7 +15,6 @@ from torch import Tensor
 
 from medr1.grpo import group_advantages, loss_denominator, policy_loss
 from medr1.models import encode_prompts
-from medr1.rollouts import sample
 from medr1.shared_prefix import completion_logprobs
 
 trl = pytest.importorskip("trl", reason="TRL is a test dependency: pip install 'medr1[test]'")
@@ -25,35 +24,37 @@ B, G, T = 2, 4, 10
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize(("beta", "kl_by_ratio"), [(0.0, False), (0.04, False), (0.04, True)])
 @pytest.mark.parametrize(
     ("loss_type", "aggregate"),
     [("grpo", "sequence"), ("dapo", "token"), ("bnpo", "token"), ("dr_grpo", "dr_grpo")],
 )
-def test_loss_and_gradients_equal_trl(tmp_path: Path, loss_type: str, aggregate: Any, beta: float) -> None:
+def test_loss_and_gradients_equal_trl(
+    tmp_path: Path, loss_type: str, aggregate: Any, beta: float, kl_by_ratio: bool
+) -> None:
     vlm = tiny_vlm("qwen2_vl")
     prompts = encode_prompts(
         vlm,
         [conversation("Which organ?", 1), conversation("Which of the two is a scan of the chest?", 2)],
         [[picture(1)], [picture(2, 112, 84), picture(3, 56, 56)]],
     )
-    rollout = sample(vlm, prompts, num_completions=G, max_new_tokens=T, seed=0)
-    lengths = torch.tensor([T, 3, 1, T, 7, T, 2, 5])  # ragged, as if they had stopped
-    mask = torch.arange(T) < lengths[:, None]
-    ids = rollout.completion_ids_NT.masked_fill(~mask, vlm.pad_token_id)
+    vlm.__dict__["banned_token_ids"] = []
     generator = torch.Generator().manual_seed(0)
-    old = rollout.logp_NT + 0.4 * torch.randn(mask.shape, generator=generator)  # far enough for both clips
-    reference = rollout.logp_NT + 0.3 * torch.randn(mask.shape, generator=generator)
+    lengths = torch.tensor([T, 3, 1, T, 7, T, 2, 5])
+    mask = torch.arange(T) < lengths[:, None]
+    ids = torch.randint(0, 256, mask.shape, generator=generator).masked_fill(~mask, vlm.pad_token_id)
+    near = completion_logprobs(vlm, prompts, ids, mask)[0].detach()
+    old = near + 0.4 * torch.randn(mask.shape, generator=generator)  # far enough for both clips
+    reference = near + 0.3 * torch.randn(mask.shape, generator=generator)
     rewards = torch.tensor([[1.0, 0.0, 0.0, 0.5], [0.0, 1.5, 1.5, 0.0]])
     advantage = group_advantages(rewards).flatten()
 
-    trainer = trl_trainer(tmp_path, copy.deepcopy(vlm.core), vlm.processor, loss_type, beta)
+    trainer = trl_trainer(tmp_path, copy.deepcopy(vlm.core), vlm.processor, loss_type, beta, kl_by_ratio)
     inputs = trl_inputs(vlm.core.config.image_token_id, prompts, ids, mask, advantage)
     inputs |= {"old_per_token_logps": old, "ref_per_token_logps": reference}
     expected = trainer.compute_loss(trainer.model, inputs)
     expected.backward()
 
-    vlm.__dict__["banned_token_ids"] = []
     logp, _ = completion_logprobs(vlm, prompts, ids, mask)
     loss, sums = policy_loss(
         logp,
@@ -64,6 +65,7 @@ def test_loss_and_gradients_equal_trl(tmp_path: Path, loss_type: str, aggregate:
         aggregate=aggregate,
         beta=beta,
         ref_logp_NT=reference if beta else None,
+        kl_by_ratio=kl_by_ratio,
     )
     loss.backward()
 
@@ -79,7 +81,9 @@ def test_loss_and_gradients_equal_trl(tmp_path: Path, loss_type: str, aggregate:
         assert sums["kl"] / sums["tokens"] == pytest.approx(metrics["kl"][0], rel=1e-4)
 
 
-def trl_trainer(folder: Path, model: Any, processor: Any, loss_type: str, beta: float) -> Any:
+def trl_trainer(
+    folder: Path, model: Any, processor: Any, loss_type: str, beta: float, kl_by_ratio: bool
+) -> Any:
     """TRL's own trainer; nothing of its generation or reward code runs."""
     model.save_pretrained(folder)
     model.config._name_or_path = str(folder)  # where TRL loads its reference model from
@@ -91,6 +95,7 @@ def trl_trainer(folder: Path, model: Any, processor: Any, loss_type: str, beta: 
         gradient_checkpointing=False,
         loss_type=loss_type,
         beta=beta,
+        use_bias_correction_kl=kl_by_ratio,
         epsilon=0.2,
         num_generations=G,
         per_device_train_batch_size=B * G,

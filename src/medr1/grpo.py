@@ -75,6 +75,7 @@ def policy_loss(
     clip_high: float = 0.2,
     beta: float = 0.0,
     ref_logp_NT: Tensor | None = None,
+    kl_by_ratio: bool = False,
 ) -> tuple[Tensor, dict[str, float]]:
     """The clipped objective with a KL penalty, to minimise (arXiv:2402.03300, eq. 3).
 
@@ -90,6 +91,8 @@ def policy_loss(
         old_logp_NT: of the policy that sampled; None on the first update after sampling: it is logp itself.
         mask_NT: 1 at tokens that count.
         ref_logp_NT: of the reference; needed if beta > 0.
+        kl_by_ratio: weight the KL term by ρ, which makes its gradient that of the true KL (arXiv:2512.02556;
+            the default of TRL 1.16); False is GRPO as published.
 
     Returns:
         The loss, and sums over tokens for the log: "tokens", "clipped_low", "clipped_high", "ratio", and "kl"
@@ -109,6 +112,8 @@ def policy_loss(
     }
     if ref_logp_NT is not None:
         kl_NT = kl_k3(logp_NT, ref_logp_NT) * mask
+        if kl_by_ratio:
+            kl_NT = kl_NT * ratio
         sums["kl"] = kl_NT.sum()
         if beta != 0:
             loss_NT = loss_NT + beta * kl_NT

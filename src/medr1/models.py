@@ -16,8 +16,9 @@ from typing import Any, Self
 
 import torch
 from PIL.Image import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from medr1 import attention
 from medr1.errors import MedR1Error
@@ -50,10 +51,11 @@ class VLM:
         self.core.set_attn_implementation({"text_config": attention.NAME})
 
     @property
-    def core(self) -> PreTrainedModel:
+    def core(self) -> Any:
         """The transformers model itself, without PEFT around it (its linear layers may still carry adapters)."""
-        peft = hasattr(self.model, "peft_config") and hasattr(self.model, "get_base_model")
-        return self.model.get_base_model() if peft else self.model  # type: ignore[operator,return-value]
+        model: Any = self.model
+        peft = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+        return model.get_base_model() if peft else model
 
     @property
     def tokenizer(self) -> Any:
@@ -195,11 +197,19 @@ def load_vlm(name: str, *, dtype: str = "auto", device: str | torch.device | Non
     if not folder.exists() and (len(folder.parts) > 2 or name.startswith((".", "/", "~"))):
         raise MedR1Error(f"{name}: no such folder; give a model folder, a hub id or 'tiny'")
     source = str(folder) if folder.exists() else name
+    loader: Any = AutoModelForImageTextToText
     try:
         processor = AutoProcessor.from_pretrained(source)
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=_torch_dtype(dtype, device))
-    except (OSError, ValueError, KeyError) as error:
+        model, loading = loader.from_pretrained(
+            source, dtype=_torch_dtype(dtype, device), output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise MedR1Error(_load_failure(name, folder, error)) from error
+    if loading["missing_keys"]:  # transformers would go on with random weights in their place
+        first = sorted(loading["missing_keys"])[0]
+        raise MedR1Error(
+            f"{name}: {len(loading['missing_keys'])} weights are missing, such as {first}; save the model again"
+        )
     if not hasattr(processor, "image_processor"):
         raise MedR1Error(f"{name}: its processor takes no images; choose a vision-language model")
     return VLM(model.to(device), processor, name)
@@ -220,11 +230,11 @@ def _load_failure(name: str, folder: Path, error: Exception) -> str:
 def _load_adapter(name: str, folder: Path, dtype: str, device: str | torch.device) -> VLM:
     from peft import PeftConfig, PeftModel
 
-    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if not base:
         raise MedR1Error(f"{folder}: adapter_config.json names no base model; add base_model_name_or_path")
     vlm = load_vlm(base, dtype=dtype, device=device)
-    return VLM(PeftModel.from_pretrained(vlm.core, folder), vlm.processor, name)
+    return VLM(PeftModel.from_pretrained(vlm.core, str(folder)), vlm.processor, name)
 
 
 def _torch_dtype(dtype: str, device: str | torch.device) -> torch.dtype:

@@ -94,7 +94,7 @@ def _head_replaced(
     So that a call of the whole model, through whatever wraps it, never makes logits of all its tokens at once.
     """
     projection, patched = head.forward, head.__dict__.get("forward")
-    head.forward = lambda hidden: score(hidden, projection)  # type: ignore[method-assign]
+    head.forward = lambda hidden: score(hidden, projection)
     try:
         yield
     finally:

@@ -1,0 +1,178 @@
+"""Loading, and prompts as tensors."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_vlms import FAMILIES, conversation, picture, plain_logprobs, ragged_prompts, tiny_vlm
+from transformers import (
+    AutoTokenizer,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+)
+
+from medr1 import models
+from medr1.errors import MedR1Error
+from medr1.models import VLM, add_lora, encode_prompts, freeze_vision, load_vlm
+from medr1.rollouts import sample
+from medr1.shared_prefix import completion_logprobs
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    vlm = tiny_vlm("qwen2_vl")
+    vlm.core.save_pretrained(tmp_path / "model")
+    vlm.processor.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_saved_folder_loads_as_the_same_model(saved: Path) -> None:
+    original, loaded = tiny_vlm("qwen2_vl"), load_vlm(str(saved), device="cpu")
+    assert loaded.core.dtype == torch.float32
+    prompts = ragged_prompts(original)
+    again = ragged_prompts(loaded)
+    assert torch.equal(prompts.input_ids_BP, again.input_ids_BP)
+    ids, mask = torch.full((3, 2), 65), torch.ones(3, 2)
+    expected, _ = completion_logprobs(original, prompts, ids, mask)
+    torch.testing.assert_close(completion_logprobs(loaded, again, ids, mask)[0], expected)
+    assert load_vlm(str(saved), dtype="bfloat16", device="cpu").core.dtype == torch.bfloat16
+
+
+def test_tiny_is_the_packaged_folder(saved: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(models, "TINY", saved)
+    assert load_vlm("tiny").name == "tiny"
+    monkeypatch.setattr(models, "TINY", tmp_path / "absent")
+    with pytest.raises(MedR1Error, match="reinstall medr1"):
+        load_vlm("tiny")
+
+
+def test_an_adapter_folder_loads_its_base(saved: Path, tmp_path: Path) -> None:
+    vlm = add_lora(load_vlm(str(saved), device="cpu"), rank=4, alpha=8)
+    for name, parameter in vlm.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    vlm.model.save_pretrained(tmp_path / "adapter")
+    loaded = load_vlm(str(tmp_path / "adapter"), device="cpu")
+    prompts = ragged_prompts(vlm)
+    ids, mask = torch.full((3, 2), 65), torch.ones(3, 2)
+    expected, _ = completion_logprobs(vlm, prompts, ids, mask)
+    torch.testing.assert_close(completion_logprobs(loaded, prompts, ids, mask)[0], expected)
+
+
+def test_lora_trains_the_text_model_only() -> None:
+    vlm = add_lora(tiny_vlm("qwen3_vl"), rank=2, alpha=4)
+    trained = [name for name, parameter in vlm.model.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 2 * 2 * 7, "two layers, A and B, seven linear layers each"
+    assert all("language_model" in name and "lora_" in name for name in trained)
+
+
+def test_freeze_vision() -> None:
+    vlm = tiny_vlm("qwen2_vl")
+    freeze_vision(vlm)
+    trained = {name for name, parameter in vlm.model.named_parameters() if parameter.requires_grad}
+    assert trained and not any("visual" in name for name in trained)
+
+
+def test_errors_are_one_line_with_a_remedy(tmp_path: Path, saved: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text("{")
+    torn = tmp_path / "torn"
+    saved.rename(torn)
+    file = torn / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    half = tmp_path / "half"
+    vlm = tiny_vlm("qwen2_vl")
+    weights = {name: tensor for name, tensor in vlm.core.state_dict().items() if "layers.1.mlp" not in name}
+    vlm.core.save_pretrained(half, state_dict=weights)
+    vlm.processor.save_pretrained(half)
+    tokens_only = tmp_path / "text"
+    text = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=300, num_key_value_heads=1, **text)).save_pretrained(tokens_only)
+    tiny_vlm("qwen2_vl").tokenizer.save_pretrained(tokens_only)
+    cases = {
+        str(tmp_path / "empty"): "holds no config.json",
+        str(tmp_path / "absent"): "no such folder",
+        str(broken): "not a readable vision-language model",
+        str(torn): "not a readable vision-language model",
+        str(half): "3 weights are missing, such as model.language_model.layers.1.mlp.down_proj.weight",
+        str(tokens_only): "vision-language model",
+        "nobody/no-such-model": "check the name and the network",
+    }
+    for name, message in cases.items():
+        with pytest.raises(MedR1Error, match=message) as caught:
+            load_vlm(name)
+        assert name in str(caught.value)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(MedR1Error, match="choose auto, float32"):
+        load_vlm(str(torn), dtype="int3")
+
+
+def test_sliding_window_models_are_refused() -> None:
+    vlm = tiny_vlm("qwen2_vl")
+    vlm.core.config.text_config.layer_types = ["full_attention", "sliding_attention"]
+    with pytest.raises(MedR1Error, match="sliding_attention layers are not supported"):
+        VLM(vlm.model, vlm.processor, "windowed")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_are_left_padded_and_select_keeps_their_images(family: str) -> None:
+    vlm = tiny_vlm(family)
+    prompts = ragged_prompts(vlm)
+    assert prompts.image_counts == [1, 2, 0] and len(prompts) == 3
+    assert prompts.attention_mask_BP[:, -1].all() and not prompts.attention_mask_BP.all()
+    chosen = prompts.select([2, 1])
+    assert chosen.image_counts == [0, 2]
+    assert torch.equal(chosen.vision["image_grid_thw"], prompts.vision["image_grid_thw"][1:])
+    patches = prompts.vision["image_grid_thw"].prod(-1)
+    assert torch.equal(chosen.vision["pixel_values"], prompts.vision["pixel_values"][patches[0] :])
+    text = prompts.select([2])
+    assert text.vision == {} and text.attention_mask_BP.all()
+    assert text.next_position_B.tolist() == [text.input_ids_BP.shape[1]]
+    with_images = prompts.select([1])
+    types = (with_images.input_ids_BP == vlm.core.config.image_token_id).int()
+    positions, delta = vlm.core.base_model.get_rope_index(
+        with_images.input_ids_BP, types, image_grid_thw=with_images.vision["image_grid_thw"]
+    )
+    assert torch.equal(with_images.position_ids_ABP, positions)
+    assert with_images.next_position_B.tolist() == (with_images.input_ids_BP.shape[1] + delta[:, 0]).tolist()
+
+
+def test_real_vocabulary_and_chat_format(shared: Path) -> None:
+    """Qwen's own tokenizer (151,936 rows) and template: ids of the special tokens, texts, and exact log-probs."""
+    folder = shared / "data" / "qwen2vl_files"
+    pixels = {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
+    processor = Qwen2VLProcessor(
+        Qwen2VLImageProcessor(size=pixels),
+        AutoTokenizer.from_pretrained(folder),
+        Qwen2VLVideoProcessor(size=pixels),
+        chat_template=json.loads((folder / "chat_template.json").read_text())["chat_template"],
+    )
+    config = tiny_vlm("qwen2_vl").core.config
+    config.text_config.vocab_size = 151936
+    config.text_config.eos_token_id, config.text_config.pad_token_id = 151645, 151643
+    config.image_token_id, config.video_token_id = 151655, 151656
+    config.vision_start_token_id, config.vision_end_token_id = 151652, 151653
+    torch.manual_seed(0)
+    model = Qwen2VLForConditionalGeneration(config).eval()
+    model.generation_config.eos_token_id = [151645, 151643]
+    vlm = VLM(model, processor, "real vocabulary")
+    assert vlm.banned_token_ids == [151652, 151653, 151654, 151655, 151656]
+    assert vlm.stop_token_ids == [151643, 151645]
+    assert vlm.pad_token_id == 151643
+    prompts = encode_prompts(
+        vlm, [conversation("Which finding?", 1), conversation("Why?", 0)], [[picture(1)], []]
+    )
+    text = vlm.tokenizer.decode(prompts.input_ids_BP[0])
+    assert text.endswith("<|vision_end|>Which finding?<|im_end|>\n<|im_start|>assistant\n")
+    rollout = sample(vlm, prompts, num_completions=2, max_new_tokens=5, seed=0)
+    logp, _ = completion_logprobs(vlm, prompts, rollout.completion_ids_NT, rollout.mask_NT)
+    torch.testing.assert_close(logp.detach(), rollout.logp_NT, atol=1e-5, rtol=0)
+    expected = plain_logprobs(vlm, prompts, rollout.completion_ids_NT, rollout.mask_NT)
+    torch.testing.assert_close(logp, expected, atol=1e-5, rtol=0)
