@@ -1,0 +1,231 @@
+"""What every reader shares: spellings of modality and question type, safe image paths, one line for bad rows.
+
+A reader turns one row of a file into a `Record` and raises `ValueError` where it cannot; `read_records` runs
+it over all rows of all files, and names the first bad row and the number of all of them. No row is ever left
+out silently.
+"""
+
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pydantic import ValidationError
+
+from medr1.errors import MedR1Error
+from medr1.records import LETTERS, MODALITIES, QUESTION_TYPES, Record, normalise_option
+
+# Keys are lower-case letters only, without what follows an opening bracket: the public files spell
+# "CT(Computed Tomography)", "MR (Mag-netic Resonance Imaging)" and "OCT (Optical Coherence Tomography" (never
+# closed).
+_MODALITY_OF_KEY = {
+    "ct": "CT",
+    "mr": "MRI",
+    "mri": "MRI",
+    "ultrasound": "Ultrasound",
+    "us": "Ultrasound",
+    "dermoscopy": "Dermoscopy",
+    "fundus": "Fundus Photography",
+    "fundusphotography": "Fundus Photography",
+    "oct": "OCT",
+    "microscopy": "Microscopy",
+    "microscopyimages": "Microscopy",
+    "xray": "X-Ray",
+}
+
+
+def _key(text: str) -> str:
+    return re.sub(r"[^a-z]", "", text.partition("(")[0].casefold())
+
+
+_TYPE_OF_KEY = {_key(question_type): question_type for question_type in QUESTION_TYPES}
+
+
+def canonical_modality(text: str) -> str:
+    """The member of MODALITIES that a spelling such as "MR (Mag-netic Resonance Imaging)" or "x-ray" means.
+
+    Raises:
+        ValueError: the spelling is not known.
+    """
+    if _key(text) not in _MODALITY_OF_KEY:
+        raise ValueError(f"unknown modality {text!r}, expected one of {', '.join(MODALITIES)}")
+    return _MODALITY_OF_KEY[_key(text)]
+
+
+def canonical_question_type(text: str) -> str:
+    """The member of QUESTION_TYPES that a spelling such as "disease_diagnosis" means.
+
+    Raises:
+        ValueError: the spelling is not known.
+    """
+    if _key(text) not in _TYPE_OF_KEY:
+        raise ValueError(f"unknown question type {text!r}, expected one of {', '.join(QUESTION_TYPES)}")
+    return _TYPE_OF_KEY[_key(text)]
+
+
+def text_field(row: dict[str, Any], key: str) -> str:
+    """The stripped text under a key.
+
+    Raises:
+        ValueError: the key is absent, or its value is not a text.
+    """
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise ValueError(f"{key!r} is missing" if value is None else f"{key!r} is not a text but {value!r}")
+    return value.strip()
+
+
+def letter_of(gold: str, options: Sequence[str]) -> str:
+    """Letter of the option whose text is `gold`: the same text, else the same up to case and white space.
+
+    Raises:
+        ValueError: no option has that text, or more than one.
+    """
+    found = [letter for letter, option in zip(LETTERS, options, strict=False) if option == gold]
+    if not found:
+        wanted = normalise_option(gold)
+        found = [
+            letter
+            for letter, option in zip(LETTERS, options, strict=False)
+            if normalise_option(option) == wanted
+        ]
+    if not found:
+        raise ValueError(f"the answer {gold!r} is not among the options {list(options)}")
+    if len(found) > 1:
+        raise ValueError(
+            f"duplicate options {' and '.join(found)} both read as the answer, {gold!r}; remove one"
+        )
+    return found[0]
+
+
+class ImageFolder:
+    """The folder that image paths are relative to, and its groups.csv (image_path,group) where there is one.
+
+    Raises:
+        MedR1Error: groups.csv lacks a column or a value, or gives one image two groups.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._real_root = os.path.realpath(root)
+        self._groups_file = root / "groups.csv"
+        self._groups = _read_groups(self._groups_file) if self._groups_file.is_file() else None
+
+    def locate(self, relative: str) -> Path:
+        """Path of an image, which need not exist.
+
+        Raises:
+            ValueError: the path is empty or absolute, or leads out of the folder by ".." or a symbolic link.
+        """
+        if not relative or "\0" in relative:
+            raise ValueError(f"image path {relative!r} is not a file name")
+        real = os.path.realpath(self.root / relative)
+        inside = os.path.commonpath([real, self._real_root]) == self._real_root
+        if PurePosixPath(relative).is_absolute() or ".." in PurePosixPath(relative).parts or not inside:
+            raise ValueError(
+                f"image path {relative!r} leads out of the data folder; use a path inside {self.root}"
+            )
+        return self.root / relative
+
+    def group(self, relative: str) -> str:
+        """Group of an image: its line in groups.csv, or without that file the path itself.
+
+        Raises:
+            ValueError: groups.csv is there and does not list the image.
+        """
+        if self._groups is None:
+            return relative
+        if relative not in self._groups:
+            raise ValueError(f"image {relative!r} is not in {self._groups_file}; add a line for it")
+        return self._groups[relative]
+
+
+def _read_groups(path: Path) -> dict[str, str]:
+    groups: dict[str, str] = {}
+    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""))
+    if not {"image_path", "group"} <= set(reader.fieldnames or ()):
+        raise MedR1Error(f"{path}: the first line must name the columns image_path and group")
+    for row in reader:
+        image, group = row["image_path"], row["group"]
+        if not image or not group:
+            raise MedR1Error(f"{path}: line {reader.line_num} lacks an image path or a group; fill it in")
+        if groups.setdefault(image, group) != group:
+            raise MedR1Error(f"{path}: line {reader.line_num} gives {image!r} a second group; keep one")
+    return groups
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise MedR1Error(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise MedR1Error(
+            f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
+        ) from error
+
+
+def read_rows(path: Path) -> list[Any]:
+    """The list in a JSON file.
+
+    Raises:
+        MedR1Error: the file cannot be read, is not JSON (the line is named), or holds no list.
+    """
+    try:
+        rows = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise MedR1Error(f"{path}: line {error.lineno} is not JSON ({error.msg}); repair the file") from error
+    if not isinstance(rows, list):
+        raise MedR1Error(f"{path}: expected a list of questions, found a {type(rows).__name__}")
+    return rows
+
+
+def read_records(files: Iterable[Path], read: Callable[[Path, int, dict[str, Any]], Record]) -> list[Record]:
+    """All rows of all files as records. `read(file, number, row)` makes one, with rows counted from 1.
+
+    Raises:
+        MedR1Error: a file is not a JSON list, or rows are bad: names the first, with the number of all.
+    """
+    records: list[Record] = []
+    places: dict[str, str] = {}
+    bad: list[str] = []
+    for file in files:
+        for number, row in enumerate(read_rows(file), start=1):
+            place = f"{file}: row {number}"
+            try:
+                if not isinstance(row, dict):
+                    raise ValueError(f"not an object but {row!r:.40}")
+                record = read(file, number, row)
+                if record.id in places:
+                    raise ValueError(
+                        f"id {record.id!r} was used before, at {places[record.id]}; make ids unique"
+                    )
+            except ValueError as error:
+                bad.append(f"{place}: {_reason(error)}")
+            else:
+                places[record.id] = place
+                records.append(record)
+    refuse(bad)
+    return records
+
+
+def refuse(bad: Sequence[str]) -> None:
+    """Raise for a list of faults, one line each: the first is told, and how many there are.
+
+    Raises:
+        MedR1Error: the list is not empty.
+    """
+    if bad:
+        raise MedR1Error(bad[0] if len(bad) == 1 else f"{bad[0]} (the first of {len(bad)} bad rows)")
+
+
+def _reason(error: ValueError) -> str:
+    """One line for a row's fault; pydantic's own text has several."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    return ": ".join([*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")])
