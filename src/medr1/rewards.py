@@ -1,0 +1,80 @@
+"""Verifiable rewards: functions (reply, record, mode) -> float, looked up by name or by Python path.
+
+The accuracy reward and the evaluation share one extractor, so what is trained is what is measured.
+"""
+
+import importlib
+import math
+import re
+from collections.abc import Callable, Mapping
+
+from medr1.answers import extract_answer, is_correct
+from medr1.errors import MedR1Error
+from medr1.prompts import check_mode
+from medr1.records import Record
+
+Reward = Callable[[str, Record, str], float]
+
+_INSIDE = r"(?:(?!</?(?:think|answer)>).)*"  # any text without one of the four tags
+_THINK = rf"<think>(?!\s*</think>){_INSIDE}</think>"
+_ANSWER = r"<answer>\s*[A-Za-z]\s*</answer>"
+_FORMAT = {
+    "think": re.compile(rf"\s*{_THINK}\s*{_ANSWER}\s*", re.DOTALL),
+    "no-think": re.compile(rf"\s*{_ANSWER}\s*"),
+    "think-after": re.compile(rf"\s*{_ANSWER}\s*{_THINK}\s*", re.DOTALL),
+}
+
+
+def format_ok(reply: str, mode: str) -> bool:
+    """Whether a reply is exactly as asked.
+
+    That is: each pair of tags once and in order, reasoning that is not blank, one letter as the answer, and
+    nothing but white space outside. Med-R1's pattern also takes repeated tags and any text as the answer.
+    """
+    check_mode(mode)
+    return _FORMAT[mode].fullmatch(reply) is not None
+
+
+def accuracy_reward(reply: str, record: Record, mode: str) -> float:
+    """1.0 for the right option however it is wrapped, else 0.0."""
+    return float(is_correct(extract_answer(reply, record.options), record))
+
+
+def format_reward(reply: str, record: Record, mode: str) -> float:
+    """1.0 for a reply in the asked format, right or wrong, else 0.0."""
+    return float(format_ok(reply, mode))
+
+
+_NAMED: dict[str, Reward] = {"accuracy": accuracy_reward, "format": format_reward}
+
+
+def load_rewards(weights: Mapping[str, float]) -> list[tuple[str, Reward, float]]:
+    """(name, function, weight) for each entry, e.g. of {"accuracy": 1.0, "my_package.rewards:brevity": 0.1}.
+
+    Raises:
+        MedR1Error: there is no entry, a name is neither known nor an importable "module:function", or a
+            weight is not a finite number.
+    """
+    if not weights:
+        raise MedR1Error(f"no reward is set; name one or more of {', '.join(_NAMED)} or a module:function")
+    for name, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise MedR1Error(f"the weight of reward {name!r} is {weight!r}; give a number")
+    return [(name, _NAMED.get(name) or _import(name), float(weight)) for name, weight in weights.items()]
+
+
+def _import(name: str) -> Reward:
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise MedR1Error(
+            f"unknown reward {name!r}; use {', '.join(_NAMED)} or the path of your own as module:function"
+        )
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:  # ValueError: an empty module name
+        raise MedR1Error(
+            f"reward {name!r} cannot be imported ({error}); install it or set PYTHONPATH"
+        ) from error
+    if not callable(found):
+        raise MedR1Error(f"reward {name!r} is not a function but a {type(found).__name__}")
+    return found
