@@ -165,9 +165,9 @@ def compare(before: Sequence[Row], after: Sequence[Row], seed: int = 0) -> dict[
         MedR1Error: the two do not cover the same records.
     """
     after_by_id = {row["id"]: row for row in after}
-    unmatched = {row["id"] for row in before} ^ after_by_id.keys()
+    unmatched = {_identity(row) for row in before} ^ {_identity(row) for row in after}
     if unmatched or not len(before) == len(after) == len(after_by_id):
-        named = f", such as {min(unmatched)}" if unmatched else ""
+        named = f", such as {min(unmatched)[0]}" if unmatched else ""
         raise MedR1Error(
             f"two evaluations to compare differ in {len(unmatched) or 'repeated'} records{named}; "
             "evaluate both on the same data"
@@ -211,6 +211,10 @@ def compare(before: Sequence[Row], after: Sequence[Row], seed: int = 0) -> dict[
             [row["correct"] for row in before], [after_by_id[row["id"]]["correct"] for row in before]
         ),
     }
+
+
+def _identity(row: Row) -> tuple[str, str, str]:
+    return row["id"], str(row["modality"]), str(row["question_type"])
 
 
 def _cell(rows: Sequence[Row]) -> dict[str, Any]:

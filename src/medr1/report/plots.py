@@ -1,0 +1,183 @@
+"""The report's figures as inline SVG: drawn without a display, text kept as text, colours of Okabe and Ito.
+
+Before and after differ in shape and fill as well as in colour, so that a grey print says the same.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import StringIO
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+INK, GREY, RULE = "#1b1f24", "#6b7280", "#d9dde3"
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+
+STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "medr1", "font.family": "sans-serif", "font.size": 11}
+
+Cell = dict[str, Any]
+"""{accuracy, ci95, …} as metrics.py gives it."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How one series of dots is drawn."""
+
+    colour: str
+    filled: bool
+    shape: str = "o"
+
+
+BEFORE = Mark(GREY, filled=False)
+AFTER = Mark(BLUE, filled=True)
+CONTROL = Mark(ORANGE, filled=True, shape="D")
+CHANCE = Mark(INK, filled=True, shape="|")
+
+
+@matplotlib.rc_context(STYLE)
+def story_plot(lines: Sequence[tuple[str, Cell, Mark]]) -> str:
+    """One line a score (label, cell, mark), on one axis from 0 to 100 %, the value written at its end."""
+    figure, axes = _axes(height=26 * len(lines) + 34, left=132, right=48)
+    for y, (_, cell, mark) in enumerate(lines):
+        _dot(axes, y, cell, mark)
+        bold = "bold" if mark is AFTER else "normal"
+        axes.text(1.03, y, f"{100 * cell['accuracy']:.1f} %", va="center", color=INK, fontweight=bold)
+        axes.axhline(y, color=RULE, linewidth=0.6, zorder=0)
+    axes.set_yticks(range(len(lines)), [label for label, _, _ in lines])
+    axes.set_ylim(len(lines) - 0.4, -0.6)
+    return _svg(figure, "Accuracy of controls, of the model before and of the model after training")
+
+
+@matplotlib.rc_context(STYLE)
+def change_plot(lines: Sequence[tuple[str, Cell, Cell]], title: str) -> str:
+    """One line a group (name, cell before, cell after), with the group's chance level as a short stroke."""
+    figure, axes = _axes(height=30 * len(lines) + 34, left=150, right=12)
+    for y, (_, before, after) in enumerate(lines):
+        axes.axhline(y, color=RULE, linewidth=0.6, zorder=0)
+        _dot(axes, y - 0.16, before, BEFORE)
+        _dot(axes, y + 0.16, after, AFTER)
+        chance = [before["chance"]] * 2
+        axes.plot(chance, [y - 0.34, y + 0.34], color=INK, linewidth=1.4, linestyle=(0, (1.5, 1)))
+    axes.set_yticks(range(len(lines)), [name for name, _, _ in lines])
+    axes.set_ylim(len(lines) - 0.4, -0.6)
+    return _svg(figure, title)
+
+
+SHARES = {
+    "reward_accuracy": ("right answers", BLUE, "-"),
+    "format_rate": ("exact format", GREEN, "--"),
+    "zero_variance_groups": ("groups without signal", ORANGE, ":"),
+    "truncated_rate": ("cut at the limit", PURPLE, "-."),
+}
+
+
+@matplotlib.rc_context(STYLE)
+def learning_curves(log: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """(title, SVG) of what the training log holds: shares of the sampled completions, their length, the loss.
+
+    Faint lines are the logged values, strong ones their running mean over a twentieth of the run.
+    """
+    figures = []
+    shares = {key: style for key, style in SHARES.items() if any(key in line for line in log)}
+    if shares:
+        title = "Sampled in training"
+        figure, axes = _curve_axes(legend=66)
+        for key, (label, colour, dash) in shares.items():
+            _curve(axes, log, key, label, colour, dash)
+        tested = [line for line in log if line.get("eval_accuracy") is not None]
+        if tested:
+            values = np.array([line["eval_accuracy"] for line in tested])
+            low = values - np.array([line.get("eval_ci_low", line["eval_accuracy"]) for line in tested])
+            high = np.array([line.get("eval_ci_high", line["eval_accuracy"]) for line in tested]) - values
+            steps = [line["step"] for line in tested]
+            axes.errorbar(
+                steps, values, yerr=[low, high], fmt="o", color=INK, ms=4, lw=1, label="held-out accuracy"
+            )
+        axes.set_ylim(-0.02, 1.02)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %", decimals=0))
+        figure.legend(frameon=False, labelcolor=INK, loc="lower center", ncols=2, columnspacing=2)
+        shown = ", ".join(label for label, _, _ in shares.values())
+        figures.append((title, _svg(figure, f"Learning curve: {shown}")))
+    for key, title in (("completion_tokens", "Tokens a completion"), ("loss", "Loss")):
+        if sum(key in line for line in log) > 1 and not (key == "loss" and shares):
+            figure, axes = _curve_axes()
+            _curve(axes, log, key, None, BLUE, "-")
+            axes.set_ylim(bottom=0)
+            figures.append((title, _svg(figure, f"Learning curve: {title.lower()}")))
+    return figures
+
+
+def _axes(height: float, left: float, right: float, width: float = 440) -> tuple[Figure, Axes]:
+    """An axis from 0 to 100 %; lengths in points, of which an SVG unit is one."""
+    figure = Figure(figsize=(width / 72, height / 72))
+    bottom = 26
+    across, up = 1 - (left + right) / width, 1 - (bottom + 6) / height
+    axes = figure.add_axes((left / width, bottom / height, across, up))
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
+    axes.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %", decimals=0))
+    axes.grid(axis="x", color=RULE, linewidth=0.6)
+    axes.tick_params(length=0, labelcolor=INK)
+    axes.tick_params(axis="x", labelcolor=GREY)
+    axes.spines[:].set_visible(False)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _curve_axes(legend: float = 0) -> tuple[Figure, Axes]:
+    """Axes over training steps, above a strip of `legend` points."""
+    width, height = 440, 220 + legend
+    figure = Figure(figsize=(width / 72, height / 72))
+    bottom = 38 + legend
+    axes = figure.add_axes((46 / width, bottom / height, 1 - 56 / width, 1 - (bottom + 8) / height))
+    axes.grid(color=RULE, linewidth=0.6)
+    axes.tick_params(length=0, labelcolor=GREY)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("step", color=GREY)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _dot(axes: Axes, y: float, cell: Cell, mark: Mark) -> None:
+    if cell["accuracy"] is None:
+        return
+    if cell["ci95"]:
+        axes.plot(cell["ci95"], [y, y], color=mark.colour, linewidth=2, solid_capstyle="round", zorder=2)
+    axes.plot(
+        cell["accuracy"],
+        y,
+        mark.shape,
+        markersize=11 if mark.shape == "|" else 6 if mark.shape == "D" else 7.5,
+        markerfacecolor=mark.colour if mark.filled else "white",
+        markeredgecolor=mark.colour,
+        markeredgewidth=2,
+        zorder=3,
+    )
+
+
+def _curve(
+    axes: Axes, log: Sequence[dict[str, Any]], key: str, label: str | None, colour: str, dash: str
+) -> None:
+    points = [(line["step"], line[key]) for line in log if line.get(key) is not None]
+    steps, values = np.array(points, dtype=float).T
+    half = max(1, len(values) // 40)
+    smooth = [values[max(0, at - half) : at + half + 1].mean() for at in range(len(values))]
+    axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
+    axes.plot(steps, smooth, color=colour, linewidth=2, linestyle=dash, label=label)
+
+
+def _svg(figure: Figure, title: str) -> str:
+    """The figure as an element that scales with its column, with a name for those who hear the page."""
+    buffer = StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)
+    assert size, "matplotlib writes a view box"
+    head = f'<svg class="plot" role="img" aria-label="{title}" viewBox="{size[0][9:-1]}">'
+    return head + text[text.index(">") + 1 :]

@@ -1,0 +1,260 @@
+"""The report from made rows: its story, its numbers, its escaping, and that it stands alone."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from medr1.config import Config, to_toml
+from medr1.errors import MedR1Error
+from medr1.metrics import accuracy_table, summarise
+from medr1.records import append_jsonl
+from medr1.report import ReportData, report_from_files, tell, write_report
+from medr1.report.plots import learning_curves
+
+NASTY = (
+    "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> </script> B & A"
+)
+LOG = [{"step": step, "reward_accuracy": step / 20, "format_rate": 0.9, "loss": 0.1} for step in range(1, 21)]
+
+
+def make_rows(right: int, count: int = 40, **fields: object) -> list[dict]:
+    """The first `right` of each modality's rows are answered right; every second row is an OCT."""
+    rows = []
+    for number in range(count):
+        correct = number // 2 < right
+        rows.append(
+            {
+                "id": f"r{number}",
+                "modality": ("CT", "OCT")[number % 2],
+                "question_type": "Disease Diagnosis",
+                "source": "made",
+                "group": f"g{number}",
+                "images": ["picture.png"],
+                "question": "Which finding is shown?",
+                "options": ["Cyst", "Tumour <i>"],
+                "gold": "A",
+                "chance": 0.5,
+                "model": "made-model",
+                "reply": "<think>It is round.</think><answer>A</answer>",
+                "finish": "stop",
+                "tokens": 9,
+                "outcome": "letter",
+                "letter": "A" if correct else "B",
+                "correct": correct,
+                "format_ok": True,
+                **fields,
+            }
+        )
+    return rows
+
+
+def make_data(folder: Path, **fields: object) -> ReportData:
+    Image.new("RGB", (300, 200), (200, 30, 30)).save(folder / "picture.png")
+    trained = make_rows(18)
+    trained[3] |= {"reply": NASTY, "outcome": "ambiguous", "letter": None, "correct": False}
+    defaults = {
+        "base": make_rows(8),
+        "trained": trained,
+        "image_root": folder,
+        "controls": {"text_only": accuracy_table(make_rows(10)), "blank": summarise(make_rows(10))},
+        "log": LOG,
+        "config": Config(),
+    }
+    return ReportData(**{**defaults, **fields})
+
+
+def embedded(page: str) -> dict:
+    return json.loads(
+        re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1]
+    )
+
+
+def test_the_page_and_its_headline(tmp_path: Path):
+    summary = write_report(make_data(tmp_path), tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    # Base 8 of 20 in each modality; trained 18 of 20 but for one OCT row: (18/20 + 17/20) / 2.
+    assert summary == {
+        "report": str(tmp_path / "report.html"),
+        "base_macro": pytest.approx(0.4),
+        "trained_macro": pytest.approx(0.875),
+        "gain_points": pytest.approx(47.5),
+        "chance": 0.5,
+        "text_only": 0.5,
+        "blank": 0.5,
+    }
+    for text in (
+        "40.0 %",
+        "87.5 %",
+        "+47.5",
+        "option text only",
+        "image blanked",
+        "GRPO",
+    ):
+        assert text in page
+    assert "Research use only. Not a medical device, not for clinical use." in page
+    assert "All 40 questions" in page
+    assert page.count('<svg class="plot"') == 4
+    sample = embedded(page)["samples"][0]
+    assert sample["before"]["reply"] == "<think>It is round.</think><answer>A</answer>"
+    assert embedded(page)["images"][0].startswith("data:image/webp;base64,")
+
+
+def test_nothing_is_fetched_and_nothing_local_is_told(tmp_path: Path):
+    write_report(make_data(tmp_path), tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "default-src 'none'" in page
+    assert not re.search(r"https?://(?!www\.w3\.org)", page)
+    assert not re.search(r"(src|href)=\"(?!#|data:)", page)
+    assert str(tmp_path) not in page
+    assert "picture.png" not in page
+
+
+def test_model_text_never_becomes_markup(tmp_path: Path):
+    write_report(make_data(tmp_path), tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<script>document" not in page
+    assert "<img src=x" not in page
+    assert "<i>" not in page.split("<body>")[1].replace("<i></i>", "")
+    assert NASTY in [sample["after"]["reply"] for sample in embedded(page)["samples"]]
+
+
+def test_the_same_rows_give_the_same_page(tmp_path: Path):
+    write_report(make_data(tmp_path), tmp_path / "a.html")
+    write_report(make_data(tmp_path), tmp_path / "b.html")
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+
+
+def test_undefined_is_a_dash(tmp_path: Path):
+    rows = make_rows(8, modality=None, question_type=None)
+    data = make_data(tmp_path, base=rows, trained=rows, controls={}, log=(), config=None)
+    write_report(data, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "not stated" in page
+    assert "None" not in page
+    assert "nan" not in re.sub(r"base64,[^\"]*", "", page)
+    assert re.search(r"<td>\+0\.0<small>–</small></td>", page)  # nothing changed: no interval to give
+    assert "Learning</h2>" not in page
+
+
+def test_large_and_incomplete_data_say_so(tmp_path: Path):
+    data = make_data(tmp_path, image_root=tmp_path / "gone")
+    write_report(data, tmp_path / "report.html", max_samples=7)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "7 of 40 questions, drawn at random." in page
+    assert "1 of 1 images could not be read" in page
+    assert len(embedded(page)["samples"]) == 7
+
+
+def scores(base: float, trained: float, change: list[float], **controls: tuple[float, float]) -> dict:
+    """Cells with intervals of two points to each side; controls as (accuracy, chance)."""
+
+    def cell(accuracy: float, chance: float = 0.25) -> dict:
+        return {"accuracy": accuracy, "ci95": [accuracy - 0.02, accuracy + 0.02], "n": 8, "chance": chance}
+
+    return {
+        "base": cell(base),
+        "trained": cell(trained),
+        "change": {"difference": trained - base, "ci95": change},
+        "controls": {name: cell(*values) for name, values in controls.items()},
+    }
+
+
+@pytest.mark.parametrize(
+    ("made", "worth", "words"),
+    [
+        (scores(0.3, 0.8, [0.45, 0.55]), ["good", "open", "open"], "raised"),
+        (scores(0.3, 0.31, [-0.02, 0.04]), ["open", "open", "open"], "within the noise"),
+        (scores(0.5, 0.4, [-0.15, -0.05]), ["bad", "open", "open"], "lowered"),
+        (scores(0.3, 0.8, [0.4, 0.6], blank=(0.26, 0.25)), ["good", "good", "open"], "it looks at the image"),
+        (scores(0.3, 0.8, [0.4, 0.6], blank=(0.79, 0.25)), ["good", "bad", "open"], "nothing here shows"),
+        (scores(0.3, 0.8, [0.4, 0.6], text_only=(0.26, 0.25)), ["good", "open", "good"], "give nothing away"),
+        (scores(0.3, 0.8, [0.4, 0.6], text_only=(0.5, 0.25)), ["good", "open", "open"], "needs no image"),
+        (scores(0.3, 0.8, [0.4, 0.6], text_only=(0.95, 0.25)), ["good", "open", "bad"], "without the image"),
+    ],
+)
+def test_the_story_is_no_better_than_the_numbers(made: dict, worth: list[str], words: str):
+    story = tell(made, {"macro": {"n": 8}})
+    assert [kind for kind, _ in story] == worth
+    assert words in " ".join(sentence for _, sentence in story)
+
+
+def test_learning_curves_show_what_the_log_holds():
+    assert learning_curves([]) == []
+    assert [title for title, _ in learning_curves(LOG)] == ["Sampled in training"]
+    sft = [{"step": step, "loss": 1 / step} for step in range(1, 5)] + [{"step": 4, "train_runtime": 3.0}]
+    assert [title for title, _ in learning_curves(sft)] == ["Loss"]
+    tested = [*LOG, {"step": 20, "eval_accuracy": 0.5, "eval_ci_low": 0.4, "eval_ci_high": 0.6}]
+    assert "held-out accuracy" in learning_curves(tested)[0][1]
+
+
+def test_from_files(tmp_path: Path):
+    data = make_data(tmp_path)
+    append_jsonl(tmp_path / "base.jsonl", data.base)
+    append_jsonl(tmp_path / "trained.jsonl", data.trained)
+    append_jsonl(tmp_path / "log.jsonl", LOG)
+    (tmp_path / "recipe.toml").write_text(to_toml(Config()))
+    (tmp_path / "text.json").write_text(json.dumps(data.controls["text_only"]))
+    files = {
+        "base": tmp_path / "base.jsonl",
+        "trained": tmp_path / "trained.jsonl",
+        "out": tmp_path / "out.html",
+    }
+    text = f"text_only={tmp_path / 'text.json'}"
+    summary = report_from_files(**files, run=tmp_path, controls=[text, f"blank={tmp_path / 'base.jsonl'}"])
+    assert (summary["text_only"], summary["blank"]) == (0.5, pytest.approx(0.4))
+    page = (tmp_path / "out.html").read_text(encoding="utf-8")
+    assert "GRPO from tiny on phantoms: 20 steps of 8 prompts × 8 completions" in page
+    assert embedded(page)["images"][0]
+
+
+def test_bad_files(tmp_path: Path):
+    data = make_data(tmp_path)
+    append_jsonl(tmp_path / "base.jsonl", data.base)
+    append_jsonl(tmp_path / "fewer.jsonl", data.trained[:-1])
+    (tmp_path / "other.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "broken.json").write_text("{")
+    base, out = tmp_path / "base.jsonl", tmp_path / "out.html"
+    with pytest.raises(MedR1Error, match="such as r39"):
+        report_from_files(base, tmp_path / "fewer.jsonl", out=out)
+    with pytest.raises(MedR1Error, match=r"other\.jsonl: holds no evaluation rows"):
+        report_from_files(base, tmp_path / "other.jsonl", out=out)
+    with pytest.raises(MedR1Error, match=r"gone\.jsonl: no such file"):
+        report_from_files(tmp_path / "gone.jsonl", base, out=out)
+    with pytest.raises(MedR1Error, match="write NAME=FILE"):
+        report_from_files(base, base, out=out, controls=["blank"])
+    with pytest.raises(MedR1Error, match=r"broken\.json: cannot be read"):
+        report_from_files(base, base, out=out, controls=[f"text_only={tmp_path / 'broken.json'}"])
+    with pytest.raises(MedR1Error, match="no rows to report"):
+        write_report(make_data(tmp_path, base=[], trained=[]), out)
+    assert not out.exists()
+
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium to open the page")
+def test_in_a_browser_samples_are_filtered_and_scripts_stay_text(tmp_path: Path):
+    write_report(make_data(tmp_path), tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    choose = """<script>
+    byId("outcome").value = "several options";
+    byId("outcome").dispatchEvent(new Event("change"));
+    </script></body>"""
+    (tmp_path / "chosen.html").write_text(page.replace("</body>", choose), encoding="utf-8")
+    command = [
+        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", "--no-first-run",
+        f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", (tmp_path / "chosen.html").as_uri(),
+    ]  # fmt: skip
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert "<title>Med-R1 report: made-model</title>" in dom
+    assert "1 of 1 shown" in dom
+    samples = dom.split('<div id="samples">')[1].split('<button id="more"')[0]
+    assert samples.count("<article") == 1
+    assert "&lt;script&gt;document.title='owned'&lt;/script&gt;" in samples
+    assert '<img src="x"' not in dom
