@@ -198,15 +198,17 @@ def test_from_files(tmp_path: Path):
     append_jsonl(tmp_path / "trained.jsonl", data.trained)
     append_jsonl(tmp_path / "log.jsonl", LOG)
     (tmp_path / "recipe.toml").write_text(to_toml(Config()))
-    (tmp_path / "text.json").write_text(json.dumps(data.controls["text_only"]))
-    files = {
-        "base": tmp_path / "base.jsonl",
-        "trained": tmp_path / "trained.jsonl",
-        "out": tmp_path / "out.html",
-    }
-    text = f"text_only={tmp_path / 'text.json'}"
-    summary = report_from_files(**files, run=tmp_path, controls=[text, f"blank={tmp_path / 'base.jsonl'}"])
-    assert (summary["text_only"], summary["blank"]) == (0.5, pytest.approx(0.4))
+    (tmp_path / "shuffled.json").write_text(json.dumps(summarise(make_rows(9))))
+    summary = report_from_files(
+        tmp_path / "base.jsonl",
+        tmp_path / "trained.jsonl",
+        out=tmp_path / "out.html",
+        run=tmp_path,
+        controls=[f"blank={tmp_path / 'base.jsonl'}", f"shuffled={tmp_path / 'shuffled.json'}"],
+        text_only=data.controls["text_only"],
+    )
+    controls = {name: summary[name] for name in ("text_only", "blank", "shuffled")}
+    assert controls == pytest.approx({"text_only": 0.5, "blank": 0.4, "shuffled": 0.45})
     page = (tmp_path / "out.html").read_text(encoding="utf-8")
     assert "GRPO from tiny on phantoms: 20 steps of 8 prompts × 8 completions" in page
     assert embedded(page)["images"][0]

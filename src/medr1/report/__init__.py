@@ -65,6 +65,7 @@ def report_from_files(
     out: Path,
     run: Path | None = None,
     controls: Sequence[str] = (),
+    text_only: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write a report from files that `medr1 eval` and `medr1 train` made.
 
@@ -74,6 +75,7 @@ def report_from_files(
         out: the HTML file.
         run: the training run's folder; its log.jsonl and recipe.toml are shown.
         controls: NAME=FILE each; a .jsonl file of rows, or a .json file with an accuracy table.
+        text_only: what `controls.text_only_prior` returned for the training part and these records.
 
     Returns:
         What `write_report` returns.
@@ -81,7 +83,7 @@ def report_from_files(
     Raises:
         MedR1Error: a file is missing or not what it should be.
     """
-    tables = {}
+    tables = {"text_only": text_only} if text_only else {}
     for control in controls:
         name, equals, file = control.partition("=")
         if not equals:
