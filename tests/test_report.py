@@ -173,8 +173,12 @@ def scores(base: float, trained: float, change: list[float], **controls: tuple[f
         (scores(0.3, 0.8, [0.4, 0.6], blank=(0.26, 0.25)), ["good", "good", "open"], "it looks at the image"),
         (scores(0.3, 0.8, [0.4, 0.6], blank=(0.79, 0.25)), ["good", "bad", "open"], "nothing here shows"),
         (scores(0.3, 0.8, [0.4, 0.6], text_only=(0.26, 0.25)), ["good", "open", "good"], "give nothing away"),
-        (scores(0.3, 0.8, [0.4, 0.6], text_only=(0.5, 0.25)), ["good", "open", "open"], "needs no image"),
-        (scores(0.3, 0.8, [0.4, 0.6], text_only=(0.95, 0.25)), ["good", "open", "bad"], "without the image"),
+        (
+            scores(0.3, 0.8, [0.4, 0.6], text_only=(0.5, 0.25)),
+            ["good", "open", "open"],
+            "give some answers away",
+        ),
+        (scores(0.3, 0.8, [0.4, 0.6], text_only=(0.95, 0.25)), ["good", "open", "bad"], "does no better"),
     ],
 )
 def test_the_story_is_no_better_than_the_numbers(made: dict, worth: list[str], words: str):

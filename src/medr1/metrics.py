@@ -71,7 +71,7 @@ def interval(values: Sequence[float], groups: Sequence[Hashable], level: float =
 
 
 def mean_interval(cells: Sequence[tuple[float, Interval]]) -> Interval | None:
-    """Interval of the plain average of independent estimates, each with its own interval; None for no cells.
+    """Interval of the plain average of independent accuracies, each with its own interval; None for no cells.
 
     MOVER (Zou and Donner, Statistics in Medicine 2008, 27:1693): distances from estimate to limit add in
     squares. Unlike a bootstrap it keeps a width where a cell is all right or all wrong.
@@ -81,7 +81,7 @@ def mean_interval(cells: Sequence[tuple[float, Interval]]) -> Interval | None:
     centre = sum(estimate for estimate, _ in cells) / len(cells)
     below = math.sqrt(sum((estimate - low) ** 2 for estimate, (low, _) in cells)) / len(cells)
     above = math.sqrt(sum((high - estimate) ** 2 for estimate, (_, high) in cells)) / len(cells)
-    return centre - below, centre + above
+    return max(0.0, centre - below), min(1.0, centre + above)
 
 
 def cluster_bootstrap(values: Sequence[float], clusters: Sequence[Hashable], seed: int) -> Interval | None:

@@ -188,12 +188,17 @@ def tell(scores: dict[str, Any], trained: dict[str, Any]) -> list[tuple[str, str
     if text := scores["controls"].get("text_only"):
         alone = f"Option texts alone, without image or question, score {percent(text['accuracy'])}"
         guessing = f"guessing {percent(text['chance'])}"
-        if not _above(after, text):
-            story.append(("bad", f"{alone} ({guessing}): these questions can be answered without the image."))
-        elif text["ci95"] and text["ci95"][0] > text["chance"]:
-            story.append(("open", f"{alone} ({guessing}): part of the accuracy needs no image."))
-        else:
+        if not text["ci95"] or text["ci95"][0] <= text["chance"]:
             story.append(("good", f"{alone}, no better than {guessing}: they give nothing away."))
+        elif _above(after, text):
+            story.append(("open", f"{alone} ({guessing}): they give some answers away."))
+        else:
+            story.append(
+                (
+                    "bad",
+                    f"{alone} ({guessing}): they give answers away, and the trained model does no better.",
+                )
+            )
     else:
         story.append(("open", "No text-only control was run: the options may give the answers away."))
     return story
@@ -211,7 +216,7 @@ def percent(value: float | None) -> str:
 
 def points(value: float | None) -> str:
     """A difference of accuracies in signed percentage points; a dash where undefined."""
-    return "–" if value is None else f"{100 * value:+.1f}".replace("-", "−")
+    return "–" if value is None else f"{round(100 * value, 1) + 0.0:+.1f}".replace("-", "−")  # + 0.0: no -0.0
 
 
 def span(ci: Sequence[float] | None) -> str:
