@@ -1,0 +1,102 @@
+"""Rewards agree with the extractor, the format is strict, and a user's own reward is found by its path."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from medr1.errors import MedR1Error
+from medr1.records import Record
+from medr1.rewards import accuracy_reward, format_ok, format_reward, load_rewards
+
+RECORD = Record(
+    id="1",
+    images=(),
+    question="Which?",
+    options=("CT", "MRI"),
+    answer="B",
+    modality="MRI",
+    question_type=None,
+    source="s",
+    group="g",
+)
+
+
+@pytest.mark.parametrize(
+    ("reply", "mode", "expected"),
+    [
+        ("<think>It is grey.</think><answer>B</answer>", "think", True),
+        (" <think>\nIt < 3 is.\n</think>\n<answer> b </answer>\n", "think", True),
+        ("<answer>B</answer>", "think", False),
+        ("<think> </think><answer>B</answer>", "think", False),  # no reasoning in it
+        ("<think>x</think><think>y</think><answer>B</answer>", "think", False),
+        ("<think>x <answer>A</answer></think><answer>B</answer>", "think", False),
+        ("<think>x</think><answer>A</answer><answer>B</answer>", "think", False),
+        ("<think>x</think> so <answer>B</answer>", "think", False),
+        ("<think>x</think><answer>B</answer> done", "think", False),
+        ("<think>x</think><answer>MRI</answer>", "think", False),
+        ("<think>x</think><answer>B", "think", False),
+        ("<answer>B</answer><think>x</think>", "think", False),
+        ("<answer>B</answer>", "no-think", True),
+        ("\n<answer>\nB\n</answer> ", "no-think", True),
+        ("<think>x</think><answer>B</answer>", "no-think", False),
+        ("<answer>B</answer><answer>B</answer>", "no-think", False),
+        ("<answer>BC</answer>", "no-think", False),
+        ("B", "no-think", False),
+        ("", "no-think", False),
+        ("<answer>B</answer><think>It is grey.</think>", "think-after", True),
+        ("<answer>B</answer>", "think-after", False),
+        ("<think>x</think><answer>B</answer>", "think-after", False),
+    ],
+)
+def test_format(reply: str, mode: str, expected: bool) -> None:
+    assert format_ok(reply, mode) is expected
+    assert format_reward(reply, RECORD, mode) == float(expected)
+
+
+def test_format_needs_a_known_mode() -> None:
+    with pytest.raises(MedR1Error, match="unknown prompt mode"):
+        format_ok("B", "deep")
+
+
+def test_accuracy_forgives_wrapping_and_nothing_else() -> None:
+    for reply in ("<answer>B</answer>", "<answer>\n(b)\n</answer>", "MRI", "The answer is B."):
+        assert accuracy_reward(reply, RECORD, "think") == 1.0
+    for reply in ("<answer>A</answer>", "A or B", "", "CT", "<think>B"):
+        assert accuracy_reward(reply, RECORD, "think") == 0.0
+
+
+def brevity(reply: str, record: Record, mode: str) -> float:
+    return 1 / (1 + len(reply))
+
+
+def test_load_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    loaded = load_rewards({"accuracy": 1, "format": 0.5, "test_rewards:brevity": -0.1})
+    assert [(name, weight) for name, _, weight in loaded] == [
+        ("accuracy", 1.0),
+        ("format", 0.5),
+        ("test_rewards:brevity", -0.1),
+    ]
+    assert [function("B", RECORD, "no-think") for _, function, _ in loaded] == [1.0, 0.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("weights", "reason"),
+    [
+        ({}, "no reward is set"),
+        ({"acuracy": 1.0}, "unknown reward 'acuracy'; use accuracy, format or"),
+        ({"no_such_module:f": 1.0}, "cannot be imported (No module named 'no_such_module')"),
+        ({"math:no_such": 1.0}, "cannot be imported"),
+        ({":f": 1.0}, "cannot be imported"),
+        ({"math:pi": 1.0}, "is not a function but a float"),
+        ({"accuracy": math.nan}, "the weight of reward 'accuracy' is nan"),
+        ({"accuracy": True}, "the weight of reward 'accuracy' is True"),
+        ({"accuracy": "1"}, "the weight of reward 'accuracy' is '1'"),
+    ],
+)
+def test_bad_rewards(weights: dict, reason: str) -> None:
+    with pytest.raises(MedR1Error) as error:
+        load_rewards(weights)
+    assert reason in str(error.value)
+    assert "\n" not in str(error.value)
