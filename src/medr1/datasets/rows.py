@@ -71,11 +71,12 @@ def text_field(row: dict[str, Any], key: str) -> str:
     """The stripped text under a key.
 
     Raises:
-        ValueError: the key is absent, or its value is not a text.
+        ValueError: the key is absent, or its value is not a text that UTF-8 can hold.
     """
     value = row.get(key)
     if not isinstance(value, str):
         raise ValueError(f"{key!r} is missing" if value is None else f"{key!r} is not a text but {value!r}")
+    value.encode()  # a lone surrogate, which JSON can hold, raises here rather than when results are written
     return value.strip()
 
 
@@ -111,7 +112,7 @@ class ImageFolder:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._real_root = os.path.realpath(root)
+        self._inside = os.path.join(os.path.realpath(root), "")
         self._groups_file = root / "groups.csv"
         self._groups = _read_groups(self._groups_file) if self._groups_file.is_file() else None
 
@@ -123,13 +124,13 @@ class ImageFolder:
         """
         if not relative or "\0" in relative:
             raise ValueError(f"image path {relative!r} is not a file name")
-        real = os.path.realpath(self.root / relative)
-        inside = os.path.commonpath([real, self._real_root]) == self._real_root
-        if PurePosixPath(relative).is_absolute() or ".." in PurePosixPath(relative).parts or not inside:
+        path = self.root / relative
+        given = PurePosixPath(relative)
+        if given.is_absolute() or ".." in given.parts or not os.path.realpath(path).startswith(self._inside):
             raise ValueError(
                 f"image path {relative!r} leads out of the data folder; use a path inside {self.root}"
             )
-        return self.root / relative
+        return path
 
     def group(self, relative: str) -> str:
         """Group of an image: its line in groups.csv, or without that file the path itself.
