@@ -82,12 +82,11 @@ def sample(
         logp = logp.to(device)
         for step in range(max_new_tokens):
             logits = restrict(logits, temperature, vlm.banned_token_ids)
-            tokens = logits.argmax(-1) if greedy else _draw(logits, uniform[step, rows])
+            tokens, chosen = _greedy(logits) if greedy else _draw(logits, uniform[step, rows])
             alive = ~finished[rows]
             now = rows[alive]
             ids[now, step] = tokens[alive]
             mask[now, step] = True
-            chosen = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
             logp[now, step] = chosen[alive]
             finished[now] = torch.isin(tokens[alive], stops)
             if step + 1 == max_new_tokens or bool(finished.all()):
@@ -117,11 +116,22 @@ def _axes(position_ids_ABP: Tensor) -> Tensor:
     return position_ids_ABP if len(position_ids_ABP) > 1 else position_ids_ABP[0]
 
 
-def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """One token a row by inversion of the cumulative distribution; a token of probability 0 is never drawn."""
-    cumulative = logits.softmax(-1).to(torch.float64).cumsum(-1)
-    threshold = uniform[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+def _greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The most likely token of each row and its log-probability."""
+    best, tokens = logits.max(-1)
+    return tokens, best - logits.logsumexp(-1)
+
+
+def _draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """A token of each row by inversion of the cumulative distribution, and its log-probability.
+
+    A token of probability 0 is never drawn: its cumulative value equals that of the token before it.
+    """
+    shifted = logits - logits.amax(-1, keepdim=True)
+    cumulative = shifted.exp().cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)
+    return tokens[:, 0], (shifted.gather(-1, tokens) - total.log())[:, 0].to(logits.dtype)
 
 
 def _compact(decoding: Decoding, finished: Tensor) -> Tensor | None:
