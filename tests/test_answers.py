@@ -75,6 +75,9 @@ REPLIES = [
     ("<answer>I don't know</answer>", "refusal"),
     ("<answer>\\boxed{B}</answer>", "B"),
     ("<answer>A <answer>B</answer>", "B"),
+    ("A</answer>", "A"),  # the prompt opened the tag
+    ("< Answer > A </ Answer >", "A"),
+    ("<answer>A CT scan</answer>", "A"),
     # Declarations
     ("Final Answer: (B) MRI. Explanation: CT shows bone.", "B"),
     ("The answer is MRI rather than CT.", "B"),
@@ -153,6 +156,22 @@ def test_a_text_is_not_found_in_a_longer_one() -> None:
     assert extract_answer("This is Stage II.", stages).letter == "B"
     assert extract_answer("This is not melanoma.", ("Melanoma", "Not melanoma")).letter == "B"
     assert extract_answer("No tumor is seen.", ("Tumor", "No tumor")).letter == "B"
+
+
+def test_yes_and_no() -> None:
+    options = ("Yes", "No")
+    for reply, letter in [
+        ("No.", "B"),
+        ("no", "B"),
+        ("No, there is no fracture.", "B"),
+        ("Yes, it is.", "A"),
+        ("The answer is no.", "B"),
+        ("I would say no.", "B"),
+        ("The lungs look normal", None),
+        ("I do not know", None),
+        ("There is no doubt about this", None),
+    ]:
+        assert extract_answer(reply, options).letter == letter, reply
 
 
 def test_letters_inside_an_option_are_not_choices() -> None:

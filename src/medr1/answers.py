@@ -53,16 +53,16 @@ def extract_answer(reply: str, options: Sequence[str]) -> Answer:
     """
     text = _clean(reply)
     text, cut = _without_reasoning(text)
-    closed = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", text, re.DOTALL | re.IGNORECASE)
+    closed = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", text, re.DOTALL)
     if closed:
         return _read_span(closed[-1], options)
-    opened = re.split(r"<answer>", text, flags=re.IGNORECASE)
-    if len(opened) > 1:
-        answer = _read_span(re.sub(r"</?\w*$", "", opened[-1]), options)
+    _, opened, span = text.rpartition("<answer>")
+    if opened:
+        answer = _read_span(re.sub(r"</?\w*$", "", span), options)
         return Answer(answer.outcome, answer.letter, unclosed=True)
     if cut:
         return Answer("truncated")
-    return _read_free_text(text, options)
+    return _read_free_text(text.replace("</answer>", "\n"), options)
 
 
 def is_correct(answer: Answer, record: Record) -> bool:
@@ -81,11 +81,14 @@ _FORMATTING = re.compile(
 
 
 def _clean(text: str) -> str:
-    """Full-width and other letters made plain (NFKC); no invisible characters, Markdown or LaTeX dress."""
+    """Plain letters (NFKC) and tags; no invisible characters, Markdown or LaTeX dress, runs of blanks."""
     text = unicodedata.normalize("NFKC", text)
     if not text.isascii():
         text = "".join(char for char in text if unicodedata.category(char) != "Cf")
     text = re.sub(r"\\(?:text|math)\w*\s*\{([^{}]*)\}", r"\1", _FORMATTING.sub("", text))
+    text = re.sub(
+        r"<\s*(/?)\s*(think|answer)\s*>", lambda tag: f"<{tag[1]}{tag[2].lower()}>", text, flags=re.I
+    )
     return re.sub(r"[^\S\n]+", " ", re.sub(r"\s*\n\s*", "\n", text))
 
 
@@ -98,7 +101,7 @@ def _without_reasoning(text: str) -> tuple[str, bool]:
     """
     kept: list[str] = []
     inside = False
-    pieces = re.split(r"<\s*(/?)\s*think\s*>", text, flags=re.IGNORECASE)  # text, "" or "/", text, …
+    pieces = re.split(r"<(/?)think>", text)  # text, "" or "/", text, …
     tail = pieces[0]
     for slash, piece in zip(pieces[1::2], pieces[2::2], strict=True):
         if not slash and not inside:
@@ -108,10 +111,10 @@ def _without_reasoning(text: str) -> tuple[str, bool]:
     if not inside:
         return "\n".join([*kept, tail]), False
     before = "\n".join(kept)
-    if re.search(r"<answer>", before, re.IGNORECASE):
+    if "<answer>" in before:
         return before, True
-    answer = re.search(r"<answer>.*", tail, re.DOTALL | re.IGNORECASE)
-    return (answer[0], True) if answer else (before, True)
+    _, tag, answer = tail.partition("<answer>")
+    return (tag + answer if tag else before), True
 
 
 # -- what is denied ------------------------------------------------------------------------------------------
@@ -194,9 +197,16 @@ def _option(text: str) -> _Option:
 
 @lru_cache(maxsize=65536)
 def _pattern(option: str) -> re.Pattern[str] | None:
-    """An option's text as a whole: not in a longer word, not joined by a dash or stroke ("PET/CT")."""
-    words = rf"[{_DASH}]+".join(map(re.escape, _option(option).words))
-    return re.compile(rf"(?<![-/])(?<!{_WORD}){words}(?![-/]?{_WORD})", re.IGNORECASE) if words else None
+    """An option's text as a whole: not in a longer word, not joined by a dash or stroke ("PET/CT").
+
+    "No" is an answer only where a sign or the end follows, not in "no doubt".
+    """
+    words = _option(option).words
+    if not words:
+        return None
+    text = rf"[{_DASH}]+".join(map(re.escape, words))
+    end = r"(?=\s*(?:[^\w\s]|$))" if words in (("no",), ("none",)) else ""
+    return re.compile(rf"(?<![-/])(?<!{_WORD}){text}(?![-/]?{_WORD}){end}", re.IGNORECASE)
 
 
 def _words(text: str) -> tuple[str, ...]:
