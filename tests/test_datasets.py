@@ -317,6 +317,9 @@ def test_bad_files(tmp_path: Path) -> None:
     assert "X-Ray_train.json: line 3 is not JSON" in error_of(file)
     file.write_text("", encoding="utf-8")
     assert "line 1 is not JSON" in error_of(file)
+    for text in ("[" * 100_000, "[1" + "0" * 5_000 + "]"):
+        file.write_text(text, encoding="utf-8")
+        assert "cannot be read as JSON" in error_of(file)
     file.write_text("{}", encoding="utf-8")
     assert "expected a list of questions, found a dict" in error_of(file)
     file.write_text("[]", encoding="utf-8")

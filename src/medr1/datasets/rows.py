@@ -180,6 +180,8 @@ def read_rows(path: Path) -> list[Any]:
         rows = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
         raise MedR1Error(f"{path}: line {error.lineno} is not JSON ({error.msg}); repair the file") from error
+    except (ValueError, RecursionError) as error:  # a number of too many digits, lists nested too deep
+        raise MedR1Error(f"{path}: cannot be read as JSON ({error}); repair the file") from error
     if not isinstance(rows, list):
         raise MedR1Error(f"{path}: expected a list of questions, found a {type(rows).__name__}")
     return rows
