@@ -66,12 +66,25 @@ def completion_logprobs(
     targets_M = completion_ids_NT[scored]
     chunk = max(1, MAX_LOGITS // vlm.core.config.get_text_config().vocab_size)
 
+    def score_chunk(head: Callable[[Tensor], Tensor], hidden_M: Tensor, targets_M: Tensor) -> Tensor:
+        logits = restrict(head(hidden_M), temperature, vlm.banned_token_ids)
+        normaliser = logits.logsumexp(-1)
+        logp = logits.gather(-1, targets_M[:, None])[:, 0] - normaliser
+        if not entropy:
+            return logp[None]
+        with torch.no_grad():
+            entropy_M = torch.special.entr((logits - normaliser[:, None]).exp()).sum(-1)
+        return torch.stack([logp, entropy_M])
+
     def score(hidden: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
         hidden_M = hidden.reshape(num_rows, length, -1)[scored]
-        return _target_logprobs(hidden_M, head, targets_M, temperature, vlm.banned_token_ids, chunk)
+        if len(hidden_M) <= chunk:
+            return score_chunk(head, hidden_M, targets_M)
+        parts = zip(hidden_M.split(chunk), targets_M.split(chunk), strict=True)
+        return torch.cat([checkpoint(score_chunk, head, *part, use_reentrant=False) for part in parts], dim=1)
 
     with _head_replaced(vlm.core.get_output_embeddings(), score):
-        logp_2M = (model or vlm.model)(
+        scores_M = (model or vlm.model)(
             input_ids=ids,
             position_ids=positions if len(positions) > 1 else positions[0],
             shared_prefix=PackedGroups(prompts.attention_mask_BP, num_completions, length),
@@ -79,16 +92,14 @@ def completion_logprobs(
             use_cache=False,
             **prompts.model_inputs(),
         ).logits
-    logp_NT = logp_2M.new_zeros(num_rows, length).masked_scatter(scored, logp_2M[0])
+    logp_NT = scores_M.new_zeros(num_rows, length).masked_scatter(scored, scores_M[0])
     if not entropy:
         return logp_NT, None
-    return logp_NT, logp_NT.new_zeros(num_rows, length).masked_scatter(scored, logp_2M[1].detach())
+    return logp_NT, logp_NT.new_zeros(num_rows, length).masked_scatter(scored, scores_M[1].detach())
 
 
 @contextlib.contextmanager
-def _head_replaced(
-    head: nn.Module, score: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
-) -> Iterator[None]:
+def _head_replaced(head: nn.Module, score: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]) -> Iterator[None]:
     """Within this block the model's vocabulary projection returns `score(hidden, projection)`.
 
     So that a call of the whole model, through whatever wraps it, never makes logits of all its tokens at once.
@@ -101,30 +112,6 @@ def _head_replaced(
         del head.forward
         if patched is not None:  # others (accelerate's hooks) put their own forward on the instance too
             head.forward = patched
-
-
-def _target_logprobs(
-    hidden_M: Tensor,
-    head: Callable[[Tensor], Tensor],
-    targets_M: Tensor,
-    temperature: float,
-    banned: list[int],
-    chunk: int,
-) -> Tensor:
-    """(2, M): log-probability of each target with gradient, and entropy without; `chunk` tokens at a time."""
-
-    def score(hidden: Tensor, targets: Tensor) -> Tensor:
-        logits = restrict(head(hidden), temperature, banned)
-        normaliser = logits.logsumexp(-1)
-        logp = logits.gather(-1, targets[:, None])[:, 0] - normaliser
-        with torch.no_grad():
-            entropy = torch.special.entr((logits - normaliser[:, None]).exp()).sum(-1)
-        return torch.stack([logp, entropy])
-
-    if len(targets_M) <= chunk:
-        return score(hidden_M, targets_M)
-    parts = zip(hidden_M.split(chunk), targets_M.split(chunk), strict=True)
-    return torch.cat([checkpoint(score, *part, use_reentrant=False) for part in parts], dim=1)
 
 
 def restrict(logits: Tensor, temperature: float, banned: list[int]) -> Tensor:
