@@ -60,6 +60,33 @@ def prompt_mask(attention_mask_BP: Tensor) -> Tensor | None:
     return ((causal & attention_mask_BP.bool()[:, None, :]) | itself)[:, None]
 
 
+def _sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> Tensor:
+    """Plain attention, (B, tokens, H, D). On a CPU the kernel itself shares a key-value head between its query
+    heads, twice as fast as transformers' copies; on a GPU the kernels that take a mask need the copies."""
+    if query.device.type != "cpu":
+        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)[0]
+    out = nn.functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=mask is None and query.shape[2] > 1,
+        scale=scaling,
+        enable_gqa=True,
+    )
+    return out.transpose(1, 2)
+
+
 class PackedGroups:
     """Rows `[prompt | completion 1 | … | completion G]`: each completion sees its prompt and itself.
 
@@ -89,10 +116,10 @@ class PackedGroups:
             prompt = states[:, :, :length].repeat_interleave(num_completions, dim=0)
             return torch.cat([prompt, completions(states)], dim=2)
 
-        prompt_out, _ = sdpa_attention_forward(
+        prompt_out = _sdpa(
             module, query[:, :, :length], key[:, :, :length], value[:, :, :length], self.prompt_mask, **kwargs
         )
-        completion_out, _ = sdpa_attention_forward(
+        completion_out = _sdpa(
             module, completions(query), with_prompt(key), with_prompt(value), self.completion_mask, **kwargs
         )
         grouped = completion_out.unflatten(0, (-1, num_completions)).flatten(1, 2)
@@ -110,8 +137,7 @@ class Prefill:
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
         layer: int = module.layer_idx  # type: ignore[assignment]
         self.keys[layer], self.values[layer] = key, value
-        out, _ = sdpa_attention_forward(module, query, key, value, self.mask, **kwargs)
-        return out
+        return _sdpa(module, query, key, value, self.mask, **kwargs)
 
 
 class Decoding:
@@ -121,9 +147,7 @@ class Decoding:
     one softmax over both. So a group reads its prompt's keys once instead of G times, and no mask is built.
     """
 
-    def __init__(
-        self, prefill: Prefill, attention_mask_BP: Tensor, num_completions: int, max_new_tokens: int
-    ) -> None:
+    def __init__(self, prefill: Prefill, attention_mask_BP: Tensor, num_completions: int, max_new_tokens: int) -> None:
         self.num_completions = num_completions
         self.step = 0
         self.prompt_keys = {layer: key.transpose(2, 3).contiguous() for layer, key in prefill.keys.items()}
