@@ -85,7 +85,5 @@ def test_public_splits(shared: Path) -> None:
     """Test questions whose image is in train, against counts made before by other means."""
     report = check_data(shared / "data" / "medr1_splits")
     assert report["missing_images"] == report["images"]
-    overlap = {
-        name.split(" ")[0]: found["image_in_train"] for name, found in report["train_test_overlap"].items()
-    }
+    overlap = {name.split(" ")[0]: found["image_in_train"] for name, found in report["train_test_overlap"].items()}
     assert overlap == {"Dermoscopy": 241, "OCT": 253, "Microscopy": 308, "Lesion": 0}

@@ -102,9 +102,7 @@ def test_question_type_files(shared: Path) -> None:
         "Lesion Grading",
         "Other Biological Attributes",
     }
-    kept = load_records(
-        folder, check_images=False, modalities=["x-ray"], question_types=["modality recognition"]
-    )
+    kept = load_records(folder, check_images=False, modalities=["x-ray"], question_types=["modality recognition"])
     assert {record.modality for record in kept} == {"X-Ray"}
 
 
@@ -199,9 +197,7 @@ def test_gold_by_case_and_duplicate_distractors(tmp_path: Path) -> None:
 
 
 def test_groups_file(tmp_path: Path) -> None:
-    (record,) = load_records(
-        omnimedvqa(tmp_path, groups=f"image_path,group\n{ROW['image_path']},lesion_17\n")
-    )
+    (record,) = load_records(omnimedvqa(tmp_path, groups=f"image_path,group\n{ROW['image_path']},lesion_17\n"))
     assert record.group == "lesion_17"
 
 
@@ -328,9 +324,7 @@ def test_bad_files(tmp_path: Path) -> None:
     assert "row 1: not an object but [1]" in error_of(file)
     file.write_bytes(b'["\xff"]')
     assert "not UTF-8 text" in error_of(file)
-    assert "the name gives neither modality nor question type" in error_of(
-        split_file(tmp_path, name="mine.json")
-    )
+    assert "the name gives neither modality nor question type" in error_of(split_file(tmp_path, name="mine.json"))
     empty = tmp_path / "empty"
     (empty / "QA_information").mkdir(parents=True)
     assert "no QA_information/Open-access/*.json" in error_of(empty)
@@ -363,9 +357,7 @@ def test_filters(tmp_path: Path) -> None:
     assert [record.id for record in load_records(root, modalities=["US"])] == ["q1"]
     assert [record.id for record in load_records(root, sources=["BUSI"])] == ["q1"]
     assert "modality 'CT' is left; present: Dermoscopy, Ultrasound" in error_of(root, modalities=["US", "CT"])
-    assert "source 'BUSI' is left; present: HAM10000" in error_of(
-        root, modalities=["dermoscopy"], sources=["BUSI"]
-    )
+    assert "source 'BUSI' is left; present: HAM10000" in error_of(root, modalities=["dermoscopy"], sources=["BUSI"])
     assert "unknown modality 'PET'" in error_of(root, modalities=["PET"])
     assert "unknown question type 'x'" in error_of(root, question_types=["x"])
     assert "the source filter is []" in error_of(root, sources=[])

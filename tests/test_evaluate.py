@@ -282,9 +282,7 @@ def test_a_real_model(tmp_path: Path):
     vlm = tiny_vlm("qwen2_vl")
     records = make_records(tmp_path / "data")
     rows = evaluate(vlm, records, mode="think", out=tmp_path / "a.jsonl", max_new_tokens=8, batch_size=4)
-    one_by_one = evaluate(
-        vlm, records, mode="think", out=tmp_path / "b.jsonl", max_new_tokens=8, batch_size=1
-    )
+    one_by_one = evaluate(vlm, records, mode="think", out=tmp_path / "b.jsonl", max_new_tokens=8, batch_size=1)
     assert [row["reply"] for row in rows] == [row["reply"] for row in one_by_one]
     assert all(1 <= row["tokens"] <= 8 and row["finish"] in ("stop", "length") for row in rows)
     assert summarise(rows)["n"] == 6

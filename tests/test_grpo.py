@@ -71,9 +71,7 @@ ADVANTAGE = [2.0, -1.0]
 # dr_grpo with 4 tokens a row: -2.6 / 8 = -0.325
 
 
-@pytest.mark.parametrize(
-    ("aggregate", "expected"), [("sequence", -0.2), ("token", -0.52), ("dr_grpo", -0.325)]
-)
+@pytest.mark.parametrize(("aggregate", "expected"), [("sequence", -0.2), ("token", -0.52), ("dr_grpo", -0.325)])
 def test_loss_by_hand(aggregate: str, expected: float) -> None:
     logp = torch.tensor(LOGP, requires_grad=True)
     mask = torch.tensor(MASK)

@@ -135,12 +135,7 @@ def png_of_size(width: int, height: int) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b"\0"))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
 
 @pytest.mark.filterwarnings("error")
@@ -158,9 +153,7 @@ def test_decompression_bombs(tmp_path: Path, side: int) -> None:
     value=st.integers(0, 255),
     kind=st.sampled_from(["png", "jpg", "tif", "gif"]),
 )
-def test_a_changed_byte_gives_an_image_or_one_line(
-    tmp_path_factory, place: int, value: int, kind: str
-) -> None:
+def test_a_changed_byte_gives_an_image_or_one_line(tmp_path_factory, place: int, value: int, kind: str) -> None:
     path = saved(Image.linear_gradient("L").resize((16, 16)), tmp_path_factory.mktemp("fuzz") / f"a.{kind}")
     content = bytearray(path.read_bytes())
     content[place % len(content)] = value

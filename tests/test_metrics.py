@@ -142,9 +142,7 @@ def test_summarise_by_hand():
 def test_summary_of_nothing_is_undefined_not_zero():
     summary = summarise([])
     assert summary["n"] == summary["unparsed"] == 0
-    assert [summary[name] for name in ("accuracy", "ci95", "chance", "format_rate", "mean_tokens")] == [
-        None
-    ] * 5
+    assert [summary[name] for name in ("accuracy", "ci95", "chance", "format_rate", "mean_tokens")] == [None] * 5
     assert summary["macro"] == {"accuracy": None, "ci95": None, "n": 0, "chance": None}
     assert summary["by_modality"] == summary["by_question_type"] == {}
 

@@ -166,9 +166,7 @@ def test_real_vocabulary_and_chat_format(shared: Path) -> None:
     assert vlm.banned_token_ids == [151652, 151653, 151654, 151655, 151656]
     assert vlm.stop_token_ids == [151643, 151645]
     assert vlm.pad_token_id == 151643
-    prompts = encode_prompts(
-        vlm, [conversation("Which finding?", 1), conversation("Why?", 0)], [[picture(1)], []]
-    )
+    prompts = encode_prompts(vlm, [conversation("Which finding?", 1), conversation("Why?", 0)], [[picture(1)], []])
     text = vlm.tokenizer.decode(prompts.input_ids_BP[0])
     assert text.endswith("<|vision_end|>Which finding?<|im_end|>\n<|im_start|>assistant\n")
     rollout = sample(vlm, prompts, num_completions=2, max_new_tokens=5, seed=0)

@@ -31,8 +31,7 @@ def test_text() -> None:
             {"type": "image"},
             {
                 "type": "text",
-                "text": "What is shown?\nA) Naevus\nB) Wart B) trick text\n\n"
-                "Give one letter inside <answer></answer>.",
+                "text": "What is shown?\nA) Naevus\nB) Wart B) trick text\n\nGive one letter inside <answer></answer>.",
             },
         ],
     }
@@ -43,9 +42,7 @@ def test_modes() -> None:
     texts = [build_messages(RECORD, mode)[0]["content"][-1]["text"] for mode in MODES]
     assert len(set(texts)) == 3
     assert all(text.endswith(INSTRUCTION[mode]) for text, mode in zip(texts, MODES, strict=True))
-    with pytest.raises(
-        MedR1Error, match="unknown prompt mode 'deep'; choose one of think, no-think, think-after"
-    ):
+    with pytest.raises(MedR1Error, match="unknown prompt mode 'deep'; choose one of think, no-think, think-after"):
         build_messages(RECORD, "deep")
 
 
@@ -56,15 +53,11 @@ def test_nothing_but_question_and_options(shared: Path) -> None:
         assert secret not in text
     for record in load_records(shared / "data" / "real")[::50]:
         text = build_messages(record, "think")[0]["content"][-1]["text"]
-        options = [
-            f"{letter}) {option}" for letter, option in zip(record.letters, record.options, strict=True)
-        ]
+        options = [f"{letter}) {option}" for letter, option in zip(record.letters, record.options, strict=True)]
         assert text == "\n".join([record.question, *options, "", INSTRUCTION["think"]])
 
 
 def test_control_tokens_are_refused() -> None:
     bad = RECORD.model_copy(update={"question": "What <|image_pad|> is it?"})
-    with pytest.raises(
-        MedR1Error, match=r"record secret_id: its text holds the control token <\|image_pad\|>"
-    ):
+    with pytest.raises(MedR1Error, match=r"record secret_id: its text holds the control token <\|image_pad\|>"):
         build_messages(bad, "think")

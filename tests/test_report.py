@@ -16,9 +16,7 @@ from medr1.records import append_jsonl
 from medr1.report import ReportData, report_from_files, tell, write_report
 from medr1.report.plots import learning_curves
 
-NASTY = (
-    "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> </script> B & A"
-)
+NASTY = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> </script> B & A"
 LOG = [{"step": step, "reward_accuracy": step / 20, "format_rate": 0.9, "loss": 0.1} for step in range(1, 21)]
 
 
@@ -69,9 +67,7 @@ def make_data(folder: Path, **fields: object) -> ReportData:
 
 
 def embedded(page: str) -> dict:
-    return json.loads(
-        re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1]
-    )
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
 
 
 def test_the_page_and_its_headline(tmp_path: Path):

@@ -77,16 +77,12 @@ def test_sampling_logprobs_are_the_policys(family: str, temperature: float) -> N
     vlm = tiny_vlm(family)
     prompts = ragged_prompts(vlm)
     with bias(vlm, vlm.stop_token_ids, 3.0):
-        rollout = sample(
-            vlm, prompts, num_completions=8, max_new_tokens=30, temperature=temperature, seed=3
-        )
+        rollout = sample(vlm, prompts, num_completions=8, max_new_tokens=30, temperature=temperature, seed=3)
     assert rollout.finished_N.any(), "some rows stop early, so that dropping rows is part of the test"
     lengths = rollout.mask_NT.sum(1)
     assert lengths.max() == rollout.completion_ids_NT.shape[1] and lengths.min() < lengths.max()
     plain = sample(vlm, prompts, num_completions=8, max_new_tokens=30, temperature=temperature, seed=3)
-    again, _ = completion_logprobs(
-        vlm, prompts, plain.completion_ids_NT, plain.mask_NT, temperature=temperature
-    )
+    again, _ = completion_logprobs(vlm, prompts, plain.completion_ids_NT, plain.mask_NT, temperature=temperature)
     torch.testing.assert_close(plain.logp_NT, again.detach(), atol=1e-5, rtol=0)
 
 
@@ -122,9 +118,7 @@ def test_no_vision_token_is_ever_sampled(greedy: bool) -> None:
     vision = [vlm.tokenizer.convert_tokens_to_ids(name) for name in names]
     assert sorted(vision) == vlm.banned_token_ids
     with bias(vlm, vision, 50.0):  # nothing else would be sampled
-        rollout = sample(
-            vlm, ragged_prompts(vlm), num_completions=8, max_new_tokens=16, greedy=greedy, seed=0
-        )
+        rollout = sample(vlm, ragged_prompts(vlm), num_completions=8, max_new_tokens=16, greedy=greedy, seed=0)
     assert not torch.isin(rollout.completion_ids_NT, torch.tensor(vision)).any()
 
 
@@ -137,9 +131,7 @@ def test_first_tokens_follow_the_policy(temperature: float) -> None:
     logits[vlm.banned_token_ids] = -torch.inf
     probability = logits.softmax(0)
     draws = 8000
-    rollout = sample(
-        vlm, prompts, num_completions=draws, max_new_tokens=1, temperature=temperature, seed=11
-    )
+    rollout = sample(vlm, prompts, num_completions=draws, max_new_tokens=1, temperature=temperature, seed=11)
     counts = torch.bincount(rollout.completion_ids_NT[:, 0], minlength=len(probability))
     assert counts[probability == 0].sum() == 0
     common = probability * draws >= 5  # the test's usual condition; the rest is one cell

@@ -34,9 +34,7 @@ def grpo_loss(logp: Tensor, mask: Tensor, reference: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(5)
     old = logp.detach() + 0.3 * torch.randn(logp.shape, generator=generator)
     advantage = torch.randn(len(logp), generator=generator)
-    loss, _ = policy_loss(
-        logp, old, advantage, mask, denominator=len(logp), beta=0.04, ref_logp_NT=reference.detach()
-    )
+    loss, _ = policy_loss(logp, old, advantage, mask, denominator=len(logp), beta=0.04, ref_logp_NT=reference.detach())
     return loss
 
 

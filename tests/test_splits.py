@@ -35,16 +35,12 @@ def assert_apart(train: list[Record], test: list[Record]) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(
-    rows=st.lists(
-        st.tuples(st.integers(0, 15), st.integers(0, 25), st.sampled_from(["CT", "MRI", None])), max_size=40
-    ),
+    rows=st.lists(st.tuples(st.integers(0, 15), st.integers(0, 25), st.sampled_from(["CT", "MRI", None])), max_size=40),
     seed=st.integers(0, 5),
     fraction=st.floats(0.05, 0.95),
 )
 def test_sides_share_nothing(rows: list, seed: int, fraction: float) -> None:
-    records = [
-        record(n, f"g{group}", f"i{image}", modality) for n, (group, image, modality) in enumerate(rows)
-    ]
+    records = [record(n, f"g{group}", f"i{image}", modality) for n, (group, image, modality) in enumerate(rows)]
     try:
         train, test = split_by_group(records, fraction, seed)
     except MedR1Error as error:
@@ -86,9 +82,7 @@ def test_real_data(shared: Path) -> None:
 
 def test_errors() -> None:
     one = [record(0, "g", "a"), record(1, "g", "b")]
-    with pytest.raises(
-        MedR1Error, match="the test side of the split is empty: 2 records in 1 separate groups"
-    ):
+    with pytest.raises(MedR1Error, match="the test side of the split is empty: 2 records in 1 separate groups"):
         split_by_group(one, 0.2, 0)
     with pytest.raises(MedR1Error, match="the train side of the split is empty"):
         split_by_group(one, 0.9, 0)

@@ -81,9 +81,7 @@ def test_loss_and_gradients_equal_trl(
         assert sums["kl"] / sums["tokens"] == pytest.approx(metrics["kl"][0], rel=1e-4)
 
 
-def trl_trainer(
-    folder: Path, model: Any, processor: Any, loss_type: str, beta: float, kl_by_ratio: bool
-) -> Any:
+def trl_trainer(folder: Path, model: Any, processor: Any, loss_type: str, beta: float, kl_by_ratio: bool) -> Any:
     """TRL's own trainer; nothing of its generation or reward code runs."""
     model.save_pretrained(folder)
     model.config._name_or_path = str(folder)  # where TRL loads its reference model from

@@ -136,7 +136,9 @@ def ragged_prompts(vlm: VLM) -> PromptBatch:
     """One image, two images of different sizes, and no image; three lengths, so two prompts are padded."""
     images = [[picture(1)], [picture(2, 112, 84), picture(3, 56, 56)], []]
     texts = ["What?", "Which of the two shows a lesion?", "A question without an image."]
-    return encode_prompts(vlm, [conversation(text, len(group)) for text, group in zip(texts, images, strict=True)], images)
+    return encode_prompts(
+        vlm, [conversation(text, len(group)) for text, group in zip(texts, images, strict=True)], images
+    )
 
 
 def conversation(text: str, num_images: int) -> list[dict[str, Any]]:

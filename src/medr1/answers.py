@@ -86,9 +86,7 @@ def _clean(text: str) -> str:
     if not text.isascii():
         text = "".join(char for char in text if unicodedata.category(char) != "Cf")
     text = re.sub(r"\\(?:text|math)\w*\s*\{([^{}]*)\}", r"\1", _FORMATTING.sub("", text))
-    text = re.sub(
-        r"<\s*(/?)\s*(think|answer)\s*>", lambda tag: f"<{tag[1]}{tag[2].lower()}>", text, flags=re.I
-    )
+    text = re.sub(r"<\s*(/?)\s*(think|answer)\s*>", lambda tag: f"<{tag[1]}{tag[2].lower()}>", text, flags=re.I)
     return re.sub(r"[^\S\n]+", " ", re.sub(r"\s*\n\s*", "\n", text))
 
 
@@ -351,9 +349,7 @@ _HEAD_ENDS = re.compile(
     rf"{_CLOSE}(?:[).:;,!?。，；/&\n]|$|\b(?:because|since|as|and|or|but|due|given)\b|[^\x00-\x7f])",
     re.IGNORECASE,
 )
-_JOIN = re.compile(
-    rf"{_CLOSE}(?:(?P<and>{_AND})|[\s:.,{_DASH}]*)(?:\s*(?:option|choice)\b)?\s*", re.IGNORECASE
-)
+_JOIN = re.compile(rf"{_CLOSE}(?:(?P<and>{_AND})|[\s:.,{_DASH}]*)(?:\s*(?:option|choice)\b)?\s*", re.IGNORECASE)
 _ENDS = re.compile(rf"{_CLOSE}(?:[.。;；!！?？,，\n]|$)")
 _OPTION_MARK = re.compile(rf"(?<!{_WORD})([A-Z])[).:]")
 

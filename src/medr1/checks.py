@@ -52,9 +52,7 @@ def check_data(path: Path | str) -> dict[str, Any]:
         "chance": sum(record.chance for record in records) / len(records),
         "distinct_questions": len({record.question for record in records}),
         "duplicate_options": _finding(
-            record.id
-            for record in records
-            if len(set(map(normalise_option, record.options))) < len(record.options)
+            record.id for record in records if len(set(map(normalise_option, record.options))) < len(record.options)
         ),
         "duplicate_questions": _finding(record.id for record in records if asked[_asked(record)] > 1),
         "duplicate_images": _finding([str(image) for image in same] for same in copies),

@@ -91,9 +91,7 @@ def evaluate(
 
         rows = {row["key"]: row for row in _resume(out)}
         if foreign := rows.keys() - by_key.keys():
-            raise MedR1Error(
-                f"{out}: holds {len(foreign)} rows of another model, setting or data; name another file"
-            )
+            raise MedR1Error(f"{out}: holds {len(foreign)} rows of another model, setting or data; name another file")
         pending = [(key, record) for key, record in by_key.items() if key not in rows]
         # Prompts of like length share a batch: less padding. Longest first: too little memory shows at once.
         pending.sort(key=lambda item: -len(build_messages(item[1], mode)[0]["content"][-1]["text"]))
@@ -106,9 +104,7 @@ def evaluate(
                 [build_messages(record, mode) for _, record in batch],
                 [_images(shown[record.id], condition) for _, record in batch],
             )
-            rollout = sample(
-                vlm, prompts, num_completions=1, max_new_tokens=max_new_tokens, greedy=True, seed=seed
-            )
+            rollout = sample(vlm, prompts, num_completions=1, max_new_tokens=max_new_tokens, greedy=True, seed=seed)
             seconds = round((time.perf_counter() - started) / len(batch), 4)
             replies = zip(
                 batch,
@@ -131,7 +127,7 @@ def evaluate(
                 }
                 for (key, record), reply, finished, tokens in replies
             )
-            _append_whole(out, new)
+            append_jsonl(out, new)
             rows |= {row["key"]: row for row in new}
             progress.advance(task, len(batch))
     return [rows[key] for key in by_key]
@@ -245,17 +241,6 @@ def _resume(out: Path) -> list[Row]:
         rows = score(rows)
         write_atomic(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return rows
-
-
-def _append_whole(out: Path, rows: list[Row]) -> None:
-    """Append all of these rows, or none: a disk that fills up half-way leaves no torn line behind."""
-    size = out.stat().st_size if out.exists() else 0
-    try:
-        append_jsonl(out, rows)
-    except MedR1Error:
-        if out.exists():
-            os.truncate(out, size)
-        raise
 
 
 def _progress() -> Progress:

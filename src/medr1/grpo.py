@@ -17,9 +17,7 @@ Scale = Literal["group", "none"]
 Aggregate = Literal["sequence", "token", "dr_grpo"]
 
 
-def group_advantages(
-    rewards_BG: Tensor, *, scale: Scale = "group", ddof: int = 1, eps: float = 1e-4
-) -> Tensor:
+def group_advantages(rewards_BG: Tensor, *, scale: Scale = "group", ddof: int = 1, eps: float = 1e-4) -> Tensor:
     """How much better each completion is than its group: (B, G), centred in each row.
 
     "group": (r - mean) / (std + eps) (arXiv:2402.03300, eq. 4.1.1; ddof=1 and eps=1e-4 as in R1-V and TRL).

@@ -124,9 +124,7 @@ def accuracy_table(rows: Sequence[Row]) -> dict[str, Any]:
             "chance": _mean([cell["chance"] for cell in stated]),
         },
         "by_modality": by_modality,
-        "by_question_type": {
-            name: _cell(part) for name, part in _split(rows, "question_type", QUESTION_TYPES).items()
-        },
+        "by_question_type": {name: _cell(part) for name, part in _split(rows, "question_type", QUESTION_TYPES).items()},
     }
 
 
@@ -172,10 +170,7 @@ def compare(before: Sequence[Row], after: Sequence[Row], seed: int = 0) -> dict[
             f"two evaluations to compare differ in {len(unmatched) or 'repeated'} records{named}; "
             "evaluate both on the same data"
         )
-    pairs = [
-        {**row, "difference": float(after_by_id[row["id"]]["correct"]) - float(row["correct"])}
-        for row in before
-    ]
+    pairs = [{**row, "difference": float(after_by_id[row["id"]]["correct"]) - float(row["correct"])} for row in before]
     rng = np.random.default_rng(seed)
 
     def draws(rows: Sequence[Row]) -> np.ndarray:
@@ -202,14 +197,11 @@ def compare(before: Sequence[Row], after: Sequence[Row], seed: int = 0) -> dict[
         },
         "by_modality": by_modality,
         "by_question_type": {
-            name: change(part, draws(part))
-            for name, part in _split(pairs, "question_type", QUESTION_TYPES).items()
+            name: change(part, draws(part)) for name, part in _split(pairs, "question_type", QUESTION_TYPES).items()
         },
         "gained": sum(row["difference"] > 0 for row in pairs),
         "lost": sum(row["difference"] < 0 for row in pairs),
-        "mcnemar_p": mcnemar(
-            [row["correct"] for row in before], [after_by_id[row["id"]]["correct"] for row in before]
-        ),
+        "mcnemar_p": mcnemar([row["correct"] for row in before], [after_by_id[row["id"]]["correct"] for row in before]),
     }
 
 

@@ -68,11 +68,12 @@ class VLM:
     @cached_property
     def banned_token_ids(self) -> list[int]:
         """Image, video and vision-boundary tokens: never sampled, and left out of the scored distribution too."""
-        names = ("image", "video", "vision_start", "vision_end")
-        ids = {getattr(self.core.config, f"{name}_token_id", None) for name in names}
-        vocabulary = self.tokenizer.get_vocab()
-        ids |= {vocabulary.get(f"<|{name}|>") for name in ("vision_start", "vision_end", "vision_pad")}
-        ids |= {vocabulary.get(f"<|{name}_pad|>") for name in ("image", "video")}
+        configured = (f"{name}_token_id" for name in ("image", "video", "vision_start", "vision_end"))
+        ids = {getattr(self.core.config, name, None) for name in configured}
+        for name in ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"):
+            token = self.tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+            if token != self.tokenizer.unk_token_id:  # what a tokenizer gives for a token that it does not have
+                ids.add(token)
         return sorted(token for token in ids if token is not None)
 
     @cached_property
@@ -167,9 +168,7 @@ def _select_features(features: Any, images: list[int]) -> Any:
     selected = copy.copy(features)
     selected.pooler_output = tuple(features.pooler_output[image] for image in images)
     if getattr(features, "deepstack_features", None) is not None:  # Qwen3-VL: features for several text layers
-        selected.deepstack_features = [
-            tuple(layer[image] for image in images) for layer in features.deepstack_features
-        ]
+        selected.deepstack_features = [tuple(layer[image] for image in images) for layer in features.deepstack_features]
     return selected
 
 
@@ -200,9 +199,7 @@ def load_vlm(name: str, *, dtype: str = "auto", device: str | torch.device | Non
     loader: Any = AutoModelForImageTextToText
     try:
         processor = AutoProcessor.from_pretrained(source)
-        model, loading = loader.from_pretrained(
-            source, dtype=_torch_dtype(dtype, device), output_loading_info=True
-        )
+        model, loading = loader.from_pretrained(source, dtype=_torch_dtype(dtype, device), output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise MedR1Error(_load_failure(name, folder, error)) from error
     if loading["missing_keys"]:  # transformers would go on with random weights in their place
@@ -262,9 +259,7 @@ def encode_prompts(
         for conversation in messages
     ]
     flat = [image for group in images for image in group]
-    inputs = vlm.processor(
-        text=texts, images=flat or None, padding=True, padding_side="left", return_tensors="pt"
-    )
+    inputs = vlm.processor(text=texts, images=flat or None, padding=True, padding_side="left", return_tensors="pt")
     input_ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
     token_types = inputs.pop("mm_token_type_ids", None)
     vision = dict(inputs)

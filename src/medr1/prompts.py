@@ -34,9 +34,7 @@ def build_messages(record: Record, mode: str) -> list[dict[str, Any]]:
     ]
     text = "\n".join([record.question, *options, "", INSTRUCTION[mode]])
     if control := re.search(r"<\|\w+\|>", text):
-        raise MedR1Error(
-            f"record {record.id}: its text holds the control token {control[0]}; remove it from the data"
-        )
+        raise MedR1Error(f"record {record.id}: its text holds the control token {control[0]}; remove it from the data")
     content: list[dict[str, Any]] = [{"type": "image"} for _ in record.images]
     return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
 

@@ -126,7 +126,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise MedR1Error(f"{path}: no such file; give the path of a .jsonl file that medr1 wrote")
     rows = []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")  # a tear may split a character
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -140,17 +140,22 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Append rows to a JSON-lines file and force them to disk, so that a killed run keeps them.
+    """Append rows to a JSON-lines file and force them to disk: all of them, or on a full disk none.
 
     Raises:
         MedR1Error: the disk is full or the folder cannot be written.
     """
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        with path.open("ab") as file:
+            size = file.tell()
+            try:
+                file.write(text.encode())
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(size)
+                raise
     except OSError as error:
         raise MedR1Error(f"{path}: cannot be written ({error.strerror}); free space and run again") from error
 

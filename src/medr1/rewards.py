@@ -66,15 +66,11 @@ def load_rewards(weights: Mapping[str, float]) -> list[tuple[str, Reward, float]
 def _import(name: str) -> Reward:
     module, colon, function = name.partition(":")
     if not colon:
-        raise MedR1Error(
-            f"unknown reward {name!r}; use {', '.join(_NAMED)} or the path of your own as module:function"
-        )
+        raise MedR1Error(f"unknown reward {name!r}; use {', '.join(_NAMED)} or the path of your own as module:function")
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:  # ValueError: an empty module name
-        raise MedR1Error(
-            f"reward {name!r} cannot be imported ({error}); install it or set PYTHONPATH"
-        ) from error
+        raise MedR1Error(f"reward {name!r} cannot be imported ({error}); install it or set PYTHONPATH") from error
     if not callable(found):
         raise MedR1Error(f"reward {name!r} is not a function but a {type(found).__name__}")
     return found

@@ -11,9 +11,7 @@ from medr1.errors import MedR1Error
 from medr1.records import Record
 
 
-def split_by_group(
-    records: Sequence[Record], test_fraction: float, seed: int
-) -> tuple[list[Record], list[Record]]:
+def split_by_group(records: Sequence[Record], test_fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
     """(train, test), each in the order of ids, whatever the order of the records.
 
     Records that share a group or an image, also by way of other records, stay together. Within each modality

@@ -76,9 +76,7 @@ def _read(path: Path, image_root: Path | None) -> list[Record]:
         raise MedR1Error(f"{path}: no such file or folder; give a folder with QA_information or a split file")
     if is_omnimedvqa(path):
         if image_root is not None:
-            raise MedR1Error(
-                f"{path}: image_root is for split files only; images lie beside QA_information here"
-            )
+            raise MedR1Error(f"{path}: image_root is for split files only; images lie beside QA_information here")
         records = read_omnimedvqa(path)
     elif path.suffix == ".json" or split_files(path):
         records = read_medr1_splits(path, image_root)

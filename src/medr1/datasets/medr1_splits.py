@@ -82,9 +82,7 @@ _MODALITY_OF_SOURCE = {source: modality for modality, sources in _SOURCES.items(
 _MODALITY_OF_RADIMAGENET_PREFIX = {
     **dict.fromkeys(("abd", "lung"), "CT"),
     **dict.fromkeys(("usn", "usf", "thyroid-nodule"), "Ultrasound"),
-    **dict.fromkeys(
-        ("mri-abd", "mrabd", "brain", "spine", "knee", "hip", "shoulder", "foot", "ankle"), "MRI"
-    ),
+    **dict.fromkeys(("mri-abd", "mrabd", "brain", "spine", "knee", "hip", "shoulder", "foot", "ankle"), "MRI"),
 }
 
 _OPTION_LETTER = re.compile(r"(?:^|(?<=[\s,]))([A-Z])\)")
@@ -123,9 +121,7 @@ def read_medr1_splits(path: Path, image_root: Path | None = None) -> list[Record
         if modality is None:
             modality = modality_of_image(image)
         if modality is None and question_type is None:
-            raise ValueError(
-                f"the modality is unknown for source {parts[1]!r}; move the row to a modality's file"
-            )
+            raise ValueError(f"the modality is unknown for source {parts[1]!r}; move the row to a modality's file")
         return Record(
             id=f"{file.stem}/{number}",
             images=(file_path,),
@@ -177,13 +173,10 @@ def _question(problem: str, solution: str) -> tuple[str, tuple[str, ...], str]:
     marks = list(_OPTION_LETTER.finditer(problem))
     letters = "".join(mark[1] for mark in marks)
     if not marks or letters != LETTERS[: len(marks)]:
-        raise ValueError(
-            f"option letters {', '.join(letters) or '(none)'} in 'problem' are not A, B, … in order"
-        )
+        raise ValueError(f"option letters {', '.join(letters) or '(none)'} in 'problem' are not A, B, … in order")
     ends = [mark.start() for mark in marks[1:]] + [len(problem)]
     options = tuple(
-        problem[mark.end() : end].strip().removesuffix(",").rstrip()
-        for mark, end in zip(marks, ends, strict=True)
+        problem[mark.end() : end].strip().removesuffix(",").rstrip() for mark, end in zip(marks, ends, strict=True)
     )
     answer = _SOLUTION.fullmatch(solution)
     if answer is None:

@@ -89,17 +89,11 @@ def letter_of(gold: str, options: Sequence[str]) -> str:
     found = [letter for letter, option in zip(LETTERS, options, strict=False) if option == gold]
     if not found:
         wanted = normalise_option(gold)
-        found = [
-            letter
-            for letter, option in zip(LETTERS, options, strict=False)
-            if normalise_option(option) == wanted
-        ]
+        found = [letter for letter, option in zip(LETTERS, options, strict=False) if normalise_option(option) == wanted]
     if not found:
         raise ValueError(f"the answer {gold!r} is not among the options {list(options)}")
     if len(found) > 1:
-        raise ValueError(
-            f"duplicate options {' and '.join(found)} both read as the answer, {gold!r}; remove one"
-        )
+        raise ValueError(f"duplicate options {' and '.join(found)} both read as the answer, {gold!r}; remove one")
     return found[0]
 
 
@@ -127,9 +121,7 @@ class ImageFolder:
         path = self.root / relative
         given = PurePosixPath(relative)
         if given.is_absolute() or ".." in given.parts or not os.path.realpath(path).startswith(self._inside):
-            raise ValueError(
-                f"image path {relative!r} leads out of the data folder; use a path inside {self.root}"
-            )
+            raise ValueError(f"image path {relative!r} leads out of the data folder; use a path inside {self.root}")
         return path
 
     def group(self, relative: str) -> str:
@@ -165,9 +157,7 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise MedR1Error(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
-        raise MedR1Error(
-            f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
-        ) from error
+        raise MedR1Error(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
 
 
 def read_rows(path: Path) -> list[Any]:
@@ -204,9 +194,7 @@ def read_records(files: Iterable[Path], read: Callable[[Path, int, dict[str, Any
                     raise ValueError(f"not an object but {row!r:.40}")
                 record = read(file, number, row)
                 if record.id in places:
-                    raise ValueError(
-                        f"id {record.id!r} was used before, at {places[record.id]}; make ids unique"
-                    )
+                    raise ValueError(f"id {record.id!r} was used before, at {places[record.id]}; make ids unique")
             except ValueError as error:
                 bad.append(f"{place}: {_reason(error)}")
             else:

@@ -269,13 +269,9 @@ def _control_table(path: Path) -> dict[str, Any]:
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise MedR1Error(
-            f"{path}: cannot be read as JSON; give .jsonl rows or a .json accuracy table"
-        ) from error
+        raise MedR1Error(f"{path}: cannot be read as JSON; give .jsonl rows or a .json accuracy table") from error
     if not isinstance(table, dict) or "by_modality" not in table:
-        raise MedR1Error(
-            f"{path}: is no accuracy table; give what accuracy_table or text_only_prior returned"
-        )
+        raise MedR1Error(f"{path}: is no accuracy table; give what accuracy_table or text_only_prior returned")
     return table
 
 
@@ -313,9 +309,7 @@ def _table(
     """The table of accuracies as parts with a title; a control that lacks a line has None there."""
 
     def line(name: str, n: int | str, *path: str) -> dict[str, Any]:
-        before, after, moved, *others = (
-            _inside(t, path) for t in (base, trained, change, *controls.values())
-        )
+        before, after, moved, *others = (_inside(t, path) for t in (base, trained, change, *controls.values()))
         return {
             "name": name,
             "n": n,
@@ -346,9 +340,7 @@ def _samples(data: ReportData, max_samples: int) -> tuple[list[dict[str, Any]], 
     """The viewer's samples, naming images by index, and the images as data URIs (None for a lost file)."""
     before = random.Random(0).sample(list(data.base), min(max_samples, len(data.base)))
     after = {row["id"]: row for row in data.trained}
-    paths = {
-        path: index for index, path in enumerate(dict.fromkeys(p for row in before for p in row["images"]))
-    }
+    paths = {path: index for index, path in enumerate(dict.fromkeys(p for row in before for p in row["images"]))}
     shown = ("id", "modality", "question_type", "source", "question", "options", "gold")
     samples = [
         {

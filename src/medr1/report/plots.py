@@ -95,9 +95,7 @@ def learning_curves(log: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
             low = values - np.array([line.get("eval_ci_low", line["eval_accuracy"]) for line in tested])
             high = np.array([line.get("eval_ci_high", line["eval_accuracy"]) for line in tested]) - values
             steps = [line["step"] for line in tested]
-            axes.errorbar(
-                steps, values, yerr=[low, high], fmt="o", color=INK, ms=4, lw=1, label="held-out accuracy"
-            )
+            axes.errorbar(steps, values, yerr=[low, high], fmt="o", color=INK, ms=4, lw=1, label="held-out accuracy")
         axes.set_ylim(-0.02, 1.02)
         axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %", decimals=0))
         figure.legend(frameon=False, labelcolor=INK, loc="lower center", ncols=2, columnspacing=2)
@@ -160,9 +158,7 @@ def _dot(axes: Axes, y: float, cell: Cell, mark: Mark) -> None:
     )
 
 
-def _curve(
-    axes: Axes, log: Sequence[dict[str, Any]], key: str, label: str | None, colour: str, dash: str
-) -> None:
+def _curve(axes: Axes, log: Sequence[dict[str, Any]], key: str, label: str | None, colour: str, dash: str) -> None:
     points = [(line["step"], line[key]) for line in log if line.get(key) is not None]
     steps, values = np.array(points, dtype=float).T
     half = max(1, len(values) // 40)

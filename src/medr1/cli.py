@@ -1,0 +1,273 @@
+"""The command line: parsing and printing only; each command calls one function of the package."""
+
+import json
+import logging
+import os
+import random
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from medr1.config import Config, load_config, parse_override, to_toml
+from medr1.errors import MedR1Error
+
+NOTICE = "Research use only. Not a medical device, not for clinical use."
+
+app = typer.Typer(
+    help=f"Med-R1: reinforcement learning for medical vision-language models, honestly evaluated. {NOTICE}",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+data_app = typer.Typer(help="Look into a data set before training on it.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+console = Console(stderr=True)
+
+ModelOption = Annotated[str, typer.Option("--model", help="hub name, local folder, or 'tiny'")]
+DataOption = Annotated[str, typer.Option("--data", help="OmniMedVQA folder, Med-R1 split JSON, or 'phantoms'")]
+ModeOption = Annotated[str, typer.Option("--mode", help="think, no-think or think-after")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line of stdout")]
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="a TOML recipe; `medr1 config` prints one")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="KEY=VALUE for any field of the recipe; may be repeated")
+]
+ModalityOption = Annotated[list[str] | None, typer.Option("--modality", help="keep this modality; may be repeated")]
+TypeOption = Annotated[
+    list[str] | None, typer.Option("--question-type", help="keep this question type; may be repeated")
+]
+
+
+def main() -> None:
+    """Run a command; a `MedR1Error` becomes one line and exit status 1, Ctrl-C status 130."""
+    # The package reads local files and named hub models; nothing of transformers' chatter is for the user.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        app(standalone_mode=True)
+    except MedR1Error as error:
+        Console(stderr=True, soft_wrap=True).print(f"medr1: {error}", style="bold red", markup=False, highlight=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("medr1: stopped; the same command goes on from what is saved", markup=False)
+        sys.exit(130)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="folder for everything the demo makes")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option("--seed", help="seed of the data order and of sampling")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Train the tiny model with GRPO on phantoms, evaluate before and after, write a report. Minutes on a CPU."""
+    from medr1.demo import run_demo
+
+    summary = run_demo(out, seed=seed)
+    _finish(summary, as_json)
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option("--out", help="folder of the run; an unfinished run there is resumed")],
+    config: ConfigOption = None,
+    method: Annotated[str | None, typer.Option("--method", help="grpo or sft")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="hub name, local folder, or 'tiny'")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="OmniMedVQA folder, Med-R1 JSON, or 'phantoms'")] = None,
+    mode: Annotated[str | None, typer.Option("--mode", help="think, no-think or think-after")] = None,
+    modality: ModalityOption = None,
+    question_type: TypeOption = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="optimizer steps")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="seed of the data order and of sampling")] = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a model with GRPO or SFT; stop it with Ctrl-C and run the same command to go on."""
+    from medr1.training.run import train as run
+
+    overrides = {
+        "method": method,
+        "model.name": model,
+        "data.path": data,
+        "rollout.mode": mode or ("no-think" if method == "sft" and config is None else None),
+        "data.modalities": modality,
+        "data.question_types": question_type,
+        "optimizer.steps": steps,
+        "optimizer.seed": seed,
+    }
+    resolved = _resolve(config, overrides, settings)
+    _finish(run(resolved, out), as_json)
+
+
+@app.command("eval")
+def evaluate_command(
+    out: Annotated[Path, typer.Option("--out", help="a .jsonl file, one row a sample; an unfinished one is resumed")],
+    model: ModelOption = "tiny",
+    data: DataOption = "phantoms",
+    mode: ModeOption = "think",
+    modality: ModalityOption = None,
+    question_type: TypeOption = None,
+    part: Annotated[str, typer.Option("--part", help="test (held out), train, or all")] = "test",
+    condition: Annotated[str, typer.Option("--condition", help="image, or the control blank or shuffled")] = "image",
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="replies are cut here")] = 256,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="prompts decoded together")] = 32,
+    limit: Annotated[
+        int, typer.Option("--limit", min=0, help="evaluate so many records, drawn by the split seed; 0: all")
+    ] = 0,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer every held-out question greedily; print accuracy by modality and question type with intervals."""
+    from medr1.data import load_parts
+    from medr1.evaluate import evaluate
+    from medr1.metrics import summarise
+    from medr1.models import load_vlm
+
+    overrides = {"data.path": data, "data.modalities": modality, "data.question_types": question_type}
+    resolved = _resolve(None, overrides | {"rollout.mode": mode}, settings)
+    train_records, test_records = load_parts(resolved.data)
+    parts = {"test": test_records, "train": train_records, "all": train_records + test_records}
+    if part not in parts:
+        raise MedR1Error(f"--part {part}: choose {', '.join(parts)}")
+    records = parts[part]
+    rows = evaluate(
+        load_vlm(model),
+        random.Random(resolved.data.split_seed).sample(records, limit) if 0 < limit < len(records) else records,
+        mode=mode,
+        out=out,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        condition=condition,
+    )
+    _print_summary(summarise(rows), as_json)
+
+
+@app.command("score")
+def score_command(
+    answers: Annotated[Path, typer.Argument(help="a .jsonl file that `medr1 eval` wrote")],
+    as_json: JsonOption = False,
+) -> None:
+    """Score stored replies again with this version's extractor, without running the model."""
+    from medr1.evaluate import score
+    from medr1.metrics import summarise
+    from medr1.records import read_jsonl
+
+    _print_summary(summarise(score(read_jsonl(answers))), as_json)
+
+
+@app.command("report")
+def report_command(
+    base: Annotated[Path, typer.Option("--base", help="answers of the base model (.jsonl)")],
+    trained: Annotated[Path, typer.Option("--trained", help="answers of the trained model (.jsonl)")],
+    run: Annotated[
+        Path | None, typer.Option("--run", help="folder of the training run: curve, recipe, text-only prior")
+    ] = None,
+    controls: Annotated[
+        list[str] | None, typer.Option("--control", help="NAME=FILE with the trained model's answers, e.g. blank=…")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="the HTML file to write")] = Path("report.html"),
+    as_json: JsonOption = False,
+) -> None:
+    """Write one self-contained HTML page from stored answers: before, after, controls, curve, every sample."""
+    from medr1.controls import text_only_prior
+    from medr1.data import load_parts
+    from medr1.report import report_from_files
+    from medr1.training.base import RECIPE
+
+    prior = text_only_prior(*load_parts(load_config(run / RECIPE).data)) if run else None
+    _finish(report_from_files(base, trained, run=run, controls=controls or [], text_only=prior, out=out), as_json)
+
+
+@app.command()
+def ask(
+    image: Annotated[list[Path], typer.Argument(help="image file(s), then the question")],
+    question: Annotated[str, typer.Argument(help="the question")],
+    option: Annotated[list[str], typer.Option("--option", help="an answer to choose from; at least two")],
+    model: ModelOption = "tiny",
+    mode: ModeOption = "think",
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="the reply is cut here")] = 256,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask a model one multiple-choice question about an image; shows its reasoning and its answer."""
+    from medr1.ask import ask as run
+    from medr1.models import load_vlm
+
+    reply = run(load_vlm(model), image, question, option, mode=mode, max_new_tokens=max_new_tokens)
+    if not as_json:
+        typer.echo(f"{reply['reply']}\n")
+        typer.echo(
+            f"answer: {reply['letter']}) {reply['option']}" if reply["letter"] else f"no answer: {reply['outcome']}"
+        )
+    _finish(reply, as_json)
+
+
+@data_app.command("check")
+def data_check(
+    path: Annotated[str, typer.Argument(help="OmniMedVQA folder, Med-R1 split JSON, or 'phantoms'")],
+    as_json: JsonOption = False,
+) -> None:
+    """Count records, options, duplicates, shared images and licences; name what is wrong."""
+    from medr1.checks import check_data
+    from medr1.data import phantom_folder
+
+    report = check_data(phantom_folder(400) if path == "phantoms" else Path(path))
+    if not as_json:
+        console_out = Console()
+        for name, value in report.items():
+            console_out.print(
+                f"[bold]{name}[/bold]: {value}" if not isinstance(value, dict) else f"[bold]{name}[/bold]"
+            )
+            if isinstance(value, dict):
+                for key, count in value.items():
+                    console_out.print(f"  {key}: {count}", markup=False, highlight=False)
+    _finish(report, as_json)
+
+
+@app.command("config")
+def config_command(config: ConfigOption = None, settings: SetOption = None) -> None:
+    """Print a whole recipe as TOML, every field with its meaning."""
+    typer.echo(to_toml(_resolve(config, {}, settings)), nl=False)
+
+
+def _resolve(path: Path | None, options: dict[str, Any], settings: list[str] | None) -> Config:
+    overrides = {key: value for key, value in options.items() if value is not None}
+    return load_config(path, overrides | dict(map(parse_override, settings or [])))
+
+
+def _finish(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(result, ensure_ascii=False))
+    console.print(NOTICE, style="dim")
+
+
+def _print_summary(summary: dict[str, Any], as_json: bool) -> None:
+    table = Table(
+        title=f"accuracy {_percent(summary['accuracy'])}, 95 % interval {_interval(summary)}, n = {summary['n']}"
+    )
+    for heading in ("", "accuracy", "95 % interval", "chance", "n"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for part in ("by_modality", "by_question_type"):
+        for name, cell in summary[part].items():
+            table.add_row(name, _percent(cell["accuracy"]), _interval(cell), _percent(cell["chance"]), str(cell["n"]))
+        table.add_section()
+    table.add_row(
+        "all",
+        _percent(summary["accuracy"]),
+        _interval(summary),
+        _percent(summary["chance"]),
+        str(summary["n"]),
+    )
+    Console().print(table)
+    _finish(summary, as_json)
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def _interval(cell: dict[str, Any]) -> str:
+    return "–" if cell["ci95"] is None else f"{_percent(cell['ci95'][0])} to {_percent(cell['ci95'][1])}"

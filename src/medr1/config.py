@@ -1,0 +1,207 @@
+"""The recipe of a training run: defaults are the vetted setting, a TOML file says what differs.
+
+    medr1 config                       # print every field with its meaning and default
+    medr1 train --config recipe.toml --set optimizer.learning_rate=2e-6
+
+Unknown keys are refused with the nearest known name. The resolved recipe is written beside the checkpoint.
+"""
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from medr1.errors import MedR1Error
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(_Section):
+    """The policy to start from."""
+
+    name: str = Field("tiny", description="a hub name, a local folder, or 'tiny' (in the package)")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 where the GPU supports it, else float32"
+    )
+    lora_rank: int = Field(0, ge=0, description="rank of a LoRA adapter on the language model; 0: full fine-tuning")
+    lora_alpha: int = Field(32, ge=1, description="LoRA scale: the update is multiplied by alpha / rank")
+    train_vision: bool = Field(True, description="train the vision tower too (full fine-tuning only); false: frozen")
+
+
+class DataConfig(_Section):
+    """Which records, and how they are divided."""
+
+    path: str = Field("phantoms", description="an OmniMedVQA folder, Med-R1 split JSON, or 'phantoms'")
+    modalities: tuple[str, ...] = Field((), description="keep these modalities; empty: all")
+    question_types: tuple[str, ...] = Field((), description="keep these question types; empty: all")
+    sources: tuple[str, ...] = Field((), description="keep these sources; empty: all")
+    test_fraction: float = Field(0.2, gt=0, lt=1, description="share of records held out, by image or patient group")
+    split_seed: int = Field(0, description="seed of the split")
+    num_phantoms: int = Field(1600, ge=16, description="images to draw where path is 'phantoms' (five questions each)")
+
+
+class RolloutConfig(_Section):
+    """How the policy is sampled."""
+
+    mode: Literal["think", "no-think", "think-after"] = Field(
+        "think", description="rationale then letter, letter alone, or letter then rationale"
+    )
+    num_completions: int = Field(8, ge=1, description="G, completions a prompt; at least 2 for GRPO")
+    max_new_tokens: int = Field(256, ge=1, description="a completion is cut here and counted as truncated")
+    temperature: float = Field(1.0, gt=0, description="sampling temperature; the scored policy has the same")
+
+
+class GRPOConfig(_Section):
+    """The objective; see grpo.py for the formulas."""
+
+    rewards: dict[str, float] = Field(
+        {"accuracy": 1.0, "format": 0.2},
+        description="reward -> weight; a name, or 'package.module:function' (reply, record, mode) -> float",
+    )
+    advantage_scale: Literal["group", "none"] = Field(
+        "group", description="divide by the group's standard deviation, or not (Dr. GRPO)"
+    )
+    aggregate: Literal["sequence", "token", "dr_grpo"] = Field(
+        "sequence",
+        description="average a sequence then the batch, all tokens alike, or by the constant of Dr. GRPO",
+    )
+    clip_low: float = Field(0.2, ge=0, description="ratio is clipped at 1 - clip_low")
+    clip_high: float = Field(0.2, ge=0, description="ratio is clipped at 1 + clip_high")
+    beta: float = Field(0.04, ge=0, description="weight of the KL to the reference; 0 loads no reference")
+    num_iterations: int = Field(1, ge=1, description="updates on each batch of rollouts; 1 is on-policy")
+
+
+class OptimizerConfig(_Section):
+    """Steps and sizes."""
+
+    steps: int = Field(0, ge=0, description="optimizer steps; 0: as many as `epochs` takes")
+    epochs: float = Field(1.0, gt=0, description="passes over the training part, where steps is 0")
+    prompts_per_step: int = Field(8, ge=1, description="prompts a step on each process (SFT: examples)")
+    prompts_per_forward: int = Field(
+        0,
+        ge=0,
+        description="prompts a forward pass, for memory; the gradient is the same; 0: all of the step's",
+    )
+    learning_rate: float = Field(1e-6, gt=0, description="peak rate of AdamW")
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field("linear", description="after the warm-up")
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    seed: int = Field(0, description="seed of the data order and of every sampled token")
+
+
+class LogConfig(_Section):
+    """What is kept and when."""
+
+    log_every: int = Field(1, ge=1, description="steps between log lines")
+    save_every: int = Field(50, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept")
+    eval_every: int = Field(0, ge=0, description="steps between evaluations on held-out records; 0: none")
+    eval_records: int = Field(200, ge=1, description="held-out records in such an evaluation, drawn by the split seed")
+    trackers: tuple[str, ...] = Field(
+        (), description="integrations of transformers: tensorboard, wandb, mlflow, trackio"
+    )
+
+
+class Config(_Section):
+    """A whole recipe."""
+
+    method: Literal["grpo", "sft"] = Field("grpo", description="reinforcement learning, or the supervised baseline")
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    grpo: GRPOConfig = GRPOConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    log: LogConfig = LogConfig()
+
+
+def load_config(path: Path | None = None, overrides: dict[str, Any] | None = None) -> Config:
+    """Defaults, then the TOML file, then overrides such as {"optimizer.learning_rate": 1e-5}.
+
+    Raises:
+        MedR1Error: no such file, not TOML, an unknown key (the nearest known one is named), or a value out of range.
+    """
+    values: dict[str, Any] = {}
+    where = str(path) if path else "--set"
+    if path is not None:
+        if not path.is_file():
+            raise MedR1Error(f"{path}: no such file; `medr1 config > {path.name}` writes one with every field")
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise MedR1Error(f"{path}: not TOML ({error}); see `medr1 config` for an example") from error
+    for key, value in (overrides or {}).items():
+        section = values
+        *parents, last = key.split(".")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise MedR1Error(f"{where}: {parent} is a value, not a section; see `medr1 config`")
+        section[last] = value
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, _keys(Config), n=1, cutoff=0.3)
+            hint = f"did you mean {near[0]}?" if near else "`medr1 config` lists them"
+            raise MedR1Error(f"{where}: unknown key {key}; {hint}") from error
+        raise MedR1Error(f"{where}: {key} = {first['input']!r}: {first['msg'].lower()}") from error
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`KEY=VALUE` of --set, the value read as TOML, or as a plain string where it is none.
+
+    Raises:
+        MedR1Error: no "=" in it.
+    """
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise MedR1Error(f"--set {text}: write KEY=VALUE, for example --set optimizer.learning_rate=1e-5")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+def to_toml(config: Config) -> str:
+    """The recipe as TOML, each field under a comment that says what it means."""
+    lines: list[str] = []
+    for name, field in Config.model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            lines += ["", f"[{name}]  # {(type(value).__doc__ or '').strip()}"]
+            for key, part in type(value).model_fields.items():
+                lines += [f"# {part.description}", f"{key} = {_toml_value(getattr(value, key))}"]
+        else:
+            lines += [f"# {field.description}", f"{name} = {_toml_value(value)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{_toml_value(key)} = {_toml_value(item)}" for key, item in value.items()) + " }"
+    return repr(value)
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            keys += _keys(annotation, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys

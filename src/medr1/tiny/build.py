@@ -1,0 +1,348 @@
+"""Build the tiny checkpoint that the package carries: a two-million-parameter Qwen2-VL pretrained on phantoms.
+
+    python -m medr1.tiny.build --out runs/tiny        # about 70 minutes on two cores; stops and resumes
+
+Three stages, since what is slow to learn from scratch is not the picture but the way from an option's text to its
+letter: (1) text-only binding of option texts to letters, (2) looking: a rationale that states every fact of a phantom,
+then the letter, in all three prompt modes, (3) a short stage of careless text: most rationales name the modality only
+and end in a random letter, as weakly supervised text does. Stage 3 leaves a base that can look and mostly does not
+bother: it has room to improve and enough spread within a group for GRPO to find what pays. The careful share of
+stage 3 differs by modality (`CAREFUL_SHARE`), and all of this is said wherever a result of `tiny` is shown.
+
+Every batch is a function of (seed, step), so a stopped build resumes exactly.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from PIL import Image
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    AddedToken,
+    GenerationConfig,
+    Qwen2Tokenizer,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+)
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+from medr1.phantoms import ANATOMIES, DISEASES, GRADES, LOCATIONS, SIZE, STEMS, draw_options, draw_phantom
+from medr1.prompts import INSTRUCTION, MODES, build_messages
+from medr1.records import LETTERS, MODALITIES, QUESTION_TYPES, Record
+
+VOCABULARY = 1536
+CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+REPLY_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}"
+    "{% else %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+WORDS = """
+Benign Malignant Normal Abnormal Healthy Tumor Mass Lesion Nodule Polyp Ulcer Edema Effusion Fracture Inflammation
+Infection Pneumonia Tuberculosis Fibrosis Emphysema Hemorrhage Infarct Aneurysm Thrombus Stenosis Hernia Stone
+Cataract Glaucoma Retinopathy Degeneration Detachment Occlusion Keratosis Nevus Melanoma Dermatitis Psoriasis Eczema
+Lymphoma Leukemia Anemia Neutrophil Lymphocyte Monocyte Eosinophil Basophil Platelets Parasite Bacteria Virus Brain
+Heart Lung Liver Kidney Spleen Pancreas Stomach Colon Bladder Uterus Prostate Breast Thyroid Skin Bone Muscle Tendon
+Nerve Retina Macula Cornea Lens Eye Ear Nose Throat Neck Spine Shoulder Elbow Wrist Hand Hip Knee Ankle Foot Chest
+Abdomen Pelvis Head Blood Tissue Cell Vessel Artery Vein Left Right Upper Lower Central Peripheral Anterior Posterior
+Medial Lateral Small Large Round Irregular Smooth Sharp Dark Bright Red White Brown Yellow Single Multiple None
+Present Absent Early Late Acute Chronic Mild Moderate Severe Radiograph Tomography Resonance Sonography Photograph
+Scan Smear Imaging Computed Magnetic Optical Coherence Light Plain Colour Diabetic Vascular Pituitary Pigmented
+Epithelial Squamous
+""".split()  # noqa: SIM905 - as a list it would fill three screens
+SYLLABLES = "ba co de fi gu ha ki lo me nu pa ra se ti vo xa ny ze or al en is".split()  # noqa: SIM905
+ANSWERS = sorted(
+    {name for names in (*ANATOMIES.values(), *DISEASES.values()) for name in names}.union(GRADES, LOCATIONS, MODALITIES)
+)
+BINDINGS = 16
+CAREFUL_SHARE = {"CT": 0.7, "X-Ray": 0.7}
+CAREFUL_SHARE_ELSEWHERE = 0.35
+STAGE_STEPS = (2000, 5000, 400)
+DECAY_STEPS = 2000
+BATCHES = (16, 32, 32)
+
+
+def build_processor() -> Qwen2VLProcessor:
+    """Qwen2-VL's processor with a byte-level BPE of VOCABULARY tokens, trained on the phantoms' own words."""
+    corpus = _corpus(np.random.default_rng(0))
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.NFC()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    added = (*CHAT_TOKENS, *VISION_TOKENS, *REPLY_TOKENS)
+    bpe.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY - len(added),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    state = json.loads(bpe.to_str())["model"]
+    merges: Any = [tuple(merge) for merge in state["merges"]]
+    tokenizer = Qwen2Tokenizer(
+        vocab=state["vocab"],
+        merges=merges,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        model_max_length=4096,
+        padding_side="left",
+    )
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in (*CHAT_TOKENS, *VISION_TOKENS)])
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in REPLY_TOKENS])
+    pixels = {"shortest_edge": 56 * 56, "longest_edge": SIZE * SIZE}
+    return Qwen2VLProcessor(
+        image_processor=Qwen2VLImageProcessor(size=pixels),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(size=pixels),
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_model(processor: Qwen2VLProcessor, seed: int) -> Qwen2VLForConditionalGeneration:
+    """A Qwen2-VL of about two million parameters with random weights, fp32."""
+    torch.manual_seed(seed)
+    ids = processor.tokenizer.convert_tokens_to_ids
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": VOCABULARY,
+            "hidden_size": 160,
+            "intermediate_size": 512,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 5,
+            "num_key_value_heads": 5,
+            "max_position_embeddings": 4096,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+            "bos_token_id": ids("<|endoftext|>"),
+            "eos_token_id": ids("<|im_end|>"),
+            "pad_token_id": ids("<|endoftext|>"),
+            "tie_word_embeddings": True,
+        },
+        vision_config={"depth": 3, "embed_dim": 128, "hidden_size": 160, "num_heads": 4, "mlp_ratio": 2},
+        image_token_id=ids("<|image_pad|>"),
+        video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"),
+        vision_end_token_id=ids("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
+    model = Qwen2VLForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        bos_token_id=ids("<|endoftext|>"), eos_token_id=ids("<|im_end|>"), pad_token_id=ids("<|endoftext|>")
+    )
+    return model
+
+
+def rationale(facts: dict[str, str], gold: str) -> str:
+    """Every fact of a phantom in two sentences, then the answer's text in the words of the option."""
+    modality, anatomy, disease, grade, location = (facts[question_type] for question_type in QUESTION_TYPES)
+    return (
+        f"The image is {modality} and shows the {anatomy}. There is a {grade} {disease} at the {location}. "
+        f"The answer is {gold}"
+    )
+
+
+def reply_text(mode: str, reasoning: str, letter: str) -> str:
+    """The reply that a prompt of this mode asks for."""
+    answer, think = f"<answer>{letter}</answer>", f"<think>{reasoning}</think>"
+    return {"think": think + answer, "no-think": answer, "think-after": answer + think}[mode]
+
+
+def make_example(rng: Generator, stage: int) -> tuple[Record, str, str, Image.Image | None]:
+    """One (record, mode, reply, image) of a stage; the image is None for a text-only binding exercise."""
+    if stage == 1 or rng.random() < 0.12:
+        return *_binding_exercise(rng), None
+    phantom = draw_phantom(rng)
+    question_type = str(rng.choice(QUESTION_TYPES))
+    options = draw_options(rng, phantom.facts, question_type)
+    gold = phantom.facts[question_type]
+    letter = LETTERS[options.index(gold)]
+    mode = str(rng.choice(MODES, p=(0.6, 0.25, 0.15)))
+    reasoning = rationale(phantom.facts, gold)
+    modality = phantom.facts["Modality Recognition"]
+    record = _record(str(rng.choice(STEMS[question_type])), options, letter, images=(Path("phantom.png"),))
+    if stage == 3 and rng.random() > CAREFUL_SHARE.get(modality, CAREFUL_SHARE_ELSEWHERE):
+        reasoning, letter = f"The image is {modality}.", str(rng.choice(record.letters))
+    return record, mode, reply_text(mode, reasoning, letter), phantom.image
+
+
+def make_batch(processor: Qwen2VLProcessor, seed: int, step: int) -> dict[str, torch.Tensor]:
+    """The batch of a step, a function of (seed, step) alone. Labels are -100 on the prompt and on padding."""
+    rng = np.random.default_rng((seed, step))
+    stage = 1 + int(np.searchsorted(np.cumsum(STAGE_STEPS), step, side="right"))
+    examples = [make_example(rng, stage) for _ in range(BATCHES[stage - 1])]
+    prompts = [
+        processor.apply_chat_template(build_messages(record, mode), tokenize=False, add_generation_prompt=True)
+        for record, mode, _, _ in examples
+    ]
+    images = [image for *_, image in examples if image is not None]
+    batch = processor(
+        text=[prompt + example[2] + "<|im_end|>" for prompt, example in zip(prompts, examples, strict=True)],
+        images=images or None,
+        padding=True,
+        padding_side="right",
+        return_tensors="pt",
+    )
+    ids = batch["input_ids"]
+    header = processor.tokenizer("<|im_start|>assistant\n")["input_ids"]
+    # The first turn is the user's, the second "<|im_start|>" opens the reply's header.
+    reply_starts = (ids == header[0]).int().cumsum(1).eq(2).int().argmax(1) + len(header)
+    replied = torch.arange(ids.shape[1])[None] >= reply_starts[:, None]
+    batch["labels"] = torch.where(replied & batch["attention_mask"].bool(), ids, -100)
+    return dict(batch)
+
+
+class _Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Steps `first`, …, so that a worker process draws while the model trains."""
+
+    def __init__(self, processor: Qwen2VLProcessor, seed: int, first: int) -> None:
+        self.processor, self.seed, self.first = processor, seed, first
+
+    def __len__(self) -> int:
+        return sum(STAGE_STEPS) - self.first
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return make_batch(self.processor, self.seed, self.first + index)
+
+
+def learning_rate(step: int) -> float:
+    """Warm-up over 100 steps to 2e-3, held, then linear to a twentieth of it over the last `DECAY_STEPS`."""
+    left = (sum(STAGE_STEPS) - step) / DECAY_STEPS
+    return 2e-3 * min(1.0, (step + 1) / 100, max(0.05, left))
+
+
+def build(out: Path, *, seed: int, save_every: int) -> None:
+    """Run or resume the three stages; leaves `out/step-N` folders and the final `out/checkpoint` in bf16."""
+    processor = build_processor()
+    model = build_model(processor, seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.95), weight_decay=0.05)
+    out.mkdir(parents=True, exist_ok=True)
+    state_file, first = out / "state.pt", 0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    batches = torch.utils.data.DataLoader(_Batches(processor, seed, first), batch_size=None, num_workers=1)
+    began = time.time()
+    for step, batch in enumerate(batches, start=first):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step)
+        output = model(**batch)
+        output.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 50 == 0:
+            row = {"step": step, "loss": round(output.loss.item(), 4), "seconds": round(time.time() - began)}
+            print(json.dumps(row | _reply_accuracy(processor, batch, output.logits)), flush=True)
+        done = step + 1
+        if done % save_every == 0 or done == sum(STAGE_STEPS):
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
+            torch.save(state, out / "state.tmp")
+            (out / "state.tmp").replace(state_file)
+            _save(model, processor, out / f"step-{done}")
+    _save(model, processor, out / "checkpoint")
+
+
+def _save(model: Qwen2VLForConditionalGeneration, processor: Qwen2VLProcessor, folder: Path) -> None:
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=weights)
+    processor.save_pretrained(folder)
+
+
+def _reply_accuracy(
+    processor: Qwen2VLProcessor, batch: dict[str, torch.Tensor], logits: torch.Tensor
+) -> dict[str, float]:
+    """Teacher-forced share of right tokens: of letters after a rationale, of letters that come first, of all."""
+    labels, guesses = batch["labels"][:, 1:], logits[:, :-1].argmax(-1)
+    right = guesses == labels
+    answer, think = processor.tokenizer.convert_tokens_to_ids(["<answer>", "</think>"])
+    is_letter = batch["labels"][:, :-1] == answer
+    reasoned = (batch["labels"] == think).int().cumsum(1)[:, :-1].bool()
+    masks = {"after_think": is_letter & reasoned, "direct": is_letter & ~reasoned, "all": labels != -100}
+    return {name: round(right[mask].float().mean().item(), 3) for name, mask in masks.items()}
+
+
+def _binding_exercise(rng: Generator) -> tuple[Record, str, str]:
+    """A text-only item whose reply names option texts again and again, each followed by its letter.
+
+    A way from text to letter takes very many examples to find, so most items hold `BINDINGS` of them; the others are
+    one question whose stem gives the answer away, in a real reply's form.
+    """
+    options: list[str] = []
+    num_options = int(rng.integers(3, 9))
+    while len(options) < num_options:
+        text = _option_text(rng)
+        if text not in options:
+            options.append(text)
+    named = [str(text) for text in rng.choice(options, BINDINGS)]
+    letters = [LETTERS[options.index(text)] for text in named]
+    if rng.random() < 0.25:
+        mode = str(rng.choice(MODES))
+        reply = reply_text(mode, f"The answer is {named[0]}", letters[0])
+        return _record(f"The finding is {named[0]}. What is the finding?", options, letters[0]), mode, reply
+    between = "</think>" if rng.random() < 0.5 else ""  # without it the text is one token nearer to its letter
+    replies = [f" {text}{between}<answer>{letter}</answer>" for text, letter in zip(named, letters, strict=True)]
+    return (
+        _record(str(rng.choice(STEMS["Disease Diagnosis"])), options, letters[0]),
+        "think",
+        "".join(replies),
+    )
+
+
+def _option_text(rng: Generator) -> str:
+    kind = rng.random()
+    if kind < 0.6:
+        return str(rng.choice(ANSWERS))
+    if kind < 0.9:
+        return " ".join([str(rng.choice(WORDS)), *map(str.lower, rng.choice(WORDS, int(rng.integers(0, 3))))])
+    return "".join(rng.choice(SYLLABLES, int(rng.integers(2, 5)))).capitalize()
+
+
+def _record(question: str, options: list[str], letter: str, images: tuple[Path, ...] = ()) -> Record:
+    return Record(
+        id="", images=images, question=question, options=tuple(options), answer=letter, modality=None,
+        question_type=None, source="phantom", group="phantom",
+    )  # fmt: skip
+
+
+def _corpus(rng: Generator) -> list[str]:
+    """Text for the tokenizer: prompts and replies of stages 2 and 1, and general medical words."""
+    lines = [*INSTRUCTION.values()] * 50
+    for stage in [2] * 3000 + [1] * 1000:
+        record, mode, reply, _ = make_example(rng, stage)
+        lines += [build_messages(record, mode)[0]["content"][-1]["text"], reply]
+    words = [f" {word}" for word in WORDS] + [f" {word.lower()}" for word in WORDS]
+    return [*lines, *words * 20, *["user\n", "assistant\n"] * 500]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Rebuild the tiny checkpoint.")
+    parser.add_argument("--out", type=Path, required=True, help="folder for state, steps and the final checkpoint")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=int, default=500, help="steps between saved states")
+    arguments: Any = parser.parse_args(argv)
+    build(arguments.out, seed=arguments.seed, save_every=arguments.save_every)
+
+
+if __name__ == "__main__":
+    main()

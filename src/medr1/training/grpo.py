@@ -1,0 +1,246 @@
+"""GRPO training: sample G completions a prompt, reward them, push the policy towards the better ones of each group.
+
+One step: the prompts' images and texts are read once and G completions are decoded from them (`rollouts`), each reply
+is rewarded (`rewards`), advantages are taken within the group and the clipped loss is formed (`grpo`) from log-probs
+of one packed row a prompt (`shared_prefix`). Groups whose rewards are all equal carry no gradient without a KL term:
+their forward and backward are skipped, and they are counted.
+
+    medr1 train --method grpo --model tiny --data phantoms --out runs/grpo
+"""
+
+import contextlib
+import copy
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from medr1.answers import extract_answer
+from medr1.config import Config
+from medr1.errors import MedR1Error
+from medr1.grpo import group_advantages, loss_denominator, policy_loss
+from medr1.models import VLM, PromptBatch, evaluating, with_vision_features
+from medr1.records import Record, append_jsonl
+from medr1.rewards import format_ok, load_rewards
+from medr1.rollouts import Rollout, sample
+from medr1.shared_prefix import completion_logprobs
+from medr1.training.base import RecordTrainer
+
+COMPLETIONS = "completions.jsonl"
+
+
+@dataclass(frozen=True)
+class Experience:
+    """The sampled and rewarded groups of one step on one process."""
+
+    prompts: PromptBatch
+    rollout: Rollout
+    advantages_BG: Tensor
+
+
+class GRPOTrainer(RecordTrainer):
+    """GRPO on records; see `RecordTrainer` for the arguments.
+
+    Example:
+        config = load_config(overrides={"model.name": "tiny", "optimizer.steps": 100})
+        GRPOTrainer(load_vlm("tiny"), config, train, test, Path("runs/grpo")).run()
+
+    Raises:
+        MedR1Error: G = 1, an unknown reward, checkpoints that would fall between two updates on one set of rollouts.
+    """
+
+    def __init__(
+        self,
+        vlm: VLM,
+        config: Config,
+        train_records: list[Record],
+        test_records: list[Record],
+        output_dir: Path,
+    ) -> None:
+        self.rewards = load_rewards(config.grpo.rewards)
+        self.repeats = config.grpo.num_iterations
+        if config.rollout.num_completions < 2:
+            raise MedR1Error("rollout.num_completions is 1, and GRPO compares completions of one prompt; set 2 or more")
+        if config.log.save_every % self.repeats:
+            raise MedR1Error(
+                f"log.save_every = {config.log.save_every} is no multiple of grpo.num_iterations = {self.repeats};"
+                " a checkpoint may not fall between updates on one set of rollouts"
+            )
+        # The reference is the policy before training. With LoRA that is the model with its adapters off.
+        needs_copy = config.grpo.beta > 0 and not config.model.lora_rank
+        self.reference = copy.deepcopy(vlm.model).requires_grad_(False).eval() if needs_copy else None
+        super().__init__(vlm, config, train_records, test_records, output_dir)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Sample (every `num_iterations`-th step), then one backward pass; the loss of the whole step, detached."""
+        began = time.perf_counter()
+        if self.state.global_step % self.repeats == 0:
+            self.experience = self.collect(inputs["records"])
+        model.train()
+        loss = self._update(model, self.experience)
+        self.add_to_log({"steps": 1, "seconds": time.perf_counter() - began})
+        return loss
+
+    def collect(self, records: list[Record]) -> Experience:
+        """Sample, reward and compare G completions of each record."""
+        config, num_completions = self.config, self.config.rollout.num_completions
+        prompts = with_vision_features(self.vlm, self.encode(records))
+        # A stream of its own for each step and process, so that a resumed run samples what it would have sampled.
+        seed = (config.optimizer.seed * 1_000_003 + self.state.global_step) * 1_009 + self.args.process_index
+        rollout = sample(
+            self.vlm,
+            prompts,
+            num_completions=num_completions,
+            max_new_tokens=config.rollout.max_new_tokens,
+            temperature=config.rollout.temperature,
+            seed=seed,
+        )
+        owners = [record for record in records for _ in range(num_completions)]
+        mode = config.rollout.mode
+        replies = list(zip(rollout.texts, owners, strict=True))
+        parts = {name: [reward(text, owner, mode) for text, owner in replies] for name, reward, _ in self.rewards}
+        rewards_N = sum(torch.tensor(parts[name]) * weight for name, _, weight in self.rewards)
+        assert isinstance(rewards_N, Tensor)
+        rewards_BG = rewards_N.view(-1, num_completions)
+        advantages_BG = group_advantages(rewards_BG, scale=config.grpo.advantage_scale)
+        self._log_rollout(owners, rollout, parts, rewards_BG, advantages_BG)
+        return Experience(prompts, rollout, advantages_BG.to(prompts.input_ids_BP.device))
+
+    def _update(self, model: nn.Module, experience: Experience) -> Tensor:
+        config, objective = self.config, self.config.grpo
+        num_completions, temperature = config.rollout.num_completions, config.rollout.temperature
+        mask_NT = experience.rollout.mask_NT
+        denominator = self._over_processes(
+            loss_denominator(mask_NT, objective.aggregate, config.rollout.max_new_tokens)
+        )
+        carrying = experience.advantages_BG.abs().sum(1) > 0
+        if objective.beta > 0 or self.args.world_size > 1:  # every process makes the same calls of a wrapped model
+            carrying = torch.ones_like(carrying)
+        indices = carrying.nonzero()[:, 0].tolist()
+        size = config.optimizer.prompts_per_forward or len(indices)
+        chunks = [indices[start : start + size] for start in range(0, len(indices), size or 1)]
+        total = torch.zeros((), device=mask_NT.device)
+        for number, chunk in enumerate(chunks):
+            rows = torch.cat([torch.arange(b * num_completions, (b + 1) * num_completions) for b in chunk])
+            prompts = experience.prompts.select(chunk)
+            ids_NT, rows_mask_NT = experience.rollout.completion_ids_NT[rows], mask_NT[rows]
+            last = number + 1 == len(chunks)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                logp_NT, entropy_NT = completion_logprobs(
+                    self.vlm, prompts, ids_NT, rows_mask_NT, temperature=temperature, entropy=True, model=model
+                )
+                ref_logp_NT = None
+                if objective.beta > 0:
+                    with self._reference() as reference:
+                        ref_logp_NT, _ = completion_logprobs(
+                            reference, prompts, ids_NT, rows_mask_NT, temperature=temperature
+                        )
+                loss, sums = policy_loss(
+                    logp_NT,
+                    experience.rollout.logp_NT[rows] if self.repeats > 1 else None,
+                    experience.advantages_BG[chunk].flatten(),
+                    rows_mask_NT,
+                    denominator=denominator,
+                    aggregate=objective.aggregate,
+                    clip_low=objective.clip_low,
+                    clip_high=objective.clip_high,
+                    beta=objective.beta,
+                    ref_logp_NT=ref_logp_NT,
+                )
+                # DDP averages gradients over processes, and the denominator already counts them all.
+                self.accelerator.backward(loss * self.args.world_size)
+            assert entropy_NT is not None
+            self.add_to_log({f"policy_{name}": value for name, value in sums.items()})
+            self.add_to_log({"policy_entropy": float(entropy_NT.sum())})
+            total += loss.detach()
+        return total * self.args.world_size
+
+    @contextlib.contextmanager
+    def _reference(self) -> Iterator[VLM]:
+        if self.reference is not None:
+            self.reference.to(self.vlm.device)
+            with torch.no_grad():
+                yield replace(self.vlm, model=self.reference)
+        else:
+            with evaluating(self.vlm.model), self.vlm.model.disable_adapter():  # type: ignore[operator]
+                yield self.vlm
+
+    def _over_processes(self, value: float) -> float:
+        total = self.accelerator.reduce(torch.tensor(value, dtype=torch.float64, device=self.accelerator.device))
+        return float(total)
+
+    def _log_rollout(
+        self,
+        owners: list[Record],
+        rollout: Rollout,
+        parts: dict[str, list[float]],
+        rewards_BG: Tensor,
+        advantages_BG: Tensor,
+    ) -> None:
+        mode = self.config.rollout.mode
+        answers = [extract_answer(text, owner.options) for text, owner in zip(rollout.texts, owners, strict=True)]
+        lengths = rollout.mask_NT.sum(1)
+        self.add_to_log(
+            {
+                "completions": len(owners),
+                "groups": len(rewards_BG),
+                "tokens": float(lengths.sum()),
+                "reward": float(rewards_BG.sum()),
+                "group_std": float(rewards_BG.std(1).sum()),
+                "zero_variance": float((advantages_BG == 0).all(1).sum()),
+                "truncated": float((~rollout.finished_N).sum()),
+                "unparsed": sum(answer.outcome != "letter" for answer in answers),
+                "format_ok": sum(format_ok(text, mode) for text in rollout.texts),
+                **{f"reward_{name}": sum(values) for name, values in parts.items()},
+            }
+        )
+        step = self.state.global_step + 1
+        rewards, advantages = rewards_BG.flatten().tolist(), advantages_BG.flatten().tolist()
+        rank = "" if self.args.world_size == 1 else f"-{self.args.process_index}"
+        append_jsonl(
+            self.out / COMPLETIONS.replace(".", f"{rank}."),
+            [
+                {
+                    "step": step,
+                    "id": owner.id,
+                    "answer": owner.answer,
+                    "reply": rollout.texts[row],
+                    "outcome": answers[row].outcome,
+                    "letter": answers[row].letter,
+                    "tokens": int(lengths[row]),
+                    "reward": round(rewards[row], 6),
+                    "rewards": {name: values[row] for name, values in parts.items()},
+                    "advantage": round(advantages[row], 6),
+                }
+                for row, owner in enumerate(owners)
+            ],
+        )
+
+    def log_line(self, sums: dict[str, float]) -> dict[str, float]:
+        line = {}
+        if completions := sums.get("completions"):
+            line = {
+                "reward": sums["reward"] / completions,
+                **{name: value / completions for name, value in sums.items() if name.startswith("reward_")},
+                "reward_std": sums["group_std"] / sums["groups"],
+                "zero_variance_groups": sums["zero_variance"] / sums["groups"],
+                "format_rate": sums["format_ok"] / completions,
+                "truncated_rate": sums["truncated"] / completions,
+                "unparsed_rate": sums["unparsed"] / completions,
+                "completion_tokens": sums["tokens"] / completions,
+                "tokens_per_second": sums["tokens"] / sums["seconds"],
+            }
+        if tokens := sums.get("policy_tokens"):
+            line |= {
+                "entropy": sums["policy_entropy"] / tokens,
+                "ratio": sums["policy_ratio"] / tokens,
+                "clipped_low": sums["policy_clipped_low"] / tokens,
+                "clipped_high": sums["policy_clipped_high"] / tokens,
+            }
+            if "policy_kl" in sums:
+                line["kl"] = sums["policy_kl"] / tokens
+        return line | {"step_seconds": sums["seconds"] / sums["steps"]}

@@ -1,0 +1,35 @@
+"""From a recipe to a trained model: data, model, trainer, and what a stranger needs to repeat it."""
+
+from pathlib import Path
+from typing import Any
+
+from medr1.config import Config
+from medr1.data import load_parts
+from medr1.models import load_vlm
+from medr1.training.base import RecordTrainer
+from medr1.training.grpo import GRPOTrainer
+from medr1.training.sft import SFTTrainer
+
+METHODS: dict[str, type[RecordTrainer]] = {"grpo": GRPOTrainer, "sft": SFTTrainer}
+
+
+def train(config: Config, out: Path) -> dict[str, Any]:
+    """Train by a recipe into `out`, resuming what is there. The model lies in `out/model`.
+
+    Returns:
+        model (folder), steps, train_records, test_records, and the last log line.
+    """
+    train_records, test_records = load_parts(config.data)
+    dtype = config.model.dtype
+    if dtype == "auto" and not config.model.lora_rank:
+        dtype = "float32"  # the optimizer needs float32 weights; the computation is bfloat16 where the GPU can
+    vlm = load_vlm(config.model.name, dtype=dtype)
+    trainer = METHODS[config.method](vlm, config, train_records, test_records, out)
+    trainer.run()
+    return {
+        "model": str(out / "model"),
+        "steps": trainer.state.global_step,
+        "train_records": len(train_records),
+        "test_records": len(test_records),
+        "last": trainer.state.log_history[-1],
+    }

@@ -1,0 +1,71 @@
+"""The supervised baseline, done right: the loss is on the answer alone, in the same prompts as GRPO and evaluation.
+
+The records hold a letter and no rationale, so the target is `<answer>X</answer>` and the end token, and the mode is
+no-think. A step takes `prompts_per_step` examples, as a GRPO step takes that many prompts: at equal steps both methods
+have seen the same questions equally often (GRPO draws G completions of each).
+
+    medr1 train --method sft --model tiny --data phantoms --out runs/sft
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from medr1.config import Config
+from medr1.errors import MedR1Error
+from medr1.models import VLM
+from medr1.records import Record
+from medr1.shared_prefix import completion_logprobs
+from medr1.training.base import RecordTrainer
+
+
+class SFTTrainer(RecordTrainer):
+    """SFT on records; see `RecordTrainer` for the arguments.
+
+    Raises:
+        MedR1Error: a mode that asks for a rationale, which the records do not have.
+    """
+
+    def __init__(
+        self,
+        vlm: VLM,
+        config: Config,
+        train_records: list[Record],
+        test_records: list[Record],
+        output_dir: Path,
+    ) -> None:
+        if config.rollout.mode != "no-think":
+            raise MedR1Error(
+                f"rollout.mode = {config.rollout.mode} asks for a rationale, and records have none to imitate;"
+                " use --mode no-think for SFT"
+            )
+        super().__init__(vlm, config, train_records, test_records, output_dir)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One backward pass; the mean negative log-probability of the answer's tokens over the whole step."""
+        model.train()
+        records: list[Record] = inputs["records"]
+        end = self.vlm.tokenizer.eos_token_id
+        targets = [[*self.vlm.tokenizer(f"<answer>{record.answer}</answer>")["input_ids"], end] for record in records]
+        num_tokens = torch.tensor(sum(map(len, targets)), device=self.accelerator.device)
+        denominator = self.accelerator.reduce(num_tokens)
+        size = self.config.optimizer.prompts_per_forward or len(records)
+        total = torch.zeros((), device=self.accelerator.device)
+        for start in range(0, len(records), size):
+            prompts = self.encode(records[start : start + size])
+            rows = [torch.tensor(target) for target in targets[start : start + size]]
+            ids_NT = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=end)
+            lengths = torch.tensor([len(row) for row in rows])
+            mask_NT = torch.arange(ids_NT.shape[1]) < lengths[:, None]
+            device = prompts.input_ids_BP.device
+            logp_NT, _ = completion_logprobs(self.vlm, prompts, ids_NT.to(device), mask_NT.to(device), model=model)
+            loss = -logp_NT.sum() / denominator
+            self.accelerator.backward(loss * self.args.world_size)
+            total += loss.detach()
+        self.add_to_log({"steps": 1, "examples": len(records)})
+        return total * self.args.world_size
+
+    def log_line(self, sums: dict[str, float]) -> dict[str, float]:
+        return {"examples_per_step": sums["examples"] / sums["steps"]}
