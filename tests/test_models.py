@@ -62,6 +62,12 @@ def test_an_adapter_folder_loads_its_base(saved: Path, tmp_path: Path) -> None:
     ids, mask = torch.full((3, 2), 65), torch.ones(3, 2)
     expected, _ = completion_logprobs(vlm, prompts, ids, mask)
     torch.testing.assert_close(completion_logprobs(loaded, prompts, ids, mask)[0], expected)
+    # A second adapter on top starts from the first, and loads as the chain of both.
+    second = add_lora(loaded, rank=2, alpha=2)
+    torch.testing.assert_close(completion_logprobs(second, prompts, ids, mask)[0], expected, atol=1e-5, rtol=0)
+    second.model.save_pretrained(tmp_path / "second")
+    chain = load_vlm(str(tmp_path / "second"), device="cpu")
+    torch.testing.assert_close(completion_logprobs(chain, prompts, ids, mask)[0], expected, atol=1e-5, rtol=0)
 
 
 def test_lora_trains_the_text_model_only() -> None:

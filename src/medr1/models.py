@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from PIL.Image import Image
@@ -231,7 +231,12 @@ def _load_adapter(name: str, folder: Path, dtype: str, device: str | torch.devic
     if not base:
         raise MedR1Error(f"{folder}: adapter_config.json names no base model; add base_model_name_or_path")
     vlm = load_vlm(base, dtype=dtype, device=device)
-    return VLM(PeftModel.from_pretrained(vlm.core, str(folder)), vlm.processor, name)
+    return VLM(PeftModel.from_pretrained(_merged(vlm), str(folder)), vlm.processor, name)
+
+
+def _merged(vlm: VLM) -> Any:
+    """The transformers model with an adapter that it already carries added to its weights."""
+    return vlm.core if vlm.core is vlm.model else cast(Any, vlm.model).merge_and_unload()
 
 
 def _torch_dtype(dtype: str, device: str | torch.device) -> torch.dtype:
@@ -334,8 +339,10 @@ def add_lora(vlm: VLM, *, rank: int, alpha: float, dropout: float = 0.0) -> VLM:
         target_modules=rf".*language_model\..*\.({'|'.join(sorted(linear))})",
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(vlm.core, config)
-    config.base_model_name_or_path = vlm.name
+    model = get_peft_model(_merged(vlm), config)
+    folder = Path(vlm.name).expanduser()
+    is_folder = vlm.name != "tiny" and folder.is_dir()
+    config.base_model_name_or_path = str(folder.resolve()) if is_folder else vlm.name
     return VLM(model, vlm.processor, vlm.name)
 
 
