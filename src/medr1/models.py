@@ -327,9 +327,10 @@ def add_lora(vlm: VLM, *, rank: int, alpha: float, dropout: float = 0.0) -> VLM:
     """
     from peft import LoraConfig, get_peft_model
 
+    core = _merged(vlm)
     linear = {
         name.rsplit(".", 1)[-1]
-        for name, module in vlm.core.named_modules()
+        for name, module in core.named_modules()
         if isinstance(module, nn.Linear) and "language_model." in name
     }
     config = LoraConfig(
@@ -339,7 +340,7 @@ def add_lora(vlm: VLM, *, rank: int, alpha: float, dropout: float = 0.0) -> VLM:
         target_modules=rf".*language_model\..*\.({'|'.join(sorted(linear))})",
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(_merged(vlm), config)
+    model = get_peft_model(core, config)
     folder = Path(vlm.name).expanduser()
     is_folder = vlm.name != "tiny" and folder.is_dir()
     config.base_model_name_or_path = str(folder.resolve()) if is_folder else vlm.name
