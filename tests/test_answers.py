@@ -344,3 +344,9 @@ def test_degenerate_replies_take_no_long_time(unit: str) -> None:
     start = time.perf_counter()
     extract_answer(unit * (4000 // len(unit)) + "B", OPTIONS)
     assert time.perf_counter() - start < 2  # seconds; about 0.05 on a free core
+
+
+def test_broken_bytes_are_no_punctuation() -> None:
+    """An untrained model's noise around a capital must not become an answer."""
+    assert extract_answer("\ufffd\ufffd?</think>\ufffd\ufffdd\ufffd\x1b", OPTIONS).outcome == "unparsed"
+    assert extract_answer("\x00B\x07", OPTIONS).outcome == "unparsed"

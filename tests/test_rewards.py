@@ -34,14 +34,16 @@ RECORD = Record(
         ("<think>x</think><answer>A</answer><answer>B</answer>", "think", False),
         ("<think>x</think> so <answer>B</answer>", "think", False),
         ("<think>x</think><answer>B</answer> done", "think", False),
-        ("<think>x</think><answer>MRI</answer>", "think", False),
+        ("<think>x</think><answer>MRI</answer>", "think", True),  # an option's text is an option
+        ("<think>x</think><answer>MRI\nsince it is grey</answer>", "think", False),
+        ("<think>x</think><answer> </answer>", "think", False),
         ("<think>x</think><answer>B", "think", False),
         ("<answer>B</answer><think>x</think>", "think", False),
         ("<answer>B</answer>", "no-think", True),
         ("\n<answer>\nB\n</answer> ", "no-think", True),
         ("<think>x</think><answer>B</answer>", "no-think", False),
         ("<answer>B</answer><answer>B</answer>", "no-think", False),
-        ("<answer>BC</answer>", "no-think", False),
+        ("<answer>BC</answer>", "no-think", True),  # as asked; that it is no option is for accuracy to say
         ("B", "no-think", False),
         ("", "no-think", False),
         ("<answer>B</answer><think>It is grey.</think>", "think-after", True),

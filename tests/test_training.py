@@ -221,7 +221,7 @@ def test_a_folder_takes_one_recipe(phantoms: Path, tmp_path: Path) -> None:
 
 
 def test_filters_that_leave_nothing(phantoms: Path) -> None:
-    with pytest.raises(MedR1Error, match="no training record passes the filters"):
+    with pytest.raises(MedR1Error, match="no question with source 'Phantom MRI' is left"):
         load_parts(recipe(phantoms, **{"data.modalities": ["CT"], "data.sources": ["Phantom MRI"]}).data)
 
 

@@ -1,1 +1,59 @@
-"""Med-R1: reinforcement learning with verifiable rewards for medical vision-language models."""
+"""Med-R1: reinforcement learning with verifiable rewards for medical vision-language models.
+
+The names below are the public API. Those that need torch are imported on first use, so that `import medr1` is quick.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from medr1.answers import Answer, extract_answer
+from medr1.errors import MedR1Error
+from medr1.records import Record
+
+if TYPE_CHECKING:
+    from medr1.config import load_config
+    from medr1.controls import text_only_prior
+    from medr1.datasets import load_records
+    from medr1.evaluation import evaluate, score
+    from medr1.metrics import compare, summarise
+    from medr1.models import load_vlm
+    from medr1.splits import split_by_group
+    from medr1.training import GRPOTrainer, SFTTrainer
+
+_LAZY = {
+    "GRPOTrainer": "training",
+    "SFTTrainer": "training",
+    "compare": "metrics",
+    "evaluate": "evaluation",
+    "load_config": "config",
+    "load_records": "datasets",
+    "load_vlm": "models",
+    "score": "evaluation",
+    "split_by_group": "splits",
+    "summarise": "metrics",
+    "text_only_prior": "controls",
+}
+
+__all__ = [
+    "Answer",
+    "GRPOTrainer",
+    "MedR1Error",
+    "Record",
+    "SFTTrainer",
+    "compare",
+    "evaluate",
+    "extract_answer",
+    "load_config",
+    "load_records",
+    "load_vlm",
+    "score",
+    "split_by_group",
+    "summarise",
+    "text_only_prior",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'medr1' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"medr1.{_LAZY[name]}"), name)

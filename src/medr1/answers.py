@@ -79,10 +79,13 @@ _FORMATTING = re.compile(
     re.IGNORECASE,
 )
 
+# What a broken byte sequence decodes to: no punctuation, or noise around a "D" would make it an answer.
+_GARBAGE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd]")
+
 
 def _clean(text: str) -> str:
     """Plain letters (NFKC) and tags; no invisible characters, Markdown or LaTeX dress, runs of blanks."""
-    text = unicodedata.normalize("NFKC", text)
+    text = _GARBAGE.sub("\N{CYRILLIC LETTER MULTIOCULAR O}", unicodedata.normalize("NFKC", text))
     if not text.isascii():
         text = "".join(char for char in text if unicodedata.category(char) != "Cf")
     text = re.sub(r"\\(?:text|math)\w*\s*\{([^{}]*)\}", r"\1", _FORMATTING.sub("", text))

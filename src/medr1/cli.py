@@ -1,7 +1,6 @@
 """The command line: parsing and printing only; each command calls one function of the package."""
 
 import json
-import logging
 import os
 import random
 import sys
@@ -47,7 +46,8 @@ def main() -> None:
     # The package reads local files and named hub models; nothing of transformers' chatter is for the user.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app(standalone_mode=True)
     except MedR1Error as error:
@@ -123,7 +123,7 @@ def evaluate_command(
 ) -> None:
     """Answer every held-out question greedily; print accuracy by modality and question type with intervals."""
     from medr1.data import load_parts
-    from medr1.evaluate import evaluate
+    from medr1.evaluation import evaluate
     from medr1.metrics import summarise
     from medr1.models import load_vlm
 
@@ -152,7 +152,7 @@ def score_command(
     as_json: JsonOption = False,
 ) -> None:
     """Score stored replies again with this version's extractor, without running the model."""
-    from medr1.evaluate import score
+    from medr1.evaluation import score
     from medr1.metrics import summarise
     from medr1.records import read_jsonl
 

@@ -36,6 +36,7 @@ class DataConfig(_Section):
     """Which records, and how they are divided."""
 
     path: str = Field("phantoms", description="an OmniMedVQA folder, Med-R1 split JSON, or 'phantoms'")
+    image_root: str = Field("", description="folder that holds Images/, for split JSON stored apart from it")
     modalities: tuple[str, ...] = Field((), description="keep these modalities; empty: all")
     question_types: tuple[str, ...] = Field((), description="keep these question types; empty: all")
     sources: tuple[str, ...] = Field((), description="keep these sources; empty: all")

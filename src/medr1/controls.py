@@ -2,7 +2,7 @@
 
 - `text_only_prior` sees neither image nor question: it learns from the training part how often each option
   text is right. On the public Med-R1 splits that alone answers 81 to 100 % of the test part.
-- The conditions "blank" and "shuffled" of `medr1.evaluate` show the model a picture that holds no evidence.
+- The conditions "blank" and "shuffled" of `medr1.evaluation` show the model a picture that holds no evidence.
 """
 
 import random

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from medr1.config import DataConfig
-from medr1.datasets import load_records
+from medr1.datasets import load_records, require_images, select_records
 from medr1.errors import MedR1Error
 from medr1.phantoms import write_phantoms
 from medr1.records import Record
@@ -22,9 +22,20 @@ def load_parts(config: DataConfig) -> tuple[list[Record], list[Record]]:
     Raises:
         MedR1Error: bad data, or filters that leave a part empty.
     """
-    path = phantom_folder(config.num_phantoms) if config.path == "phantoms" else Path(config.path)
-    train, test = split_by_group(load_records(path), test_fraction=config.test_fraction, seed=config.split_seed)
-    return _keep(train, config, "training"), _keep(test, config, "held-out")
+    if config.path == "phantoms":
+        path, root = phantom_folder(config.num_phantoms), None
+    else:
+        path, root = Path(config.path), Path(config.image_root) if config.image_root else None
+    records = load_records(path, image_root=root, check_images=False)
+    train, test = split_by_group(records, test_fraction=config.test_fraction, seed=config.split_seed)
+    filters = {
+        "modalities": config.modalities or None,
+        "question_types": config.question_types or None,
+        "sources": config.sources or None,
+    }
+    train, test = select_records(train, **filters), select_records(test, **filters)
+    require_images([*train, *test])
+    return train, test
 
 
 def phantom_folder(num_images: int, seed: int = 0) -> Path:
@@ -43,17 +54,3 @@ def phantom_folder(num_images: int, seed: int = 0) -> Path:
                     f"{folder}: cannot be written ({error.strerror}); free space or set MEDR1_CACHE"
                 ) from error
     return folder
-
-
-def _keep(records: list[Record], config: DataConfig, part: str) -> list[Record]:
-    kept = [
-        record
-        for record in records
-        if (not config.modalities or record.modality in config.modalities)
-        and (not config.question_types or record.question_type in config.question_types)
-        and (not config.sources or record.source in config.sources)
-    ]
-    if not kept:
-        have = sorted({f"{record.modality} / {record.question_type}" for record in records})
-        raise MedR1Error(f"{config.path}: no {part} record passes the filters; it has {'; '.join(have)}")
-    return kept

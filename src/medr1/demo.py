@@ -13,7 +13,7 @@ from typing import Any
 from medr1.config import Config, load_config
 from medr1.controls import text_only_prior
 from medr1.data import load_parts
-from medr1.evaluate import evaluate
+from medr1.evaluation import evaluate
 from medr1.metrics import summarise
 from medr1.models import load_vlm
 from medr1.records import write_atomic

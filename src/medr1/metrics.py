@@ -1,6 +1,6 @@
 """From evaluation rows to numbers that can be believed: accuracy with its interval, chance and outcomes.
 
-Every function takes the rows that `medr1.evaluate` writes and keeps their number as the denominator: a reply
+Every function takes the rows that `medr1.evaluation` writes and keeps their number as the denominator: a reply
 that could not be read is a wrong answer, and its outcome is counted beside it. Undefined is None, never 0.
 
 Intervals are 95 % and count groups (patients, lesions, images), not rows: several questions about one image

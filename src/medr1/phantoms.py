@@ -94,8 +94,11 @@ class Phantom:
     lesion: tuple[float, float, float]
 
 
-def draw_phantom(rng: Generator, modality: str | None = None, size: int = SIZE) -> Phantom:
-    """Draw one phantom of `size` x `size` pixels; its modality is drawn too where none is given."""
+def draw_phantom(rng: Generator, modality: str | None = None, size: int = SIZE, *, lesion: bool = True) -> Phantom:
+    """Draw one phantom of `size` x `size` pixels; its modality is drawn too where none is given.
+
+    With `lesion` false the same draw is painted without its lesion, to show what the lesion changes.
+    """
     modality = modality or str(rng.choice(MODALITIES))
     anatomy, shape = int(rng.integers(4)), int(rng.integers(4))
     grade, location = int(rng.integers(3)), int(rng.integers(4))
@@ -104,7 +107,7 @@ def draw_phantom(rng: Generator, modality: str | None = None, size: int = SIZE) 
     x = (rng.uniform(0.24, 0.40)) * (1 if location % 2 else -1)
     y = (rng.uniform(0.24, 0.40)) * (1 if location // 2 else -1)
     radius = (0.13, 0.21, 0.32)[grade] * rng.uniform(0.92, 1.08)
-    canvas.lesion(SHAPES[shape], x, y, radius, _LESION_COLOURS[modality])
+    canvas.lesion(SHAPES[shape], x, y, radius, _LESION_COLOURS[modality], opacity=0.95 if lesion else 0.0)
     facts = {
         "Modality Recognition": modality,
         "Anatomy Identification": ANATOMIES[modality][anatomy],
@@ -212,7 +215,9 @@ class _Canvas:
         phase = (self.x * np.cos(angle) + self.y * np.sin(angle)) * 2 * np.pi / period
         return 0.5 + 0.5 * np.sin(phase + self.rng.uniform(0, 2 * np.pi))
 
-    def lesion(self, shape: str, x: float, y: float, radius: float, colour: tuple[float, float, float]) -> None:
+    def lesion(
+        self, shape: str, x: float, y: float, radius: float, colour: tuple[float, float, float], opacity: float
+    ) -> None:
         px, py = self.x - x, self.y - y
         r, angle = np.hypot(px, py), np.arctan2(py, px)
         if shape == "blob":
@@ -232,7 +237,7 @@ class _Canvas:
                     distance * np.sin(turn + k * 2 * np.pi / 5),
                 )
                 mask = np.maximum(mask, self.inside(np.hypot(px - cx, py - cy) - radius * 0.22))
-        self.paint(mask, colour, 0.95)
+        self.paint(mask, colour, opacity)
 
     def image(self, noise: float) -> Image.Image:
         """8-bit RGB with a random exposure and noise; `noise` below zero means speckle (multiplied)."""

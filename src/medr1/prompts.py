@@ -12,9 +12,9 @@ from medr1.errors import MedR1Error
 from medr1.records import Record
 
 INSTRUCTION = {
-    "think": "Reason inside <think></think>, then give one letter inside <answer></answer>.",
-    "no-think": "Give one letter inside <answer></answer>.",
-    "think-after": "Give one letter inside <answer></answer>, then explain inside <think></think>.",
+    "think": "Reason inside <think></think>, then write one option inside <answer></answer>.",
+    "no-think": "Write one option inside <answer></answer>.",
+    "think-after": "Write one option inside <answer></answer>, then explain inside <think></think>.",
 }
 MODES = tuple(INSTRUCTION)
 

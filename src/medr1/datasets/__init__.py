@@ -10,7 +10,7 @@ from medr1.datasets.rows import canonical_modality, canonical_question_type, ref
 from medr1.errors import MedR1Error
 from medr1.records import Record
 
-__all__ = ["is_omnimedvqa", "load_records"]
+__all__ = ["is_omnimedvqa", "load_records", "require_images", "select_records"]
 
 
 def is_omnimedvqa(path: Path) -> bool:
@@ -42,33 +42,54 @@ def load_records(
         MedR1Error: the path has no known layout, a file or row is bad (all rows are read; the first bad one
             is named with the number of all), a filter is unknown or keeps nothing, or an image is missing.
     """
-    path = Path(path)
+    records = _read(Path(path), None if image_root is None else Path(image_root))
+    records = select_records(records, modalities=modalities, question_types=question_types, sources=sources)
+    if check_images:
+        require_images(records)
+    return records
+
+
+def select_records(
+    records: Sequence[Record],
+    *,
+    modalities: Sequence[str] | None = None,
+    question_types: Sequence[str] | None = None,
+    sources: Sequence[str] | None = None,
+) -> list[Record]:
+    """The records that pass the filters, see `load_records`.
+
+    Raises:
+        MedR1Error: a filter is unknown, or names what no record has.
+    """
     wanted = {
         "modality": _wanted("modality", modalities),
         "question_type": _wanted("question type", question_types),
         "source": _wanted("source", sources),
     }
-    records = _read(path, None if image_root is None else Path(image_root))
+    selected = list(records)
     for field, values in wanted.items():
         if values is None:
             continue
-        present = {getattr(record, field) for record in records}
+        present = {getattr(record, field) for record in selected}
         if absent := [value for value in values if value not in present]:
             raise MedR1Error(
-                f"{path}: no question with {field.replace('_', ' ')} {absent[0]!r} is left; "
+                f"no question with {field.replace('_', ' ')} {absent[0]!r} is left; "
                 f"present: {', '.join(sorted(filter(None, present))) or 'none (the files do not say)'}"
             )
-        records = [record for record in records if getattr(record, field) in values]
-    if check_images:
-        refuse(
-            [
-                f"{image}: no such image, wanted by record {record.id}; add the file or leave its source out"
-                for record in records
-                for image in record.images
-                if not os.path.isfile(image)  # unlike Path.is_file it also says no to a name too long
-            ]
-        )
-    return records
+        selected = [record for record in selected if getattr(record, field) in values]
+    return selected
+
+
+def require_images(records: Sequence[Record]) -> None:
+    """Raise MedR1Error, naming the first and the number of all, if image files of these records do not exist."""
+    refuse(
+        [
+            f"{image}: no such image, wanted by record {record.id}; add the file or leave its source out"
+            for record in records
+            for image in record.images
+            if not os.path.isfile(image)  # unlike Path.is_file it also says no to a name too long
+        ]
+    )
 
 
 def _read(path: Path, image_root: Path | None) -> list[Record]:

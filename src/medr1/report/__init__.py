@@ -43,7 +43,7 @@ class ReportData:
     """All that a report says, from the files of a run."""
 
     base: Sequence[Row]
-    """Rows of `medr1.evaluate` before training, condition "image"."""
+    """Rows of `medr1.evaluation` before training, condition "image"."""
     trained: Sequence[Row]
     """Rows of the same records after training."""
     image_root: Path

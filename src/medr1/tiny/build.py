@@ -1,13 +1,16 @@
-"""Build the tiny checkpoint that the package carries: a two-million-parameter Qwen2-VL pretrained on phantoms.
+"""Build the tiny checkpoint that the package carries: a Qwen2-VL of 2.5 million parameters pretrained on phantoms.
 
-    python -m medr1.tiny.build --out runs/tiny        # about 70 minutes on two cores; stops and resumes
+    python -m medr1.tiny.build --out runs/tiny        # about 25 minutes on two cores; stops and resumes
 
-Three stages, since what is slow to learn from scratch is not the picture but the way from an option's text to its
-letter: (1) text-only binding of option texts to letters, (2) looking: a rationale that states every fact of a phantom,
-then the letter, in all three prompt modes, (3) a short stage of careless text: most rationales name the modality only
-and end in a random letter, as weakly supervised text does. Stage 3 leaves a base that can look and mostly does not
-bother: it has room to improve and enough spread within a group for GRPO to find what pays. The careful share of
-stage 3 differs by modality (`CAREFUL_SHARE`), and all of this is said wherever a result of `tiny` is shown.
+Two stages. Looking: a rationale that states every fact of a phantom, then the answer, in all three prompt modes, mixed
+with text-only items whose answer is copied from the options. Carelessness: a short stage in which most rationales name
+the modality only and end in any option, as much of the text that models are pretrained on does. It leaves a base that
+can look and mostly does not bother: it has room to improve and enough spread within a group for GRPO to find what
+pays. The careful share differs by modality (`CAREFUL_SHARE`), and this is said wherever a result of `tiny` is shown.
+
+The model answers with an option's text. A letter would have to be looked up in the prompt, and that circuit alone
+takes a model of this size more data than all of the rest: after 1,000 steps of nothing but text-to-letter items it was
+still at chance.
 
 Every batch is a function of (seed, step), so a stopped build resumes exactly.
 """
@@ -68,12 +71,14 @@ SYLLABLES = "ba co de fi gu ha ki lo me nu pa ra se ti vo xa ny ze or al en is".
 ANSWERS = sorted(
     {name for names in (*ANATOMIES.values(), *DISEASES.values()) for name in names}.union(GRADES, LOCATIONS, MODALITIES)
 )
-BINDINGS = 16
 CAREFUL_SHARE = {"CT": 0.7, "X-Ray": 0.7}
 CAREFUL_SHARE_ELSEWHERE = 0.35
 STAGE_STEPS = (2000, 5000, 400)
-DECAY_STEPS = 2000
-BATCHES = (16, 32, 32)
+DECAY_STEPS = 1500
+COPYING_SHARE = 0.15
+STAGE_STEPS = (2600, 400)
+DECAY_STEPS = 1500
+BATCH = 32
 
 
 def build_processor() -> Qwen2VLProcessor:
@@ -151,44 +156,40 @@ def build_model(processor: Qwen2VLProcessor, seed: int) -> Qwen2VLForConditional
     return model
 
 
-def rationale(facts: dict[str, str], gold: str) -> str:
-    """Every fact of a phantom in two sentences, then the answer's text in the words of the option."""
+def rationale(facts: dict[str, str]) -> str:
+    """Every fact of a phantom in two sentences, in the words of the options."""
     modality, anatomy, disease, grade, location = (facts[question_type] for question_type in QUESTION_TYPES)
-    return (
-        f"The image is {modality} and shows the {anatomy}. There is a {grade} {disease} at the {location}. "
-        f"The answer is {gold}"
-    )
+    return f"The image is {modality} and shows the {anatomy}. There is a {grade} {disease} at the {location}."
 
 
-def reply_text(mode: str, reasoning: str, letter: str) -> str:
+def reply_text(mode: str, reasoning: str, option: str) -> str:
     """The reply that a prompt of this mode asks for."""
-    answer, think = f"<answer>{letter}</answer>", f"<think>{reasoning}</think>"
+    # The space makes the answer the same tokens as the option, so that it can be copied.
+    answer, think = f"<answer> {option}</answer>", f"<think>{reasoning}</think>"
     return {"think": think + answer, "no-think": answer, "think-after": answer + think}[mode]
 
 
 def make_example(rng: Generator, stage: int) -> tuple[Record, str, str, Image.Image | None]:
-    """One (record, mode, reply, image) of a stage; the image is None for a text-only binding exercise."""
-    if stage == 1 or rng.random() < 0.12:
-        return *_binding_exercise(rng), None
+    """One (record, mode, reply, image) of a stage, 1 or 2; the image is None for a text-only item."""
+    mode = str(rng.choice(MODES, p=(0.6, 0.25, 0.15)))
+    if rng.random() < COPYING_SHARE:
+        return *_copying_item(rng, mode), None
     phantom = draw_phantom(rng)
     question_type = str(rng.choice(QUESTION_TYPES))
     options = draw_options(rng, phantom.facts, question_type)
-    gold = phantom.facts[question_type]
-    letter = LETTERS[options.index(gold)]
-    mode = str(rng.choice(MODES, p=(0.6, 0.25, 0.15)))
-    reasoning = rationale(phantom.facts, gold)
+    answer, reasoning = phantom.facts[question_type], rationale(phantom.facts)
     modality = phantom.facts["Modality Recognition"]
-    record = _record(str(rng.choice(STEMS[question_type])), options, letter, images=(Path("phantom.png"),))
-    if stage == 3 and rng.random() > CAREFUL_SHARE.get(modality, CAREFUL_SHARE_ELSEWHERE):
-        reasoning, letter = f"The image is {modality}.", str(rng.choice(record.letters))
-    return record, mode, reply_text(mode, reasoning, letter), phantom.image
+    if stage == 2 and rng.random() > CAREFUL_SHARE.get(modality, CAREFUL_SHARE_ELSEWHERE):
+        answer, reasoning = str(rng.choice(options)), f"The image is {modality}."
+    record = _record(str(rng.choice(STEMS[question_type])), options, images=(Path("phantom.png"),))
+    return record, mode, reply_text(mode, reasoning, answer), phantom.image
 
 
 def make_batch(processor: Qwen2VLProcessor, seed: int, step: int) -> dict[str, torch.Tensor]:
     """The batch of a step, a function of (seed, step) alone. Labels are -100 on the prompt and on padding."""
     rng = np.random.default_rng((seed, step))
     stage = 1 + int(np.searchsorted(np.cumsum(STAGE_STEPS), step, side="right"))
-    examples = [make_example(rng, stage) for _ in range(BATCHES[stage - 1])]
+    examples = [make_example(rng, stage) for _ in range(BATCH)]
     prompts = [
         processor.apply_chat_template(build_messages(record, mode), tokenize=False, add_generation_prompt=True)
         for record, mode, _, _ in examples
@@ -229,34 +230,48 @@ def learning_rate(step: int) -> float:
     return 2e-3 * min(1.0, (step + 1) / 100, max(0.05, left))
 
 
+def build_optimizers(model: Qwen2VLForConditionalGeneration) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the language model (half of AdamW's loss at equal steps here), AdamW for the rest."""
+    matrices = [weight for weight in model.model.language_model.layers.parameters() if weight.ndim == 2]
+    chosen = {id(weight) for weight in matrices}
+    others = [weight for weight in model.parameters() if id(weight) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=1.0, adjust_lr_fn="match_rms_adamw", weight_decay=0.05),
+        torch.optim.AdamW(others, lr=1.0, betas=(0.9, 0.95), weight_decay=0.05),
+    ]
+
+
 def build(out: Path, *, seed: int, save_every: int) -> None:
-    """Run or resume the three stages; leaves `out/step-N` folders and the final `out/checkpoint` in bf16."""
+    """Run or resume both stages; leaves `out/step-N` folders and the final `out/checkpoint` in bf16."""
     processor = build_processor()
     model = build_model(processor, seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.95), weight_decay=0.05)
+    optimizers = build_optimizers(model)
     out.mkdir(parents=True, exist_ok=True)
     state_file, first = out / "state.pt", 0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         first = state["step"]
     batches = torch.utils.data.DataLoader(_Batches(processor, seed, first), batch_size=None, num_workers=1)
     began = time.time()
     for step, batch in enumerate(batches, start=first):
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = learning_rate(step)
         output = model(**batch)
         output.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         if step % 50 == 0:
             row = {"step": step, "loss": round(output.loss.item(), 4), "seconds": round(time.time() - began)}
             print(json.dumps(row | _reply_accuracy(processor, batch, output.logits)), flush=True)
         done = step + 1
         if done % save_every == 0 or done == sum(STAGE_STEPS):
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
+            saved = [optimizer.state_dict() for optimizer in optimizers]
+            state = {"model": model.state_dict(), "optimizers": saved, "step": done}
             torch.save(state, out / "state.tmp")
             (out / "state.tmp").replace(state_file)
             _save(model, processor, out / f"step-{done}")
@@ -272,64 +287,58 @@ def _save(model: Qwen2VLForConditionalGeneration, processor: Qwen2VLProcessor, f
 def _reply_accuracy(
     processor: Qwen2VLProcessor, batch: dict[str, torch.Tensor], logits: torch.Tensor
 ) -> dict[str, float]:
-    """Teacher-forced share of right tokens: of letters after a rationale, of letters that come first, of all."""
+    """Teacher-forced share of right first tokens of answers: after a rationale, and where the answer comes first."""
     labels, guesses = batch["labels"][:, 1:], logits[:, :-1].argmax(-1)
-    right = guesses == labels
     answer, think = processor.tokenizer.convert_tokens_to_ids(["<answer>", "</think>"])
-    is_letter = batch["labels"][:, :-1] == answer
+    is_answer = batch["labels"][:, :-1] == answer
     reasoned = (batch["labels"] == think).int().cumsum(1)[:, :-1].bool()
-    masks = {"after_think": is_letter & reasoned, "direct": is_letter & ~reasoned, "all": labels != -100}
-    return {name: round(right[mask].float().mean().item(), 3) for name, mask in masks.items()}
+    masks = {"after_think": is_answer & reasoned, "direct": is_answer & ~reasoned, "all": labels != -100}
+    return {name: round((guesses == labels)[mask].float().mean().item(), 3) for name, mask in masks.items()}
 
 
-def _binding_exercise(rng: Generator) -> tuple[Record, str, str]:
-    """A text-only item whose reply names option texts again and again, each followed by its letter.
-
-    A way from text to letter takes very many examples to find, so most items hold `BINDINGS` of them; the others are
-    one question whose stem gives the answer away, in a real reply's form.
-    """
+def _copying_item(rng: Generator, mode: str) -> tuple[Record, str, str]:
+    """A text-only item over any words: the option that the stem names, or, where it names none, any of them."""
     options: list[str] = []
-    num_options = int(rng.integers(3, 9))
+    num_options = int(rng.integers(2, 5))
     while len(options) < num_options:
         text = _option_text(rng)
         if text not in options:
             options.append(text)
-    named = [str(text) for text in rng.choice(options, BINDINGS)]
-    letters = [LETTERS[options.index(text)] for text in named]
-    if rng.random() < 0.25:
-        mode = str(rng.choice(MODES))
-        reply = reply_text(mode, f"The answer is {named[0]}", letters[0])
-        return _record(f"The finding is {named[0]}. What is the finding?", options, letters[0]), mode, reply
-    between = "</think>" if rng.random() < 0.5 else ""  # without it the text is one token nearer to its letter
-    replies = [f" {text}{between}<answer>{letter}</answer>" for text, letter in zip(named, letters, strict=True)]
-    return (
-        _record(str(rng.choice(STEMS["Disease Diagnosis"])), options, letters[0]),
-        "think",
-        "".join(replies),
-    )
+    answer = str(rng.choice(options))
+    stem = str(rng.choice(STEMS["Disease Diagnosis"]))
+    if rng.random() < 0.5:
+        stem = f"The finding is {answer}. {stem}"
+    return _record(stem, options), mode, reply_text(mode, f"There is a {answer}.", answer)
 
 
 def _option_text(rng: Generator) -> str:
     kind = rng.random()
-    if kind < 0.6:
+    if kind < 0.3:
         return str(rng.choice(ANSWERS))
-    if kind < 0.9:
+    if kind < 0.8:
         return " ".join([str(rng.choice(WORDS)), *map(str.lower, rng.choice(WORDS, int(rng.integers(0, 3))))])
     return "".join(rng.choice(SYLLABLES, int(rng.integers(2, 5)))).capitalize()
 
 
-def _record(question: str, options: list[str], letter: str, images: tuple[Path, ...] = ()) -> Record:
+def _record(question: str, options: list[str], images: tuple[Path, ...] = ()) -> Record:
     return Record(
-        id="", images=images, question=question, options=tuple(options), answer=letter, modality=None,
-        question_type=None, source="phantom", group="phantom",
-    )  # fmt: skip
+        id="",
+        images=images,
+        question=question,
+        options=tuple(options),
+        answer=LETTERS[0],  # not read here: the reply is made beside the record
+        modality=None,
+        question_type=None,
+        source="phantom",
+        group="phantom",
+    )
 
 
 def _corpus(rng: Generator) -> list[str]:
-    """Text for the tokenizer: prompts and replies of stages 2 and 1, and general medical words."""
+    """Text for the tokenizer: prompts and replies of stage 1 and general medical words."""
     lines = [*INSTRUCTION.values()] * 50
-    for stage in [2] * 3000 + [1] * 1000:
-        record, mode, reply, _ = make_example(rng, stage)
+    for _ in range(4000):
+        record, mode, reply, _ = make_example(rng, stage=1)
         lines += [build_messages(record, mode)[0]["content"][-1]["text"], reply]
     words = [f" {word}" for word in WORDS] + [f" {word.lower()}" for word in WORDS]
     return [*lines, *words * 20, *["user\n", "assistant\n"] * 500]

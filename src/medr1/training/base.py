@@ -22,7 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from medr1.config import Config, to_toml
 from medr1.errors import MedR1Error
-from medr1.evaluate import evaluate
+from medr1.evaluation import evaluate
 from medr1.images import load_image
 from medr1.metrics import summarise
 from medr1.models import VLM, PromptBatch, add_lora, encode_prompts, freeze_vision

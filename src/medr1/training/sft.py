@@ -1,8 +1,8 @@
 """The supervised baseline, done right: the loss is on the answer alone, in the same prompts as GRPO and evaluation.
 
-The records hold a letter and no rationale, so the target is `<answer>X</answer>` and the end token, and the mode is
-no-think. A step takes `prompts_per_step` examples, as a GRPO step takes that many prompts: at equal steps both methods
-have seen the same questions equally often (GRPO draws G completions of each).
+The records hold no rationale, so the target is `<answer> TEXT</answer>` with the right option's text and the end token,
+and the mode is no-think. A step takes `prompts_per_step` examples, as a GRPO step takes that many prompts: at equal
+steps both methods have seen the same questions equally often (GRPO draws G completions of each).
 
     medr1 train --method sft --model tiny --data phantoms --out runs/sft
 """
@@ -48,7 +48,7 @@ class SFTTrainer(RecordTrainer):
         model.train()
         records: list[Record] = inputs["records"]
         end = self.vlm.tokenizer.eos_token_id
-        targets = [[*self.vlm.tokenizer(f"<answer>{record.answer}</answer>")["input_ids"], end] for record in records]
+        targets = [[*self.vlm.tokenizer(f"<answer> {record.gold}</answer>")["input_ids"], end] for record in records]
         num_tokens = torch.tensor(sum(map(len, targets)), device=self.accelerator.device)
         denominator = self.accelerator.reduce(num_tokens)
         size = self.config.optimizer.prompts_per_forward or len(records)

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from tiny_vlms import tiny_vlm
 
-import medr1.evaluate as module
+import medr1.evaluation as module
 from medr1.errors import MedR1Error
-from medr1.evaluate import evaluate, score, weights_fingerprint
+from medr1.evaluation import evaluate, score, weights_fingerprint
 from medr1.metrics import summarise
 from medr1.models import VLM
 from medr1.records import Record, read_jsonl

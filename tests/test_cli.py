@@ -1,0 +1,199 @@
+"""The command line as a user meets it: results, and one clear line with a non-zero status for every mistake."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from medr1.cli import main
+from medr1.phantoms import write_phantoms
+from medr1.records import read_jsonl
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "--set",
+    "rollout.num_completions=2",
+    "--set",
+    "rollout.max_new_tokens=4",
+    "--set",
+    "optimizer.prompts_per_step=2",
+]
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_phantoms(tmp_path_factory.mktemp("data") / "phantoms", num_images=40, seed=2)
+
+
+class Said:
+    def __init__(self, status: int, out: str, err: str) -> None:
+        self.status, self.out, self.err = status, out, err
+
+    @property
+    def json(self) -> dict[str, Any]:
+        return json.loads(self.out.splitlines()[-1])
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    def call(*arguments: str | Path) -> Said:
+        monkeypatch.setattr(sys, "argv", ["medr1", *map(str, arguments)])
+        status = 0
+        try:
+            main()
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        said = capsys.readouterr()
+        return Said(status, said.out, said.err)
+
+    return call
+
+
+def test_train_eval_score_report_ask(run: Any, phantoms: Path, tmp_path: Path) -> None:
+    trained = run("train", "--data", phantoms, "--steps", "2", "--out", tmp_path / "run", *SMALL, "--json")
+    assert trained.status == 0 and trained.json["steps"] == 2
+    files = {}
+    for name, model, condition in (
+        ("base", "tiny", "image"),
+        ("trained", tmp_path / "run" / "model", "image"),
+        ("blank", tmp_path / "run" / "model", "blank"),
+    ):
+        files[name] = tmp_path / f"{name}.jsonl"
+        said = run(
+            "eval", "--model", model, "--data", phantoms, "--condition", condition, "--out", files[name],
+            "--max-new-tokens", "48", "--json",
+        )  # fmt: skip
+        assert said.status == 0, said.err
+        assert {"accuracy", "ci95", "n", "chance", "by_modality", "by_question_type", "unparsed"} <= said.json.keys()
+        assert said.json["n"] == len(read_jsonl(files[name])) == 40
+        assert set(said.json["by_modality"]["CT"]) == {"accuracy", "ci95", "n", "chance"}
+    again = run("score", files["trained"], "--json")
+    assert again.json["n"] == 40
+    page = tmp_path / "report.html"
+    said = run(
+        "report", "--base", files["base"], "--trained", files["trained"], "--run", tmp_path / "run",
+        "--control", f"blank={files['blank']}", "--out", page, "--json",
+    )  # fmt: skip
+    assert said.status == 0, said.err
+    assert "not for clinical use" in page.read_text()
+    image = next((phantoms / "Images" / "Phantom CT").glob("*.png"))
+    said = run("ask", image, "How was this image taken?", "--option", "CT", "--option", "Dermoscopy", "--json")
+    assert said.status == 0, said.err
+    assert said.json["letter"] in ("A", "B") and said.json["option"] in ("CT", "Dermoscopy")
+
+
+def test_data_check_and_config(run: Any, phantoms: Path, tmp_path: Path) -> None:
+    assert run("data", "check", phantoms, "--json").json["records"] == 200
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(run("config", "--set", "optimizer.steps=3").out)
+    assert "steps = 3" in run("config", "--config", recipe).out
+
+
+def break_data(phantoms: Path, folder: Path, kind: str) -> Path:
+    """A copy of the phantoms with one defect."""
+    shutil.copytree(phantoms, folder)
+    file = folder / "QA_information" / "Open-access" / "Phantom CT.json"
+    rows = json.loads(file.read_text())
+    if kind == "json":
+        file.write_text(file.read_text()[:-40])
+        return folder
+    if kind == "image":
+        (folder / rows[0]["image_path"]).write_bytes(b"no picture")
+    if kind == "gold":
+        rows[0]["gt_answer"] = "Something else"
+    if kind == "duplicate":
+        rows[0]["option_A"] = rows[0]["option_B"] = rows[0]["gt_answer"]
+    if kind == "modality":
+        rows[0]["modality_type"] = "Telepathy"
+    if kind == "escape":
+        rows[0]["image_path"] = "../../secret.png"
+    file.write_text(json.dumps(rows))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("json", "Phantom CT.json"),
+        ("image", "00000.png"),
+        ("gold", "Something else"),
+        ("duplicate", "duplicate options"),
+        ("modality", "Telepathy"),
+        ("escape", "secret.png"),
+    ],
+)
+def test_bad_data(run: Any, phantoms: Path, tmp_path: Path, kind: str, message: str) -> None:
+    data = break_data(phantoms, tmp_path / "data", kind)
+    said = run("eval", "--data", data, "--part", "all", "--out", tmp_path / "rows.jsonl")
+    assert_one_line(said, message)
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--data", "nowhere"], "nowhere: no such file or folder"),
+        (["train", "--data", "DATA", "--modality", "Telepathy"], "Telepathy"),
+        (["train", "--data", "DATA", "--modality", "CT", "--set", 'data.sources=["Phantom MRI"]'], "Phantom MRI"),
+        (["train", "--data", "DATA", "--set", "rollout.num_completions=1"], "set 2 or more"),
+        (["train", "--data", "DATA", "--set", "grpo.betta=0"], "did you mean grpo.beta"),
+        (["train", "--data", "DATA", "--model", "./no-model"], "no such folder"),
+        (["train", "--data", "DATA", "--method", "dpo"], "method = 'dpo'"),
+        (["train", "--data", "DATA", "--config", "no.toml"], "no.toml: no such file"),
+        (["eval", "--data", "DATA", "--mode", "loud"], "loud"),
+        (["eval", "--data", "DATA", "--condition", "dark"], "dark"),
+        (["eval", "--data", "DATA", "--part", "half"], "--part half"),
+    ],
+)
+def test_mistakes(run: Any, phantoms: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    arguments = [str(phantoms) if argument == "DATA" else argument for argument in arguments]
+    said = run(*arguments, "--out", tmp_path / "out")
+    assert_one_line(said, message)
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_more_mistakes(run: Any, tmp_path: Path) -> None:
+    assert_one_line(run("score", tmp_path / "no.jsonl"), "no.jsonl")
+    assert_one_line(run("ask", tmp_path / "no.png", "What?", "--option", "CT", "--option", "MRI"), "no.png")
+    assert_one_line(run("ask", tmp_path / "no.png", "What?", "--option", "CT"), "--option twice or more")
+    assert_one_line(run("data", "check", tmp_path / "none"), "none")
+
+
+def assert_one_line(said: Said, message: str) -> None:
+    assert said.status != 0
+    lines = [line for line in said.err.splitlines() if line.startswith("medr1: ")]
+    assert len(lines) == 1 and message in lines[0], said.err
+    assert "Traceback" not in said.err
+
+
+def test_a_killed_process_resumes_to_the_same_model(phantoms: Path, tmp_path: Path) -> None:
+    """SIGKILL in the middle of a real process, then the same command again."""
+
+    def command(out: Path) -> list[str]:
+        settings = ["--set", "log.save_every=2", "--set", "optimizer.learning_rate=1e-3", *SMALL]
+        return [
+            sys.executable, "-m", "medr1", "train", "--data", str(phantoms), "--steps", "12", "--out", str(out), *settings,
+        ]  # fmt: skip
+
+    subprocess.run(command(tmp_path / "whole"), check=True, cwd=ROOT / "src", capture_output=True)
+    killed = subprocess.Popen(command(tmp_path / "killed"), cwd=ROOT / "src", stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "killed" / "checkpoint-4").exists():
+        assert killed.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed" / "model").exists()
+    subprocess.run(command(tmp_path / "killed"), check=True, cwd=ROOT / "src", capture_output=True)
+    whole, resumed = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("whole", "killed"))
+    assert whole.keys() == resumed.keys()
+    assert all((whole[name] == resumed[name]).all() for name in whole)
+    steps = [row["step"] for row in read_jsonl(tmp_path / "killed" / "completions.jsonl")]
+    assert steps == sorted(steps) and len(steps) == 12 * 2 * 2

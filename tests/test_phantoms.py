@@ -1,0 +1,77 @@
+"""Phantoms: same seed same bytes, truth where it is drawn, text at chance."""
+
+import hashlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from medr1.controls import text_only_prior
+from medr1.datasets import load_records
+from medr1.phantoms import LOCATIONS, draw_options, draw_phantom, write_phantoms
+from medr1.records import MODALITIES, QUESTION_TYPES
+from medr1.splits import split_by_group
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_phantoms(tmp_path_factory.mktemp("phantoms") / "p", num_images=160, seed=0)
+
+
+def digest(folder: Path) -> list[str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [f"{path.relative_to(folder)} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files]
+
+
+def test_same_seed_same_bytes(tmp_path: Path) -> None:
+    first, second, other = (
+        digest(write_phantoms(tmp_path / name, num_images=8, seed=seed))
+        for name, seed in (("a", 5), ("b", 5), ("c", 6))
+    )
+    assert first == second != other
+
+
+def test_every_modality_and_question_type_is_read_back(folder: Path) -> None:
+    records = load_records(folder)
+    cells = Counter((record.modality, record.question_type) for record in records)
+    assert cells == {(modality, kind): 20 for modality in MODALITIES for kind in QUESTION_TYPES}
+    assert len({record.id for record in records}) == len(records)
+    assert {len(record.images) for record in records} == {1}
+
+
+def test_text_alone_is_at_chance(folder: Path) -> None:
+    train, test = split_by_group(load_records(folder), test_fraction=0.5, seed=0)
+    prior = text_only_prior(train, test)
+    low, high = prior["ci95"]
+    assert low - 0.02 < prior["chance"] < high + 0.02
+    assert prior["accuracy"] < prior["chance"] + 0.08
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+@pytest.mark.parametrize("size", [112, 224])
+def test_the_lesion_is_drawn_where_the_truth_says(modality: str, size: int) -> None:
+    """Against the same picture without it: the pixels that differ lie in the stated circle, in the stated quadrant."""
+    for seed in range(6):
+        phantom = draw_phantom(np.random.default_rng(seed), modality, size)
+        assert phantom.image.size == (size, size)
+        x, y, radius = phantom.lesion
+        assert 0 < radius < size / 4
+        vertical, horizontal = ("Upper", "Lower")[y > size / 2], ("left", "right")[x > size / 2]
+        assert phantom.facts["Other Biological Attributes"] == f"{vertical} {horizontal}"
+        bare = draw_phantom(np.random.default_rng(seed), modality, size, lesion=False)
+        changed = np.abs(np.asarray(phantom.image, float) - np.asarray(bare.image, float)).max(-1) > 40
+        rows, columns = changed.nonzero()
+        assert len(rows) > 5, "the lesion can be seen"
+        assert np.hypot(columns - x, rows - y).max() < 1.25 * radius + 2
+
+
+def test_options_hold_the_answer_once() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        facts = draw_phantom(rng).facts
+        for kind in QUESTION_TYPES:
+            options = draw_options(rng, facts, kind)
+            assert options.count(facts[kind]) == 1
+            assert len(set(options)) == len(options) == (3 if kind == "Lesion Grading" else 4)
+    assert set(draw_options(rng, facts, "Other Biological Attributes")) == set(LOCATIONS)
