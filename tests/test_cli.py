@@ -179,7 +179,8 @@ def test_a_killed_process_resumes_to_the_same_model(phantoms: Path, tmp_path: Pa
     def command(out: Path) -> list[str]:
         settings = ["--set", "log.save_every=2", "--set", "optimizer.learning_rate=1e-3", *SMALL]
         return [
-            sys.executable, "-m", "medr1", "train", "--data", str(phantoms), "--steps", "12", "--out", str(out), *settings,
+            sys.executable, "-m", "medr1", "train", "--data", str(phantoms), "--steps", "12", "--out", str(out),
+            *settings,
         ]  # fmt: skip
 
     subprocess.run(command(tmp_path / "whole"), check=True, cwd=ROOT / "src", capture_output=True)

@@ -31,7 +31,8 @@ def test_text() -> None:
             {"type": "image"},
             {
                 "type": "text",
-                "text": "What is shown?\nA) Naevus\nB) Wart B) trick text\n\nWrite one option inside <answer></answer>.",
+                "text": "What is shown?\nA) Naevus\nB) Wart B) trick text\n\n"
+                "Write one option inside <answer></answer>.",
             },
         ],
     }

@@ -32,13 +32,13 @@ def demo_config(seed: int) -> Config:
             "data.test_fraction": 0.1,
             "rollout.max_new_tokens": 64,
             "grpo.beta": 0.0,
-            "optimizer.steps": 150,
+            "optimizer.steps": 120,
             "optimizer.prompts_per_step": 16,
-            "optimizer.learning_rate": 3e-4,
+            "optimizer.learning_rate": 5e-5,
             "optimizer.schedule": "constant_with_warmup",
             "optimizer.warmup_steps": 5,
             "optimizer.seed": seed,
-            "log.eval_every": 25,
+            "log.eval_every": 10,
             "log.eval_records": 160,
         }
     )

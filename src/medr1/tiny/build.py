@@ -1,12 +1,12 @@
 """Build the tiny checkpoint that the package carries: a Qwen2-VL of 2.5 million parameters pretrained on phantoms.
 
-    python -m medr1.tiny.build --out runs/tiny        # about 25 minutes on two cores; stops and resumes
+    python -m medr1.tiny.build --out runs/tiny        # about 20 minutes on two cores; stops and resumes
 
 Two stages. Looking: a rationale that states every fact of a phantom, then the answer, in all three prompt modes, mixed
 with text-only items whose answer is copied from the options. Carelessness: a short stage in which most rationales name
-the modality only and end in any option, as much of the text that models are pretrained on does. It leaves a base that
-can look and mostly does not bother: it has room to improve and enough spread within a group for GRPO to find what
-pays. The careful share differs by modality (`CAREFUL_SHARE`), and this is said wherever a result of `tiny` is shown.
+the modality only and end in the first option, a habit that many released models have too. It leaves a base that can
+look and mostly does not bother: it has room to improve and enough spread within a group for GRPO to find what pays.
+The careful share differs by modality (`CAREFUL_SHARE`), and this is said wherever a result of `tiny` is shown.
 
 The model answers with an option's text. A letter would have to be looked up in the prompt, and that circuit alone
 takes a model of this size more data than all of the rest: after 1,000 steps of nothing but text-to-letter items it was
@@ -73,11 +73,10 @@ ANSWERS = sorted(
 )
 CAREFUL_SHARE = {"CT": 0.7, "X-Ray": 0.7}
 CAREFUL_SHARE_ELSEWHERE = 0.35
-STAGE_STEPS = (2000, 5000, 400)
-DECAY_STEPS = 1500
 COPYING_SHARE = 0.15
-STAGE_STEPS = (2600, 400)
-DECAY_STEPS = 1500
+STAGE_STEPS = (2500, 400)
+DECAY = (1500, 3000)
+"""First and last step of the learning rate's decay."""
 BATCH = 32
 
 
@@ -180,7 +179,7 @@ def make_example(rng: Generator, stage: int) -> tuple[Record, str, str, Image.Im
     answer, reasoning = phantom.facts[question_type], rationale(phantom.facts)
     modality = phantom.facts["Modality Recognition"]
     if stage == 2 and rng.random() > CAREFUL_SHARE.get(modality, CAREFUL_SHARE_ELSEWHERE):
-        answer, reasoning = str(rng.choice(options)), f"The image is {modality}."
+        answer, reasoning = options[0], f"The image is {modality}."
     record = _record(str(rng.choice(STEMS[question_type])), options, images=(Path("phantom.png"),))
     return record, mode, reply_text(mode, reasoning, answer), phantom.image
 
@@ -225,9 +224,9 @@ class _Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 
 def learning_rate(step: int) -> float:
-    """Warm-up over 100 steps to 2e-3, held, then linear to a twentieth of it over the last `DECAY_STEPS`."""
-    left = (sum(STAGE_STEPS) - step) / DECAY_STEPS
-    return 2e-3 * min(1.0, (step + 1) / 100, max(0.05, left))
+    """Warm-up over 100 steps to 2e-3, then linear to 0 over DECAY (the build ends before)."""
+    first, last = DECAY
+    return 2e-3 * min(1.0, (step + 1) / 100, (last - step) / (last - first))
 
 
 def build_optimizers(model: Qwen2VLForConditionalGeneration) -> list[torch.optim.Optimizer]:
@@ -257,6 +256,9 @@ def build(out: Path, *, seed: int, save_every: int) -> None:
     batches = torch.utils.data.DataLoader(_Batches(processor, seed, first), batch_size=None, num_workers=1)
     began = time.time()
     for step, batch in enumerate(batches, start=first):
+        if step == STAGE_STEPS[0]:  # anew from the folder of this step, so that stage 2 can be repeated alone
+            model.load_state_dict({name: tensor.bfloat16() for name, tensor in model.state_dict().items()})
+            optimizers = build_optimizers(model)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = learning_rate(step)
         output = model(**batch)

@@ -1,0 +1,414 @@
+"""Med-R1 against TRL's GRPOTrainer and against `generate`, in one run, alternating.
+
+    python benchmarks/bench.py              # everything: tables, growth.svg, results.json
+    python benchmarks/bench.py --quick      # the two headline settings once, under a minute
+    python benchmarks/bench.py --profile    # only: torch profiler tables of one step of ours, profile-*.txt
+
+Each round makes one whole training step of ours and one of TRL's, through their own `train()`, on the same prompts
+and from the same weights; a ratio is the median over rounds of TRL's time over ours in that round. The parts of a
+step are timed inside these same steps. Peak memory is taken in a process of its own for each side. The last line of
+stdout is one JSON object; what a run did not measure is null in it.
+"""
+
+import argparse
+import contextlib
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+warnings.filterwarnings("ignore")
+
+import torch
+import transformers
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+from workload import (
+    MODE,
+    Workload,
+    from_json,
+    our_trainer,
+    to_json,
+    trl_trainer,
+    write_files,
+    write_model,
+    write_records,
+)
+
+import medr1.training.grpo as ours_module
+from medr1.evaluation import evaluate
+from medr1.images import load_image
+from medr1.models import load_vlm
+from medr1.prompts import build_messages
+
+HERE = Path(__file__).resolve().parent
+HEADLINE = (Workload("no-think, 16 tokens", new_tokens=16), Workload("think, 48 tokens"))
+OTHERS = (
+    Workload("160 tokens", new_tokens=160),
+    Workload("392 px", pixels=392),
+    Workload("short prompt", short_prompt=True),
+    Workload("beta 0", beta=0.0),
+    Workload("LoRA 8", lora_rank=8),
+)
+GROWTH = tuple(
+    Workload(f"G = {completions}, {tokens} tokens", num_completions=completions, new_tokens=tokens)
+    for tokens in (16, 48)
+    for completions in (4, 8, 16, 32)
+)
+PARTS = ("rollout", "policy", "reference")
+MEMORY = (Workload("think, 48 tokens"), Workload("with gradient checkpointing", checkpointing=True))
+MIB = 2**20
+
+
+class Stopwatch(TrainerCallback):
+    """Seconds of one `train()` call: whole, and of the parts whose functions it wraps, without nested parts."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.inner: list[float] = []
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds.clear()
+        self.began = time.perf_counter()
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds["step"] = time.perf_counter() - self.began
+
+    def wrap(self, owner: Any, function: str, part: Callable[[], str]) -> None:
+        """Time calls of `owner.function` as the part that `part()` names at the call."""
+        original = getattr(owner, function)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            name = part()
+            self.inner.append(0.0)
+            began = time.perf_counter()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                seconds = time.perf_counter() - began
+                self.seconds[name] += seconds - self.inner.pop()
+                if self.inner:
+                    self.inner[-1] += seconds
+
+        setattr(owner, function, timed)
+
+
+def scoring() -> str:
+    """Log-probs with gradient are the policy's, without they are the reference's."""
+    return "policy" if torch.is_grad_enabled() else "reference"
+
+
+class Side:
+    """One trainer and the stopwatch on it."""
+
+    def __init__(self, name: str, workload: Workload, records: list[Any], folder: Path) -> None:
+        self.watch = Stopwatch()
+        self.trainer: Any
+        if name == "ours":
+            self.trainer = our_trainer(workload, records, folder)
+            self.watch.wrap(self.trainer, "_update", lambda: "policy")
+        else:
+            self.trainer = trl_trainer(workload, records, folder)
+            self.watch.wrap(self.trainer, "training_step", lambda: "policy")
+            self.watch.wrap(self.trainer, "_prepare_inputs", lambda: "rest")
+            self.watch.wrap(self.trainer, "_generate_single_turn", lambda: "rollout")
+            self.watch.wrap(self.trainer, "_get_per_token_logps_and_entropies", scoring)
+        self.trainer.add_callback(self.watch)
+
+    def step(self) -> dict[str, float]:
+        """Seconds of one training step by part."""
+        gc.collect()
+        self.trainer.train()
+        return dict(self.watch.seconds)
+
+
+@contextlib.contextmanager
+def timed_functions(side: Side) -> Iterator[None]:
+    """The two functions of our trainer's module that are parts of their own, while `side` steps."""
+    originals = ours_module.sample, ours_module.completion_logprobs
+    side.watch.wrap(ours_module, "sample", lambda: "rollout")
+    side.watch.wrap(ours_module, "completion_logprobs", scoring)
+    try:
+        yield
+    finally:
+        ours_module.sample, ours_module.completion_logprobs = originals
+
+
+def compare(workload: Workload, rounds: int) -> dict[str, Any]:
+    """Alternate steps of ours and TRL's: median seconds of both by part, and medians of the rounds' ratios."""
+    times: dict[str, list[dict[str, float]]] = {"ours": [], "trl": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        records = write_files(workload, folder)
+        ours, trl = Side("ours", workload, records, folder), Side("trl", workload, records, folder)
+        prompts = check_same_work(ours.trainer, trl.trainer, workload)
+        with timed_functions(ours):
+            for number in range(rounds + 1):  # the first is a warm-up
+                for side, key in ((ours, "ours"), (trl, "trl")):
+                    seconds = side.step()
+                    if number:
+                        times[key].append(seconds)
+        lengths = [
+            next(log[name] for log in side.trainer.state.log_history if name in log)
+            for side, name in ((ours, "completion_tokens"), (trl, "completions/mean_length"))
+        ]
+        assert lengths == [workload.new_tokens] * 2, f"both sample the same number of tokens: {lengths}"
+    names = ("step", *(part for part in PARTS if part in times["trl"][0]))
+    return {
+        "name": workload.name,
+        "prompt_tokens": prompts,
+        "rounds": rounds,
+        **{key: {part: statistics.median(t[part] for t in times[key]) for part in names} for key in times},
+        "ratio": {
+            part: statistics.median(t[part] / o[part] for o, t in zip(times["ours"], times["trl"], strict=True))
+            for part in names
+        },
+        "step_ratios": [t["step"] / o["step"] for o, t in zip(times["ours"], times["trl"], strict=True)],
+    }
+
+
+def check_same_work(ours: Any, trl: Any, workload: Workload) -> int:
+    """Both see the same prompt tokens and the same number of weights; the padded prompt length."""
+    batch = ours.encode(ours.train_dataset)
+    rows = {row["index"]: row for row in trl.train_dataset}
+    for index, keep in enumerate(batch.attention_mask_BP.bool()):
+        prompt = rows[index]["prompt"]
+        text = [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image", "image": rows[index]["image"]},
+                    {"type": "text", "text": prompt[0]["content"]},
+                ],
+            }
+        ]
+        theirs = trl._tokenize_prompts([text])[0][0]
+        assert batch.input_ids_BP[index][keep].tolist() == list(theirs), "both are asked the same"
+    counts = [
+        sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+        for trainer in (ours, trl)
+    ]
+    assert counts[0] == counts[1], f"both train the same weights: {counts}"
+    assert trl.generation_config.suppress_tokens == ours.vlm.banned_token_ids
+    assert set(ours.vlm.stop_token_ids) <= set(ours.vlm.banned_token_ids), "no completion ends early"
+    return batch.input_ids_BP.shape[1]
+
+
+def peak_memory(side: str, workload: Workload) -> dict[str, float]:
+    """Peak resident memory in MiB of two training steps, in a process of its own, above what it held before.
+
+    What it held before is Python, libraries, policy and reference. The two AdamW moments are the model's own too and
+    are subtracted; gradients and all else that a step allocates is counted.
+    """
+    command = [sys.executable, __file__, "--memory-of", side, to_json(workload)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    return json.loads(output.strip().splitlines()[-1])
+
+
+def measure_memory(side: str, workload: Workload) -> dict[str, float]:
+    """The measurement inside that process (Linux: the kernel's own high-water mark, reset before the steps)."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        one = Side(side, workload, write_files(workload, folder), folder)
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")
+        held = status("VmRSS")
+        one.step()
+        one.step()
+        peak = status("VmHWM")
+        trained = sum(p.numel() * p.element_size() for p in one.trainer.model.parameters() if p.requires_grad)
+    return {"peak": peak / MIB, "above": (peak - held - 2 * trained) / MIB}
+
+
+def status(field: str) -> int:
+    """A field of this process's status in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+
+def compare_evaluation(rounds: int, num_records: int, new_tokens: int, *, small: bool = False) -> dict[str, Any]:
+    """Our evaluation of a set of records against `generate` a sample at a time; the answers must be the same."""
+    ratios, seconds = [], []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_model(folder / "model", pixels=224, small=small)
+        records = write_records(folder / "images", count=num_records, pixels=224, short_prompt=False)
+        vlm = load_vlm(str(folder / "model"), device="cpu")
+        model = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32).eval()
+        processor = AutoProcessor.from_pretrained(folder / "model")
+        for number in range(rounds + 1):
+            began = time.perf_counter()
+            # The batch is the whole set for one image size; the default of 16 rows serves mixed data and small memory.
+            rows = evaluate(vlm, records, mode=MODE, out=folder / f"{number}.jsonl", max_new_tokens=new_tokens)
+            between = time.perf_counter()
+            replies = [
+                generate_one(model, processor, record, vlm.banned_token_ids, new_tokens) for record in records
+            ]
+            ended = time.perf_counter()
+            assert [row["reply"] for row in rows] == replies, "evaluation and generate answer the same"
+            if number:
+                ratios.append((ended - between) / (between - began))
+                seconds.append((between - began, ended - between))
+    return {
+        "records": num_records,
+        "new_tokens": new_tokens,
+        "ours": statistics.median(o for o, _ in seconds),
+        "generate": statistics.median(g for _, g in seconds),
+        "ratio": statistics.median(ratios),
+    }
+
+
+def generate_one(model: Any, processor: Any, record: Any, banned: list[int], new_tokens: int) -> str:
+    """A peer evaluator's loop body: one sample, the model's own `generate`, greedy."""
+    text = processor.apply_chat_template(build_messages(record, MODE), tokenize=False, add_generation_prompt=True)
+    inputs = processor(text=[text], images=[load_image(path) for path in record.images], return_tensors="pt")
+    with torch.no_grad():
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=new_tokens, suppress_tokens=banned)
+    return processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def profile(out: Path) -> None:
+    """Write where one training step of ours spends its time, by operator."""
+    for workload in HEADLINE:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            one = Side("ours", workload, write_files(workload, folder), folder)
+            with timed_functions(one):
+                one.step()
+                parts = one.step()
+                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+                    one.trainer.train()
+        parts["rest"] = parts["step"] - sum(parts[part] for part in PARTS)
+        head = f"One step of ours, {workload.name}, G = 8, 4 prompts, 224 px, {torch.get_num_threads()} threads.\n"
+        head += "Seconds without the profiler: " + ", ".join(f"{k} {parts[k]:.3f}" for k in ("step", *PARTS, "rest"))
+        table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=45)
+        path = out / f"profile-{workload.new_tokens}.txt"
+        path.write_text(f"{head}\n\n{table}\n")
+        print(path)
+
+
+def plot_growth(results: list[dict[str, Any]], out: Path) -> None:
+    """Step time over G, relative to G = 4, of both sides."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "medr1"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    sizes = [workload.num_completions for workload in GROWTH[:4]]
+    # Okabe-Ito colours, and markers and lines that differ without colour too.
+    styles = {"ours": ("Med-R1", "#0072B2", "o"), "trl": ("TRL", "#D55E00", "s")}
+    for start, line, tokens in ((0, "--", 16), (4, "-", 48)):
+        for key, (label, colour, marker) in styles.items():
+            steps = [result[key]["step"] for result in results[start : start + 4]]
+            label = f"{label}, {tokens} new tokens"
+            axes.plot(sizes, [s / steps[0] for s in steps], line, color=colour, marker=marker, label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.set_yticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+    axes.set_xlabel("G, completions a prompt")
+    axes.set_ylabel("time of a training step, G = 4 is 1")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(out / "growth.svg", metadata={"Date": None})
+
+
+def versions() -> dict[str, str]:
+    names = ("torch", "transformers", "trl", "peft", "accelerate")
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in names},
+        "cpu_threads": str(torch.get_num_threads()),
+    }
+
+
+def table_row(result: dict[str, Any]) -> str:
+    """A row of the Markdown table: seconds of TRL / ours, and their ratio, by part."""
+    cells = [result["name"], str(result["prompt_tokens"])]
+    for part in ("step", *PARTS):
+        if part in result["ratio"]:
+            cells.append(f"{result['trl'][part]:.2f} / {result['ours'][part]:.2f} = **{result['ratio'][part]:.1f}x**")
+        else:
+            cells.append("-")
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="only the headline settings, once")
+    parser.add_argument("--profile", action="store_true", help="only profiler tables of ours")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of the headline settings (others: 3 at most)")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder for what is written")
+    parser.add_argument("--memory-of", nargs=2, metavar=("SIDE", "WORKLOAD"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.memory_of:
+        print(json.dumps(measure_memory(args.memory_of[0], from_json(args.memory_of[1]))))
+        return
+    if args.profile:
+        profile(args.out)
+        return
+
+    print("| seconds: TRL / ours = ratio | prompt tokens | whole step | rollout | policy forward+backward | reference |")
+    print("|---|---|---|---|---|---|")
+    few = min(3, args.rounds)
+    results = []
+    for workload in HEADLINE if args.quick else (*HEADLINE, *OTHERS):
+        results.append(compare(workload, 1 if args.quick else args.rounds if workload in HEADLINE else few))
+        print(table_row(results[-1]), flush=True)
+    short, long = results[:2]
+    summary: dict[str, Any] = {
+        "step_ratio_16": round(short["ratio"]["step"], 2),
+        "step_ratio_48": round(long["ratio"]["step"], 2),
+        "policy_ratio_16": round(short["ratio"]["policy"], 2),
+        "policy_ratio_48": round(long["ratio"]["policy"], 2),
+        "rollout_ratio_48": round(long["ratio"]["rollout"], 2),
+        "memory_ratio": None,
+        "growth_4_32": None,
+        "eval_ratio": None,
+    }
+    detail: dict[str, Any] = {"workloads": results}
+    if not args.quick:
+        growth = [compare(workload, few) for workload in GROWTH]
+        for result in growth:
+            print(table_row(result), flush=True)
+        plot_growth(growth, args.out)
+        detail["growth"] = growth
+        detail["growth_4_32"] = {
+            key: {tokens: growth[at + 3][key]["step"] / growth[at][key]["step"] for at, tokens in ((0, 16), (4, 48))}
+            for key in ("ours", "trl")
+        }
+        summary["growth_4_32"] = round(detail["growth_4_32"]["ours"][48], 2)
+        detail["evaluation"] = compare_evaluation(few, num_records=32, new_tokens=48)
+        summary["eval_ratio"] = round(detail["evaluation"]["ratio"], 2)
+        detail["memory"] = {
+            workload.name: {side: peak_memory(side, workload) for side in ("ours", "trl")} for workload in MEMORY
+        }
+        first = detail["memory"][MEMORY[0].name]
+        summary["memory_ratio"] = round(first["ours"]["above"] / first["trl"]["above"], 3)
+        print("\n" + json.dumps({key: detail[key] for key in ("growth_4_32", "evaluation", "memory")}, indent=1))
+    summary |= {"peer": f"trl {importlib.metadata.version('trl')} GRPOTrainer", "versions": versions()}
+    if not args.quick:
+        (args.out / "results.json").write_text(json.dumps(summary | detail, indent=1) + "\n")
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()
