@@ -28,10 +28,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-warnings.filterwarnings("ignore")
-
 import torch
 import transformers
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
@@ -254,9 +250,7 @@ def compare_evaluation(rounds: int, num_records: int, new_tokens: int, *, small:
             # The batch is the whole set for one image size; the default of 16 rows serves mixed data and small memory.
             rows = evaluate(vlm, records, mode=MODE, out=folder / f"{number}.jsonl", max_new_tokens=new_tokens)
             between = time.perf_counter()
-            replies = [
-                generate_one(model, processor, record, vlm.banned_token_ids, new_tokens) for record in records
-            ]
+            replies = [generate_one(model, processor, record, vlm.banned_token_ids, new_tokens) for record in records]
             ended = time.perf_counter()
             assert [row["reply"] for row in rows] == replies, "evaluation and generate answer the same"
             if number:
@@ -356,6 +350,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE, help="folder for what is written")
     parser.add_argument("--memory-of", nargs=2, metavar=("SIDE", "WORKLOAD"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    warnings.filterwarnings("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -366,7 +361,7 @@ def main() -> None:
         profile(args.out)
         return
 
-    print("| seconds: TRL / ours = ratio | prompt tokens | whole step | rollout | policy forward+backward | reference |")
+    print("| seconds: TRL / ours = ratio | prompt tokens | whole step | rollout | policy | reference |")
     print("|---|---|---|---|---|---|")
     few = min(3, args.rounds)
     results = []

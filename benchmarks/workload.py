@@ -6,7 +6,6 @@ are told never to sample (Med-R1 by itself, TRL by `suppress_tokens`), so that e
 """
 
 import json
-import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,15 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from peft import LoraConfig
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PrinterCallback,
+    ProgressCallback,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
 from trl import GRPOConfig
 from trl import GRPOTrainer as TRLTrainer
 
@@ -23,6 +30,7 @@ from medr1.models import TINY
 from medr1.phantoms import draw_options, draw_phantom
 from medr1.prompts import build_messages
 from medr1.records import LETTERS, QUESTION_TYPES, Record
+from medr1.rewards import load_rewards
 
 MODE = "think"
 LEARNING_RATE = 1e-6
@@ -181,8 +189,6 @@ def trl_trainer(workload: Workload, records: list[Record], folder: Path) -> TRLT
     processor = AutoProcessor.from_pretrained(folder / "model")
     peft_config = None
     if workload.lora_rank:
-        from peft import LoraConfig
-
         peft_config = LoraConfig(
             r=workload.lora_rank,
             lora_alpha=LORA_ALPHA,
@@ -230,8 +236,6 @@ def trl_trainer(workload: Workload, records: list[Record], folder: Path) -> TRLT
 
 
 def _trl_rewards(records: list[Record]) -> list[Any]:
-    from medr1.rewards import load_rewards
-
     def wrapped(name: str, reward: Any) -> Any:
         def call(completions: list[Any], index: list[int], **_: Any) -> list[float]:
             return [reward(reply[0]["content"], records[i], MODE) for reply, i in zip(completions, index, strict=True)]
@@ -244,8 +248,6 @@ def _trl_rewards(records: list[Record]) -> list[Any]:
 
 def _quiet(trainer: Any) -> Any:
     """Without progress bars and without a checkpoint at the end, on both sides."""
-    from transformers import PrinterCallback, ProgressCallback
-
     for callback in list(trainer.callback_handler.callbacks):
         if isinstance(callback, (ProgressCallback, PrinterCallback)):
             trainer.remove_callback(callback)
@@ -259,7 +261,3 @@ def to_json(workload: Workload) -> str:
 
 def from_json(text: str) -> Workload:
     return Workload(**json.loads(text))
-
-
-def shuffled(items: list[Any], seed: int) -> list[Any]:
-    return random.Random(seed).sample(items, len(items))
