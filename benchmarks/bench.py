@@ -59,9 +59,9 @@ OTHERS = (
     Workload("LoRA 8", lora_rank=8),
 )
 GROWTH = tuple(
-    Workload(f"G = {completions}, {tokens} tokens", num_completions=completions, new_tokens=tokens)
-    for tokens in (16, 48)
-    for completions in (4, 8, 16, 32)
+    Workload(f"G = {completions}, {headline.new_tokens} tokens", headline.new_tokens, completions)
+    for headline in HEADLINE
+    for completions in (4, 16, 32)
 )
 PARTS = ("rollout", "policy", "reference")
 MEMORY = (Workload("think, 48 tokens"), Workload("with gradient checkpointing", checkpointing=True))
@@ -294,8 +294,8 @@ def profile(out: Path) -> None:
         print(path)
 
 
-def plot_growth(results: list[dict[str, Any]], out: Path) -> None:
-    """Step time over G, relative to G = 4, of both sides."""
+def plot_growth(curves: dict[int, dict[int, dict[str, Any]]], out: Path) -> None:
+    """Step time over G, relative to G = 4, of both sides; `curves` by new tokens and G."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -303,14 +303,13 @@ def plot_growth(results: list[dict[str, Any]], out: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    sizes = [workload.num_completions for workload in GROWTH[:4]]
     # Okabe-Ito colours, and markers and lines that differ without colour too.
     styles = {"ours": ("Med-R1", "#0072B2", "o"), "trl": ("TRL", "#D55E00", "s")}
-    for start, line, tokens in ((0, "--", 16), (4, "-", 48)):
+    for (tokens, curve), line in zip(curves.items(), ("--", "-"), strict=True):
+        sizes = sorted(curve)
         for key, (label, colour, marker) in styles.items():
-            steps = [result[key]["step"] for result in results[start : start + 4]]
-            label = f"{label}, {tokens} new tokens"
-            axes.plot(sizes, [s / steps[0] for s in steps], line, color=colour, marker=marker, label=label)
+            steps = [curve[size][key]["step"] / curve[4][key]["step"] for size in sizes]
+            axes.plot(sizes, steps, line, color=colour, marker=marker, label=f"{label}, {tokens} new tokens")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])
@@ -346,7 +345,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="only the headline settings, once")
     parser.add_argument("--profile", action="store_true", help="only profiler tables of ours")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of the headline settings (others: 3 at most)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="rounds of the headline settings (others: 3 at most, growth 2)"
+    )
     parser.add_argument("--out", type=Path, default=HERE, help="folder for what is written")
     parser.add_argument("--memory-of", nargs=2, metavar=("SIDE", "WORKLOAD"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -381,13 +382,14 @@ def main() -> None:
     }
     detail: dict[str, Any] = {"workloads": results}
     if not args.quick:
-        growth = [compare(workload, few) for workload in GROWTH]
-        for result in growth:
-            print(table_row(result), flush=True)
-        plot_growth(growth, args.out)
-        detail["growth"] = growth
+        curves = {16: {8: short}, 48: {8: long}}
+        for workload in GROWTH:
+            results.append(compare(workload, min(2, args.rounds)))
+            print(table_row(results[-1]), flush=True)
+            curves[workload.new_tokens][workload.num_completions] = results[-1]
+        plot_growth(curves, args.out)
         detail["growth_4_32"] = {
-            key: {tokens: growth[at + 3][key]["step"] / growth[at][key]["step"] for at, tokens in ((0, 16), (4, 48))}
+            key: {tokens: curve[32][key]["step"] / curve[4][key]["step"] for tokens, curve in curves.items()}
             for key in ("ours", "trl")
         }
         summary["growth_4_32"] = round(detail["growth_4_32"]["ours"][48], 2)
