@@ -65,6 +65,7 @@ GROWTH = tuple(
 )
 PARTS = ("rollout", "policy", "reference")
 MEMORY = (Workload("think, 48 tokens"), Workload("with gradient checkpointing", checkpointing=True))
+EVALUATION_BATCH = 32
 MIB = 2**20
 
 
@@ -247,8 +248,14 @@ def compare_evaluation(rounds: int, num_records: int, new_tokens: int, *, small:
         processor = AutoProcessor.from_pretrained(folder / "model")
         for number in range(rounds + 1):
             began = time.perf_counter()
-            # The batch is the whole set for one image size; the default of 16 rows serves mixed data and small memory.
-            rows = evaluate(vlm, records, mode=MODE, out=folder / f"{number}.jsonl", max_new_tokens=new_tokens)
+            rows = evaluate(
+                vlm,
+                records,
+                mode=MODE,
+                out=folder / f"{number}.jsonl",
+                max_new_tokens=new_tokens,
+                batch_size=EVALUATION_BATCH,
+            )
             between = time.perf_counter()
             replies = [generate_one(model, processor, record, vlm.banned_token_ids, new_tokens) for record in records]
             ended = time.perf_counter()
@@ -393,7 +400,7 @@ def main() -> None:
             for key in ("ours", "trl")
         }
         summary["growth_4_32"] = round(detail["growth_4_32"]["ours"][48], 2)
-        detail["evaluation"] = compare_evaluation(few, num_records=32, new_tokens=48)
+        detail["evaluation"] = compare_evaluation(few, num_records=64, new_tokens=48)
         summary["eval_ratio"] = round(detail["evaluation"]["ratio"], 2)
         detail["memory"] = {
             workload.name: {side: peak_memory(side, workload) for side in ("ours", "trl")} for workload in MEMORY
