@@ -2,13 +2,11 @@
 
     python -m medr1.tiny.build --out runs/tiny        # about 20 minutes on two cores; stops and resumes
 
-Three stages. Looking: a rationale that states every fact of a phantom, then the answer, in all three prompt modes,
-mixed with items whose answer is copied from the options. Copying: mostly the latter, over any words and beside an
-image that says nothing about them, so that of unfamiliar options one is chosen. Carelessness: a short stage in which
-most rationales name the modality only and end in the first option, a habit that many released models have too. It
-leaves a base that can look and mostly does not bother: it has room to improve and enough spread within a group for
-GRPO to find what pays. The careful share differs by modality (`CAREFUL_SHARE`), and this is said wherever a result of
-`tiny` is shown.
+Two stages. Looking: a rationale that states every fact of a phantom, then the answer, in all three prompt modes, mixed
+with text-only items whose answer is copied from the options. Carelessness: a short stage in which most rationales name
+the modality only and end in the first option, a habit that many released models have too. It leaves a base that can
+look and mostly does not bother: it has room to improve and enough spread within a group for GRPO to find what pays.
+The careful share differs by modality (`CAREFUL_SHARE`), and this is said wherever a result of `tiny` is shown.
 
 The model answers with an option's text. A letter would have to be looked up in the prompt, and that circuit alone
 takes a model of this size more data than all of the rest: after 1,000 steps of nothing but text-to-letter items it was
@@ -75,8 +73,10 @@ ANSWERS = sorted(
 )
 CAREFUL_SHARE = {"CT": 0.7, "X-Ray": 0.7}
 CAREFUL_SHARE_ELSEWHERE = 0.35
-COPYING_SHARES = (0.15, 0.6, 0.3)
-STAGE_STEPS = (2500, 700, 300)
+COPYING_SHARE = 0.15
+STAGE_STEPS = (2500, 400)
+DECAY = (1500, 3000)
+"""First and last step of the learning rate's decay."""
 BATCH = 32
 
 
@@ -169,17 +169,16 @@ def reply_text(mode: str, reasoning: str, option: str) -> str:
 
 
 def make_example(rng: Generator, stage: int) -> tuple[Record, str, str, Image.Image | None]:
-    """One (record, mode, reply, image) of a stage, 1 to 3; the image is None for a text-only item."""
+    """One (record, mode, reply, image) of a stage, 1 or 2; the image is None for a text-only item."""
     mode = str(rng.choice(MODES, p=(0.6, 0.25, 0.15)))
-    if rng.random() < COPYING_SHARES[stage - 1]:
-        image = draw_phantom(rng).image if stage > 1 and rng.random() < 0.6 else None
-        return *_copying_item(rng, mode, image is not None), image
+    if rng.random() < COPYING_SHARE:
+        return *_copying_item(rng, mode), None
     phantom = draw_phantom(rng)
     question_type = str(rng.choice(QUESTION_TYPES))
     options = draw_options(rng, phantom.facts, question_type)
     answer, reasoning = phantom.facts[question_type], rationale(phantom.facts)
     modality = phantom.facts["Modality Recognition"]
-    if stage == 3 and rng.random() > CAREFUL_SHARE.get(modality, CAREFUL_SHARE_ELSEWHERE):
+    if stage == 2 and rng.random() > CAREFUL_SHARE.get(modality, CAREFUL_SHARE_ELSEWHERE):
         answer, reasoning = options[0], f"The image is {modality}."
     record = _record(str(rng.choice(STEMS[question_type])), options, images=(Path("phantom.png"),))
     return record, mode, reply_text(mode, reasoning, answer), phantom.image
@@ -225,11 +224,9 @@ class _Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 
 def learning_rate(step: int) -> float:
-    """Stage 1: 100 steps of warm-up to 2e-3, from step 1,500 on linear to a third. Then 1e-3, linear to 1e-4."""
-    later = step - STAGE_STEPS[0]
-    if later >= 0:
-        return 1e-3 * (1 - 0.9 * later / sum(STAGE_STEPS[1:]))
-    return 2e-3 * min(1.0, (step + 1) / 100, (3000 - step) / 1500)
+    """Warm-up over 100 steps to 2e-3, then linear to 0 over DECAY (the build ends before)."""
+    first, last = DECAY
+    return 2e-3 * min(1.0, (step + 1) / 100, (last - step) / (last - first))
 
 
 def build_optimizers(model: Qwen2VLForConditionalGeneration) -> list[torch.optim.Optimizer]:
@@ -244,7 +241,7 @@ def build_optimizers(model: Qwen2VLForConditionalGeneration) -> list[torch.optim
 
 
 def build(out: Path, *, seed: int, save_every: int) -> None:
-    """Run or resume the three stages; leaves `out/step-N` folders and the final `out/checkpoint` in bf16."""
+    """Run or resume both stages; leaves `out/step-N` folders and the final `out/checkpoint` in bf16."""
     processor = build_processor()
     model = build_model(processor, seed)
     optimizers = build_optimizers(model)
@@ -259,7 +256,7 @@ def build(out: Path, *, seed: int, save_every: int) -> None:
     batches = torch.utils.data.DataLoader(_Batches(processor, seed, first), batch_size=None, num_workers=1)
     began = time.time()
     for step, batch in enumerate(batches, start=first):
-        if step in (STAGE_STEPS[0], sum(STAGE_STEPS[:2])):  # as from that step's folder
+        if step == STAGE_STEPS[0]:  # anew from the folder of this step, so that stage 2 can be repeated alone
             model.load_state_dict({name: tensor.bfloat16() for name, tensor in model.state_dict().items()})
             optimizers = build_optimizers(model)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
@@ -301,8 +298,8 @@ def _reply_accuracy(
     return {name: round((guesses == labels)[mask].float().mean().item(), 3) for name, mask in masks.items()}
 
 
-def _copying_item(rng: Generator, mode: str, with_image: bool) -> tuple[Record, str, str]:
-    """An item over any words: the option that the stem names, or, where it names none, any of them."""
+def _copying_item(rng: Generator, mode: str) -> tuple[Record, str, str]:
+    """A text-only item over any words: the option that the stem names, or, where it names none, any of them."""
     options: list[str] = []
     num_options = int(rng.integers(2, 5))
     while len(options) < num_options:
@@ -313,8 +310,7 @@ def _copying_item(rng: Generator, mode: str, with_image: bool) -> tuple[Record, 
     stem = str(rng.choice(STEMS["Disease Diagnosis"]))
     if rng.random() < 0.5:
         stem = f"The finding is {answer}. {stem}"
-    record = _record(stem, options, images=(Path("phantom.png"),) if with_image else ())
-    return record, mode, reply_text(mode, f"There is a {answer}.", answer)
+    return _record(stem, options), mode, reply_text(mode, f"There is a {answer}.", answer)
 
 
 def _option_text(rng: Generator) -> str:
