@@ -141,7 +141,8 @@ def test_reward_goes_up(phantoms: Path, tmp_path: Path) -> None:
 
 
 def test_sft_learns_the_answer_format(phantoms: Path, tmp_path: Path) -> None:
-    config = recipe(phantoms, method="sft", **{"rollout.mode": "no-think", "optimizer.steps": 30})
+    settings = {"rollout.mode": "no-think", "optimizer.steps": 60, "optimizer.learning_rate": 3e-3}
+    config = recipe(phantoms, method="sft", **settings)
     trainer = make_trainer(config, tmp_path)
     trainer.run()
     losses = [row["loss"] for row in read_jsonl(tmp_path / "log.jsonl") if "loss" in row]

@@ -146,17 +146,15 @@ def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         MedR1Error: the disk is full or the folder cannot be written.
     """
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    size = path.stat().st_size if path.exists() else 0
     try:
-        with path.open("ab") as file:
-            size = file.tell()
-            try:
-                file.write(text.encode())
-                file.flush()
-                os.fsync(file.fileno())
-            except OSError:
-                file.truncate(size)
-                raise
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
+        if path.exists():
+            os.truncate(path, size)
         raise MedR1Error(f"{path}: cannot be written ({error.strerror}); free space and run again") from error
 
 
