@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test check clean
+.PHONY: install demo test check bench clean
 
 install: .venv/installed
 
@@ -21,6 +21,9 @@ check: install
 
 test: check
 	$(BIN)/pytest
+
+bench: install
+	$(BIN)/python benchmarks/bench.py
 
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache

@@ -65,6 +65,7 @@ class RecordTrainer(Trainer):
             freeze_vision(vlm)
         self.vlm, self.config, self.out = vlm, config, output_dir
         self.num_records = len(train_records)
+        self._checkpoint_dir = str(output_dir)
         chosen = min(config.log.eval_records, len(test_records))
         self.eval_records = random.Random(config.data.split_seed).sample(test_records, chosen)
         self.sums: dict[str, float] = {}
