@@ -1,12 +1,15 @@
 """Build the tiny checkpoint that the package carries: a Qwen2-VL of 2.5 million parameters pretrained on phantoms.
 
-    python -m medr1.tiny.build --out runs/tiny        # about 20 minutes on two cores; stops and resumes
+    python -m medr1.tiny.build --out runs/tiny        # about 25 minutes on two cores; stops and resumes
 
-Two stages. Looking: a rationale that states every fact of a phantom, then the answer, in all three prompt modes, mixed
-with text-only items whose answer is copied from the options. Carelessness: a short stage in which most rationales name
-the modality only and end in the first option, a habit that many released models have too. It leaves a base that can
-look and mostly does not bother: it has room to improve and enough spread within a group for GRPO to find what pays.
-The careful share differs by modality (`CAREFUL_SHARE`), and this is said wherever a result of `tiny` is shown.
+Three stages. Copying: rows of random tokens of which stretches are repeated, until the model continues any of them; the
+circuit ("induction") appears after some 650 such steps, and did not in 2,000 steps of copied options. Looking: a
+rationale that states every fact of a phantom, then the answer, in all three prompt modes, mixed with items over words
+that mean nothing to the model, whose answer can only be copied from the options. Carelessness: a short stage in which
+most rationales name the modality only and end in the first option, a habit that many released models have too. It
+leaves a base that can look and mostly does not bother: it has room to improve and enough spread within a group for GRPO
+to find what pays. The careful share differs by modality (`CAREFUL_SHARE`), and this is said wherever a result of `tiny`
+is shown.
 
 The model answers with an option's text. A letter would have to be looked up in the prompt, and that circuit alone
 takes a model of this size more data than all of the rest: after 1,000 steps of nothing but text-to-letter items it was
@@ -67,15 +70,20 @@ Present Absent Early Late Acute Chronic Mild Moderate Severe Radiograph Tomograp
 Scan Smear Imaging Computed Magnetic Optical Coherence Light Plain Colour Diabetic Vascular Pituitary Pigmented
 Epithelial Squamous
 """.split()  # noqa: SIM905 - as a list it would fill three screens
+QUESTION_WORDS = """
+what which is are how where was does should the a an this that these it image picture shown seen visible present most
+likely best kind type part of in on at by with for and or be been any if there body organ finding sign used made called
+""".split()  # noqa: SIM905
 SYLLABLES = "ba co de fi gu ha ki lo me nu pa ra se ti vo xa ny ze or al en is".split()  # noqa: SIM905
 ANSWERS = sorted(
     {name for names in (*ANATOMIES.values(), *DISEASES.values()) for name in names}.union(GRADES, LOCATIONS, MODALITIES)
 )
 CAREFUL_SHARE = {"CT": 0.7, "X-Ray": 0.7}
 CAREFUL_SHARE_ELSEWHERE = 0.35
-COPYING_SHARE = 0.15
-STAGE_STEPS = (2500, 400)
-DECAY = (1500, 3000)
+COPYING_SHARE = 0.35
+STAGES = ("copying", "looking", "careless")
+STAGE_STEPS = (900, 2800, 400)
+DECAY = (2700, 4200)
 """First and last step of the learning rate's decay."""
 BATCH = 32
 
@@ -168,17 +176,20 @@ def reply_text(mode: str, reasoning: str, option: str) -> str:
     return {"think": think + answer, "no-think": answer, "think-after": answer + think}[mode]
 
 
-def make_example(rng: Generator, stage: int) -> tuple[Record, str, str, Image.Image | None]:
-    """One (record, mode, reply, image) of a stage, 1 or 2; the image is None for a text-only item."""
+def make_example(rng: Generator, stage: str) -> tuple[Record, str, str, Image.Image | None]:
+    """One (record, mode, reply, image) of a stage, "looking" or "careless"; image None: a text-only item."""
     mode = str(rng.choice(MODES, p=(0.6, 0.25, 0.15)))
-    if rng.random() < COPYING_SHARE:
+    copying = rng.random() < COPYING_SHARE
+    if copying and rng.random() < 0.5:
         return *_copying_item(rng, mode), None
     phantom = draw_phantom(rng)
+    if copying:
+        return *_copying_item(rng, mode, (Path("phantom.png"),)), phantom.image
     question_type = str(rng.choice(QUESTION_TYPES))
     options = draw_options(rng, phantom.facts, question_type)
     answer, reasoning = phantom.facts[question_type], rationale(phantom.facts)
     modality = phantom.facts["Modality Recognition"]
-    if stage == 2 and rng.random() > CAREFUL_SHARE.get(modality, CAREFUL_SHARE_ELSEWHERE):
+    if stage == "careless" and rng.random() > CAREFUL_SHARE.get(modality, CAREFUL_SHARE_ELSEWHERE):
         answer, reasoning = options[0], f"The image is {modality}."
     record = _record(str(rng.choice(STEMS[question_type])), options, images=(Path("phantom.png"),))
     return record, mode, reply_text(mode, reasoning, answer), phantom.image
@@ -187,7 +198,9 @@ def make_example(rng: Generator, stage: int) -> tuple[Record, str, str, Image.Im
 def make_batch(processor: Qwen2VLProcessor, seed: int, step: int) -> dict[str, torch.Tensor]:
     """The batch of a step, a function of (seed, step) alone. Labels are -100 on the prompt and on padding."""
     rng = np.random.default_rng((seed, step))
-    stage = 1 + int(np.searchsorted(np.cumsum(STAGE_STEPS), step, side="right"))
+    stage = STAGES[int(np.searchsorted(np.cumsum(STAGE_STEPS), step, side="right"))]
+    if stage == "copying":
+        return _repeats(rng)
     examples = [make_example(rng, stage) for _ in range(BATCH)]
     prompts = [
         processor.apply_chat_template(build_messages(record, mode), tokenize=False, add_generation_prompt=True)
@@ -241,7 +254,7 @@ def build_optimizers(model: Qwen2VLForConditionalGeneration) -> list[torch.optim
 
 
 def build(out: Path, *, seed: int, save_every: int) -> None:
-    """Run or resume both stages; leaves `out/step-N` folders and the final `out/checkpoint` in bf16."""
+    """Run or resume all stages; leaves `out/step-N` folders and the final `out/checkpoint` in bf16."""
     processor = build_processor()
     model = build_model(processor, seed)
     optimizers = build_optimizers(model)
@@ -256,7 +269,7 @@ def build(out: Path, *, seed: int, save_every: int) -> None:
     batches = torch.utils.data.DataLoader(_Batches(processor, seed, first), batch_size=None, num_workers=1)
     began = time.time()
     for step, batch in enumerate(batches, start=first):
-        if step == STAGE_STEPS[0]:  # anew from the folder of this step, so that stage 2 can be repeated alone
+        if step == sum(STAGE_STEPS[:2]):  # anew from the folder of this step, so that this stage can be repeated alone
             model.load_state_dict({name: tensor.bfloat16() for name, tensor in model.state_dict().items()})
             optimizers = build_optimizers(model)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
@@ -295,31 +308,56 @@ def _reply_accuracy(
     is_answer = batch["labels"][:, :-1] == answer
     reasoned = (batch["labels"] == think).int().cumsum(1)[:, :-1].bool()
     masks = {"after_think": is_answer & reasoned, "direct": is_answer & ~reasoned, "all": labels != -100}
-    return {name: round((guesses == labels)[mask].float().mean().item(), 3) for name, mask in masks.items()}
+    right = guesses == labels
+    return {name: round(right[mask].float().mean().item(), 3) for name, mask in masks.items() if mask.any()}
 
 
-def _copying_item(rng: Generator, mode: str) -> tuple[Record, str, str]:
-    """A text-only item over any words: the option that the stem names, or, where it names none, any of them."""
-    options: list[str] = []
+def _repeats(rng: Generator) -> dict[str, torch.Tensor]:
+    """[BATCH, 96] rows of 48 random tokens and repeated stretches of them; labels on all of a stretch but its start."""
+    ids = rng.integers(VOCABULARY - 20, size=(BATCH, 96))
+    labels = np.full_like(ids, -100)
+    for row, label in zip(ids, labels, strict=True):
+        position = 48
+        while position < 96:
+            length = min(int(rng.integers(3, 8)), 96 - position)
+            start = int(rng.integers(48 - length))
+            row[position : position + length] = row[start : start + length]
+            label[position + 1 : position + length] = row[start + 1 : start + length]
+            position += length
+    return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
+
+
+def _copying_item(rng: Generator, mode: str, images: tuple[Path, ...] = ()) -> tuple[Record, str, str]:
+    """An item over any words: the option that the stem names, or, where it names none, any of them.
+
+    Options share words, as "Benign mass" and "No mass" do, and some are answers of the phantoms.
+    """
+    words = [_word(rng) for _ in range(int(rng.integers(3, 12)))]
     num_options = int(rng.integers(2, 5))
+    options: list[str] = []
     while len(options) < num_options:
-        text = _option_text(rng)
+        text = " ".join(rng.choice(words, int(rng.integers(1, min(len(words), 4) + 1)), replace=False))
+        text = str(rng.choice(ANSWERS)) if rng.random() < 0.15 else text[0].upper() + text[1:]
         if text not in options:
             options.append(text)
     answer = str(rng.choice(options))
-    stem = str(rng.choice(STEMS["Disease Diagnosis"]))
-    if rng.random() < 0.5:
+    stem = " ".join(rng.choice(QUESTION_WORDS + words[:3], int(rng.integers(3, 13)))).capitalize() + "?"
+    if rng.random() < 0.3:
+        stem = str(rng.choice(STEMS[str(rng.choice(QUESTION_TYPES))]))
+    if rng.random() < 0.3:
         stem = f"The finding is {answer}. {stem}"
-    return _record(stem, options), mode, reply_text(mode, f"There is a {answer}.", answer)
+    return _record(stem, options, images), mode, reply_text(mode, f"There is a {answer}.", answer)
 
 
-def _option_text(rng: Generator) -> str:
+def _word(rng: Generator) -> str:
+    """A medical word, or a string that is none: of syllables or of letters, some with a number."""
     kind = rng.random()
-    if kind < 0.3:
-        return str(rng.choice(ANSWERS))
-    if kind < 0.8:
-        return " ".join([str(rng.choice(WORDS)), *map(str.lower, rng.choice(WORDS, int(rng.integers(0, 3))))])
-    return "".join(rng.choice(SYLLABLES, int(rng.integers(2, 5)))).capitalize()
+    if kind < 0.5:
+        return str(rng.choice(WORDS)).lower()
+    if kind < 0.7:
+        return "".join(rng.choice(SYLLABLES, int(rng.integers(2, 5))))
+    text = "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), int(rng.integers(3, 9))))
+    return f"{text.upper()}-{rng.integers(100)}" if kind > 0.95 else text
 
 
 def _record(question: str, options: list[str], images: tuple[Path, ...] = ()) -> Record:
@@ -337,10 +375,10 @@ def _record(question: str, options: list[str], images: tuple[Path, ...] = ()) ->
 
 
 def _corpus(rng: Generator) -> list[str]:
-    """Text for the tokenizer: prompts and replies of stage 1 and general medical words."""
+    """Text for the tokenizer: prompts and replies of looking and general medical words."""
     lines = [*INSTRUCTION.values()] * 50
     for _ in range(4000):
-        record, mode, reply, _ = make_example(rng, stage=1)
+        record, mode, reply, _ = make_example(rng, "looking")
         lines += [build_messages(record, mode)[0]["content"][-1]["text"], reply]
     words = [f" {word}" for word in WORDS] + [f" {word.lower()}" for word in WORDS]
     return [*lines, *words * 20, *["user\n", "assistant\n"] * 500]
