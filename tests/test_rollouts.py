@@ -47,6 +47,33 @@ def first_logits(vlm: VLM, prompts: PromptBatch) -> Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_images_that_several_prompts_ask_about_are_read_once(family: str) -> None:
+    """Two sets of images, ragged questions in mixed order; the same tokens, log-probs and gradients as read each."""
+    vlm = tiny_vlm(family, dtype=torch.float64)
+    sets = [[picture(0)], [picture(1, 56, 112), picture(2)]]
+    owners = [0, 1, 0, 1, 1]
+    messages = [conversation("is it round " * (1 + index), 1 + owner) for index, owner in enumerate(owners)]
+    shared = encode_prompts(vlm, messages, [sets[owner] for owner in owners])
+    apart = encode_prompts(vlm, messages, [[image.copy() for image in sets[owner]] for owner in owners])
+    split = shared.split_after_images(vlm.core.config)
+    assert split is not None and split[2] == owners and len(split[0]) == 2
+    assert apart.split_after_images(vlm.core.config) is None
+    results = []
+    for prompts in (shared, apart):
+        rollout = sample(vlm, prompts, num_completions=2, max_new_tokens=9, seed=3, keep_prefill=True)
+        ids, mask = rollout.completion_ids_NT, rollout.mask_NT
+        logp, _ = completion_logprobs(vlm, prompts, ids, mask, prefill=rollout.prefill)
+        loss = (logp * torch.arange(10.0)[:, None]).sum()
+        parameters = list(vlm.model.parameters())
+        flat = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, materialize_grads=True)])
+        results.append((rows(rollout), rollout.logp_NT, flat))
+    fast, plain = results
+    assert fast[0] == plain[0]
+    torch.testing.assert_close(fast[1], plain[1], atol=1e-10, rtol=0)
+    assert (fast[2] - plain[2]).norm() / plain[2].norm() < 1e-6  # rotary angles are float32
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("stop_bias", [0.0, 9.0])
 def test_greedy_equals_generate(family: str, stop_bias: float) -> None:
     """Ragged left-padded batch; with the bias, completions stop at different lengths and rows are dropped."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from medr1 import shared_prefix
 from medr1.grpo import policy_loss
 from medr1.models import VLM, PromptBatch, add_lora, encode_prompts, freeze_vision, with_vision_features
+from medr1.rollouts import sample
 from medr1.shared_prefix import completion_logprobs, restrict
 
 G, T = 3, 7
@@ -201,3 +202,30 @@ def test_micro_batches_add_up_to_the_whole_gradient() -> None:
     for aggregate, denominator in (("sequence", 9), ("token", float(mask.sum())), ("dr_grpo", 9 * T)):
         expected = gradient(whole, aggregate, denominator)
         torch.testing.assert_close(gradient(split, aggregate, denominator), expected, atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("chosen", [[0, 1, 2], [0, 2]])
+def test_going_on_from_the_prompts_that_sampling_read(family: str, chosen: list[int]) -> None:
+    """All prompts or some; log-probs, entropies and gradients as if the prompts were read again."""
+    vlm = tiny_vlm(family, dtype=torch.float64)
+    prompts = ragged_prompts(vlm)
+    rollout = sample(vlm, prompts, num_completions=G, max_new_tokens=T, seed=0, keep_prefill=True)
+    assert rollout.prefill is not None
+    rows = torch.cat([torch.arange(b * G, (b + 1) * G) for b in chosen])
+    ids, mask = rollout.completion_ids_NT[rows], rollout.mask_NT[rows]
+    again, entropy_again = completion_logprobs(vlm, prompts.select(chosen), ids, mask, entropy=True)
+    slow = gradients(vlm, grpo_loss(again, mask, again + 0.1))
+    kept, entropy_kept = completion_logprobs(
+        vlm,
+        prompts.select(chosen, trim=False),
+        ids,
+        mask,
+        entropy=True,
+        prefill=rollout.prefill.select(torch.tensor(chosen)),
+    )
+    torch.testing.assert_close(kept, again, atol=1e-10, rtol=0)
+    torch.testing.assert_close(entropy_kept, entropy_again, atol=1e-10, rtol=0)
+    fast = gradients(vlm, grpo_loss(kept, mask, again + 0.1))
+    assert slow.norm() > 1e-3
+    assert (fast - slow).norm() / slow.norm() < 1e-10

@@ -10,6 +10,7 @@ Shapes: B prompts, G completions each, N = B*G rows in prompt-major order, P pro
 completion tokens, H query heads, K key-value heads, R = H/K, D head size.
 """
 
+import copy
 from typing import Any, Protocol
 
 import torch
@@ -47,17 +48,18 @@ AttentionInterface.register(NAME, shared_prefix_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def prompt_mask(attention_mask_BP: Tensor) -> Tensor | None:
-    """Causal mask (B, 1, P, P), true where attention is allowed; None where nothing is padded (plain causal).
+def prompt_mask(attention_mask_BP: Tensor, queries: int) -> Tensor | None:
+    """Causal mask (B, 1, queries, P) of the last `queries` of P tokens, true where attention is allowed.
 
-    A padded query may see itself, since a row of nothing but -inf would make NaN; nobody reads its output.
+    None for plain causal attention. A padded query may see itself, since a row of nothing but -inf would make NaN;
+    nobody reads its output.
     """
-    if bool(attention_mask_BP.all()):
-        return None
     length = attention_mask_BP.shape[1]
+    if queries == length and bool(attention_mask_BP.all()):
+        return None
     causal = torch.ones(length, length, dtype=torch.bool, device=attention_mask_BP.device).tril()
     itself = torch.eye(length, dtype=torch.bool, device=attention_mask_BP.device)
-    return ((causal & attention_mask_BP.bool()[:, None, :]) | itself)[:, None]
+    return ((causal & attention_mask_BP.bool()[:, None, :]) | itself)[:, None, length - queries :]
 
 
 def _sdpa(
@@ -91,14 +93,24 @@ class PackedGroups:
     """Rows `[prompt | completion 1 | … | completion G]`: each completion sees its prompt and itself.
 
     This is the tree mask of one packed row, computed in two calls so that completions are never compared with
-    each other: prompt against prompt, and (N, T) completions against their prompt and themselves.
+    each other: prompt against prompt, and (N, T) completions against their prompt and themselves. With the prompts'
+    keys and values at hand (`prefill`), a row is `[completion 1 | … | completion G]` and only the second is done.
     """
 
-    def __init__(self, attention_mask_BP: Tensor, num_completions: int, completion_length: int) -> None:
+    def __init__(
+        self,
+        attention_mask_BP: Tensor,
+        num_completions: int,
+        completion_length: int,
+        prefill: "Prefill | None" = None,
+    ) -> None:
+        if prefill is not None:
+            attention_mask_BP = prefill.attention_mask_BP
         num_prompts, prompt_length = attention_mask_BP.shape
-        self.prompt_length = prompt_length
+        self.prefill = prefill
+        self.prompt_length = 0 if prefill else prompt_length
         self.groups = (num_completions, completion_length)
-        self.prompt_mask = prompt_mask(attention_mask_BP)
+        self.prompt_mask = None if prefill else prompt_mask(attention_mask_BP, prompt_length)
         # Completions are right-padded, so causality alone keeps real tokens from seeing padding.
         device = attention_mask_BP.device
         causal = torch.ones(completion_length, completion_length, dtype=torch.bool, device=device).tril()
@@ -112,30 +124,67 @@ class PackedGroups:
         def completions(states: Tensor) -> Tensor:  # (B, heads, G*T, D) -> (N, heads, T, D)
             return states[:, :, length:].unflatten(2, self.groups).transpose(1, 2).flatten(0, 1)
 
-        def with_prompt(states: Tensor) -> Tensor:  # (B, heads, P + G*T, D) -> (N, heads, P + T, D)
-            prompt = states[:, :, :length].repeat_interleave(num_completions, dim=0)
-            return torch.cat([prompt, completions(states)], dim=2)
+        def with_prompt(prompt: Tensor, states: Tensor) -> Tensor:  # (B, heads, …, D) -> (N, heads, P + T, D)
+            return torch.cat([prompt.repeat_interleave(num_completions, dim=0), completions(states)], dim=2)
 
-        prompt_out = _sdpa(
-            module, query[:, :, :length], key[:, :, :length], value[:, :, :length], self.prompt_mask, **kwargs
-        )
+        if self.prefill:
+            layer: int = module.layer_idx  # type: ignore[assignment]
+            prompt_key, prompt_value = self.prefill.keys[layer], self.prefill.values[layer]
+        else:
+            prompt_key, prompt_value = key[:, :, :length], value[:, :, :length]
         completion_out = _sdpa(
-            module, completions(query), with_prompt(key), with_prompt(value), self.completion_mask, **kwargs
+            module,
+            completions(query),
+            with_prompt(prompt_key, key),
+            with_prompt(prompt_value, value),
+            self.completion_mask,
+            **kwargs,
         )
         grouped = completion_out.unflatten(0, (-1, num_completions)).flatten(1, 2)
+        if self.prefill:
+            return grouped
+        prompt_out = _sdpa(module, query[:, :, :length], prompt_key, prompt_value, self.prompt_mask, **kwargs)
         return torch.cat([prompt_out, grouped], dim=1)
 
 
 class Prefill:
-    """The prompts alone; keeps each layer's keys and values (B, K, P, D) for decoding."""
+    """The prompts alone; keeps each layer's keys and values (B, K, P, D) for what comes after.
 
-    def __init__(self, attention_mask_BP: Tensor) -> None:
-        self.mask = prompt_mask(attention_mask_BP)
+    With `before`, these are the ends of B prompts whose beginnings are read already: row b goes on from row
+    `owner_B[b]` of `before`, and what is kept is of the whole prompts.
+    """
+
+    attention_mask_BP: Tensor
+    """Of the whole prompts: 1 at real tokens."""
+    logits_BV: Tensor | None = None
+    """Of the first completion token, set by who made the call."""
+
+    def __init__(
+        self, attention_mask_BP: Tensor, before: "Prefill | None" = None, owner_B: Tensor | None = None
+    ) -> None:
+        queries = attention_mask_BP.shape[1]
+        if before is not None:
+            attention_mask_BP = torch.cat([before.attention_mask_BP[owner_B], attention_mask_BP], dim=1)
+        self.attention_mask_BP = attention_mask_BP
+        self.mask = prompt_mask(attention_mask_BP, queries)
+        self.before, self.owner_B = before, owner_B
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
 
+    def select(self, rows: Tensor) -> "Prefill":
+        """The same of these prompts only."""
+        selected = copy.copy(self)
+        selected.attention_mask_BP = self.attention_mask_BP[rows]
+        selected.keys = {layer: key[rows] for layer, key in self.keys.items()}
+        selected.values = {layer: value[rows] for layer, value in self.values.items()}
+        selected.logits_BV = None if self.logits_BV is None else self.logits_BV[rows]
+        return selected
+
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
         layer: int = module.layer_idx  # type: ignore[assignment]
+        if self.before is not None:
+            key = torch.cat([self.before.keys[layer][self.owner_B], key], dim=2)
+            value = torch.cat([self.before.values[layer][self.owner_B], value], dim=2)
         self.keys[layer], self.values[layer] = key, value
         return _sdpa(module, query, key, value, self.mask, **kwargs)
 
@@ -147,16 +196,17 @@ class Decoding:
     one softmax over both. So a group reads its prompt's keys once instead of G times, and no mask is built.
     """
 
-    def __init__(self, prefill: Prefill, attention_mask_BP: Tensor, num_completions: int, max_new_tokens: int) -> None:
+    def __init__(self, prefill: Prefill, num_completions: int, max_new_tokens: int) -> None:
         self.num_completions = num_completions
         self.step = 0
-        self.prompt_keys = {layer: key.transpose(2, 3).contiguous() for layer, key in prefill.keys.items()}
-        self.prompt_values = {layer: value.contiguous() for layer, value in prefill.values.items()}
+        self.prompt_keys = {layer: key.detach().transpose(2, 3).contiguous() for layer, key in prefill.keys.items()}
+        self.prompt_values = {layer: value.detach().contiguous() for layer, value in prefill.values.items()}
         self.prompt_bias: Tensor | None = None  # (B, 1, 1, P), -inf at padding
         first = prefill.keys[0]
-        if not bool(attention_mask_BP.all()):
-            bias = torch.zeros(attention_mask_BP.shape, dtype=first.dtype, device=first.device)
-            self.prompt_bias = bias.masked_fill(~attention_mask_BP.bool(), -torch.inf)[:, None, None, :]
+        mask = prefill.attention_mask_BP
+        if not bool(mask.all()):
+            bias = torch.zeros(mask.shape, dtype=first.dtype, device=first.device)
+            self.prompt_bias = bias.masked_fill(~mask.bool(), -torch.inf)[:, None, None, :]
         num_prompts, kv_heads, _, size = first.shape
         rows = (num_prompts * num_completions, kv_heads)
         # Keys with the head dimension first: products with one query a row are twice as fast on a CPU.

@@ -34,6 +34,8 @@ class Rollout:
     """Whether the completion ended with a stop token; False means it ran into max_new_tokens."""
     texts: list[str]
     """Without special tokens; tags such as <think> are text and stay."""
+    prefill: Prefill | None = None
+    """The prompts' keys, values and first logits with gradient, where `sample` was asked to keep them."""
 
 
 def sample(
@@ -45,6 +47,7 @@ def sample(
     temperature: float = 1.0,
     greedy: bool = False,
     seed: int,
+    keep_prefill: bool = False,
 ) -> Rollout:
     """Sample completions from the policy, or take its most likely token at each step (greedy).
 
@@ -52,6 +55,8 @@ def sample(
         num_completions: G, completions a prompt.
         max_new_tokens: a completion without a stop token ends here.
         seed: of a generator that this call owns, so that the same call gives the same completions.
+        keep_prefill: read the prompts with gradient, so that `completion_logprobs` need not read them again. One
+            backward pass only, before the weights change.
     """
     num_rows = len(prompts) * num_completions
     device = prompts.input_ids_BP.device
@@ -64,17 +69,11 @@ def sample(
     finished = torch.zeros(num_rows, dtype=torch.bool, device=device)
 
     with evaluating(vlm.model):
-        prefill = Prefill(prompts.attention_mask_BP)
-        logits = vlm.model(
-            input_ids=prompts.input_ids_BP,
-            position_ids=_axes(prompts.position_ids_ABP),
-            shared_prefix=prefill,
-            logits_to_keep=1,
-            use_cache=False,
-            **prompts.model_inputs(),
-        ).logits[:, -1]
-        logits = logits.repeat_interleave(num_completions, dim=0)
-        decoding = Decoding(prefill, prompts.attention_mask_BP, num_completions, max_new_tokens)
+        with torch.set_grad_enabled(keep_prefill):
+            prefill = _read(vlm, prompts)
+        assert prefill.logits_BV is not None
+        logits = prefill.logits_BV.repeat_interleave(num_completions, dim=0)
+        decoding = Decoding(prefill, num_completions, max_new_tokens)
         positions = prompts.next_position_B.repeat_interleave(num_completions)
         axes = len(prompts.position_ids_ABP)
         rows = torch.arange(num_rows, device=device)  # of the completions still in the decoder
@@ -108,7 +107,30 @@ def sample(
     texts = vlm.tokenizer.batch_decode(
         [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)], skip_special_tokens=True
     )
-    return Rollout(ids, mask, logp, finished, texts)
+    return Rollout(ids, mask, logp, finished, texts, prefill if keep_prefill else None)
+
+
+def _read(vlm: VLM, prompts: PromptBatch) -> Prefill:
+    """Read the prompts; images that several of them ask about, and the text before these, only once."""
+    shared = prompts.split_after_images(vlm.core.config)
+    if shared is None:
+        return _call(vlm, prompts, Prefill(prompts.attention_mask_BP))
+    beginnings, ends, owners = shared
+    before = _call(vlm, beginnings, Prefill(beginnings.attention_mask_BP))
+    owner_B = torch.tensor(owners, device=prompts.input_ids_BP.device)
+    return _call(vlm, ends, Prefill(ends.attention_mask_BP, before, owner_B))
+
+
+def _call(vlm: VLM, prompts: PromptBatch, prefill: Prefill) -> Prefill:
+    prefill.logits_BV = vlm.model(
+        input_ids=prompts.input_ids_BP,
+        position_ids=_axes(prompts.position_ids_ABP),
+        shared_prefix=prefill,
+        logits_to_keep=1,
+        use_cache=False,
+        **prompts.model_inputs(),
+    ).logits[:, -1]
+    return prefill
 
 
 def _axes(position_ids_ABP: Tensor) -> Tensor:

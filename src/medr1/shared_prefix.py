@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from medr1.attention import PackedGroups
+from medr1.attention import PackedGroups, Prefill
 from medr1.models import VLM, PromptBatch
 
 MAX_LOGITS = 2**25
@@ -32,6 +32,7 @@ def completion_logprobs(
     temperature: float = 1.0,
     entropy: bool = False,
     model: nn.Module | None = None,
+    prefill: Prefill | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each completion token under the policy that `rollouts.sample` samples from.
 
@@ -42,6 +43,8 @@ def completion_logprobs(
         mask_NT: 1 at tokens to score, 0 at padding.
         entropy: also return the policy's entropy before each token, in nats, without gradient.
         model: the same model as a trainer wrapped it (DDP); default `vlm.model`.
+        prefill: what `rollouts.sample` kept of these prompts: then only the completions are computed here, and the
+            gradient flows through the call that sampling has made.
 
     Returns:
         Log-probabilities (N, T) in float32 (float64 for a float64 model), 0 where the mask is 0, with gradient; and
@@ -51,19 +54,25 @@ def completion_logprobs(
     num_rows, length = completion_ids_NT.shape
     assert num_rows % num_prompts == 0, "the same number of completions for every prompt"
     num_completions = num_rows // num_prompts
+    if length == 1:  # predicted by the prompt alone
+        prefill = None
 
-    ids = torch.cat([prompts.input_ids_BP, completion_ids_NT.reshape(num_prompts, -1)], dim=1)
+    ids = completion_ids_NT.reshape(num_prompts, -1)
     steps = torch.arange(length, device=ids.device).repeat(num_completions)
     positions = (prompts.next_position_B[:, None] + steps).expand(len(prompts.position_ids_ABP), -1, -1)
-    positions = torch.cat([prompts.position_ids_ABP, positions], dim=-1)
+    if prefill is None:
+        ids = torch.cat([prompts.input_ids_BP, ids], dim=1)
+        positions = torch.cat([prompts.position_ids_ABP, positions], dim=-1)
 
     # The last prompt token predicts each completion's first token, token t predicts token t + 1.
+    before = 0 if prefill else prompt_length
+    rest = before + torch.arange(num_completions * length, device=ids.device).view(num_completions, -1)[:, :-1]
     first = torch.full((num_completions, 1), prompt_length - 1, device=ids.device)
-    rest = prompt_length + torch.arange(num_completions * length, device=ids.device).view(num_completions, -1)
-    predictors = torch.cat([first, rest[:, :-1]], dim=1).flatten()
+    predictors = (rest if prefill else torch.cat([first, rest], dim=1)).flatten()
 
     scored = mask_NT.bool()
-    targets_M = completion_ids_NT[scored]
+    here = scored[:, 1:] if prefill else scored  # scored by this call
+    targets_M = completion_ids_NT[:, -here.shape[1] :][here]
     chunk = max(1, MAX_LOGITS // vlm.core.config.get_text_config().vocab_size)
 
     def score_chunk(head: Callable[[Tensor], Tensor], hidden_M: Tensor, targets_M: Tensor) -> Tensor:
@@ -77,7 +86,7 @@ def completion_logprobs(
         return torch.stack([logp, entropy_M])
 
     def score(hidden: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
-        hidden_M = hidden.reshape(num_rows, length, -1)[scored]
+        hidden_M = hidden.reshape(*here.shape, -1)[here]
         if len(hidden_M) <= chunk:
             return score_chunk(head, hidden_M, targets_M)
         parts = zip(hidden_M.split(chunk), targets_M.split(chunk), strict=True)
@@ -87,11 +96,19 @@ def completion_logprobs(
         scores_M = (model or vlm.model)(
             input_ids=ids,
             position_ids=positions if len(positions) > 1 else positions[0],
-            shared_prefix=PackedGroups(prompts.attention_mask_BP, num_completions, length),
+            shared_prefix=PackedGroups(prompts.attention_mask_BP, num_completions, length, prefill),
             logits_to_keep=predictors,
             use_cache=False,
-            **prompts.model_inputs(),
+            **({} if prefill else prompts.model_inputs()),
         ).logits
+    if prefill:
+        assert prefill.logits_BV is not None
+        logits_NV = prefill.logits_BV.repeat_interleave(num_completions, dim=0)
+        first_M = score_chunk(lambda logits: logits, logits_NV[scored[:, 0]], completion_ids_NT[:, 0][scored[:, 0]])
+        scores = scores_M.new_zeros(len(scores_M), num_rows, length)
+        scores[:, :, 0] = scores[:, :, 0].masked_scatter(scored[:, 0], first_M)
+        scores[:, :, 1:] = scores[:, :, 1:].masked_scatter(here, scores_M)
+        return scores[0], scores[1].detach() if entropy else None
     logp_NT = scores_M.new_zeros(num_rows, length).masked_scatter(scored, scores_M[0])
     if not entropy:
         return logp_NT, None

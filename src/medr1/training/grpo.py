@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,15 @@ class GRPOTrainer(RecordTrainer):
         needs_copy = config.grpo.beta > 0 and not config.model.lora_rank
         self.reference = copy.deepcopy(vlm.model).requires_grad_(False).eval() if needs_copy else None
         super().__init__(vlm, config, train_records, test_records, output_dir)
+        # Sampling reads the prompts with gradient, and the policy pass goes on from there, where one backward pass of
+        # one unwrapped model follows. A dropout layer would make sampling's and training's reading differ.
+        optimizer, model = config.optimizer, cast(nn.Module, self.vlm.model)
+        dropout = getattr(self.vlm.core.config.get_text_config(), "attention_dropout", 0.0) > 0 or any(
+            module.p > 0 for module in model.modules() if isinstance(module, nn.Dropout)
+        )
+        whole = optimizer.prompts_per_forward in (0, optimizer.prompts_per_step)
+        alone = self.args.world_size == 1 and not optimizer.gradient_checkpointing
+        self.reads_prompts_once = self.repeats == 1 and whole and alone and not dropout
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Sample (every `num_iterations`-th step), then one backward pass; the loss of the whole step, detached."""
@@ -98,6 +107,7 @@ class GRPOTrainer(RecordTrainer):
             max_new_tokens=config.rollout.max_new_tokens,
             temperature=config.rollout.temperature,
             seed=seed,
+            keep_prefill=self.reads_prompts_once,
         )
         owners = [record for record in records for _ in range(num_completions)]
         mode = config.rollout.mode
@@ -126,12 +136,24 @@ class GRPOTrainer(RecordTrainer):
         total = torch.zeros((), device=mask_NT.device)
         for number, chunk in enumerate(chunks):
             rows = torch.cat([torch.arange(b * num_completions, (b + 1) * num_completions) for b in chunk])
-            prompts = experience.prompts.select(chunk)
+            prompts, prefill = experience.prompts, experience.rollout.prefill
+            if prefill is None:
+                prompts = prompts.select(chunk)
+            elif len(chunk) < len(prompts):
+                prefill = prefill.select(torch.tensor(chunk, device=mask_NT.device))
+                prompts = prompts.select(chunk, trim=False)
             ids_NT, rows_mask_NT = experience.rollout.completion_ids_NT[rows], mask_NT[rows]
             last = number + 1 == len(chunks)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 logp_NT, entropy_NT = completion_logprobs(
-                    self.vlm, prompts, ids_NT, rows_mask_NT, temperature=temperature, entropy=True, model=model
+                    self.vlm,
+                    prompts,
+                    ids_NT,
+                    rows_mask_NT,
+                    temperature=temperature,
+                    entropy=True,
+                    model=model,
+                    prefill=prefill,
                 )
                 ref_logp_NT = None
                 if objective.beta > 0:
