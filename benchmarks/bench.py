@@ -46,7 +46,7 @@ from workload import (
 import medr1.training.grpo as ours_module
 from medr1.evaluation import evaluate
 from medr1.images import load_image
-from medr1.models import load_vlm
+from medr1.models import VLM, load_vlm
 from medr1.prompts import build_messages
 
 HERE = Path(__file__).resolve().parent
@@ -110,11 +110,13 @@ def scoring() -> str:
 class Side:
     """One trainer and the stopwatch on it."""
 
-    def __init__(self, name: str, workload: Workload, records: list[Any], folder: Path) -> None:
+    def __init__(
+        self, name: str, workload: Workload, records: list[Any], folder: Path, vlm: VLM | None = None
+    ) -> None:
         self.watch = Stopwatch()
         self.trainer: Any
         if name == "ours":
-            self.trainer = our_trainer(workload, records, folder)
+            self.trainer = our_trainer(workload, records, folder, vlm)
             self.watch.wrap(self.trainer, "_update", lambda: "policy")
         else:
             self.trainer = trl_trainer(workload, records, folder)
@@ -236,13 +238,15 @@ def status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
-def compare_evaluation(rounds: int, num_records: int, new_tokens: int, *, small: bool = False) -> dict[str, Any]:
+def compare_evaluation(
+    rounds: int, num_records: int, new_tokens: int, *, questions: int, small: bool = False
+) -> dict[str, Any]:
     """Our evaluation of a set of records against `generate` a sample at a time; the answers must be the same."""
     ratios, seconds = [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder / "model", pixels=224, small=small)
-        records = write_records(folder / "images", count=num_records, pixels=224, short_prompt=False)
+        records = write_records(folder / "images", count=num_records, pixels=224, questions=questions)
         vlm = load_vlm(str(folder / "model"), device="cpu")
         model = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32).eval()
         processor = AutoProcessor.from_pretrained(folder / "model")
@@ -265,6 +269,7 @@ def compare_evaluation(rounds: int, num_records: int, new_tokens: int, *, small:
                 seconds.append((between - began, ended - between))
     return {
         "records": num_records,
+        "questions_an_image": questions,
         "new_tokens": new_tokens,
         "ours": statistics.median(o for o, _ in seconds),
         "generate": statistics.median(g for _, g in seconds),
@@ -400,8 +405,11 @@ def main() -> None:
             for key in ("ours", "trl")
         }
         summary["growth_4_32"] = round(detail["growth_4_32"]["ours"][48], 2)
-        detail["evaluation"] = compare_evaluation(few, num_records=64, new_tokens=48)
-        summary["eval_ratio"] = round(detail["evaluation"]["ratio"], 2)
+        detail["evaluation"] = [
+            compare_evaluation(few, num_records=64, new_tokens=tokens, questions=questions)
+            for tokens, questions in ((48, 4), (48, 1), (16, 4), (16, 1))
+        ]
+        summary["eval_ratio"] = round(detail["evaluation"][0]["ratio"], 2)
         detail["memory"] = {
             workload.name: {side: peak_memory(side, workload) for side in ("ours", "trl")} for workload in MEMORY
         }

@@ -26,7 +26,7 @@ from trl import GRPOConfig
 from trl import GRPOTrainer as TRLTrainer
 
 from medr1 import GRPOTrainer, load_config, load_vlm
-from medr1.models import TINY
+from medr1.models import TINY, VLM
 from medr1.phantoms import draw_options, draw_phantom
 from medr1.prompts import build_messages
 from medr1.records import LETTERS, QUESTION_TYPES, Record
@@ -121,15 +121,18 @@ def write_model(folder: Path, *, pixels: int, small: bool = False) -> Path:
     return folder
 
 
-def write_records(folder: Path, *, count: int, pixels: int, short_prompt: bool) -> list[Record]:
-    """Phantoms of this size on disk, one question an image."""
+def write_records(
+    folder: Path, *, count: int, pixels: int, short_prompt: bool = False, questions: int = 1
+) -> list[Record]:
+    """Phantoms of this size on disk, so many questions an image."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     records = []
     for number in range(count):
-        phantom = draw_phantom(rng, size=pixels)
-        path = folder / f"{number}.png"
-        phantom.image.save(path)
+        if number % questions == 0:
+            phantom = draw_phantom(rng, size=pixels)
+            path = folder / f"{number}.png"
+            phantom.image.save(path)
         kind = QUESTION_TYPES[number % len(QUESTION_TYPES)]
         options = draw_options(rng, phantom.facts, kind)
         records.append(
@@ -142,7 +145,7 @@ def write_records(folder: Path, *, count: int, pixels: int, short_prompt: bool) 
                 modality=phantom.facts["Modality Recognition"],
                 question_type=kind,
                 source="phantom",
-                group=str(number),
+                group=path.stem,
             )
         )
     return records
@@ -156,11 +159,12 @@ def write_files(workload: Workload, folder: Path) -> list[Record]:
     )
 
 
-def our_trainer(workload: Workload, records: list[Record], folder: Path) -> GRPOTrainer:
-    """Med-R1's trainer, as `medr1 train` makes it; it makes one step at each call of `train()`."""
+def our_trainer(workload: Workload, records: list[Record], folder: Path, vlm: VLM | None = None) -> GRPOTrainer:
+    """Med-R1's trainer, as `medr1 train` makes it, by default of the model in `folder`; one step a `train()`."""
+    vlm = vlm or load_vlm(str(folder / "model"), device="cpu")
     config = load_config(
         overrides={
-            "model.name": str(folder / "model"),
+            "model.name": vlm.name,
             "model.lora_rank": workload.lora_rank,
             "model.lora_alpha": LORA_ALPHA,
             "rollout.mode": MODE,
@@ -174,9 +178,7 @@ def our_trainer(workload: Workload, records: list[Record], folder: Path) -> GRPO
             "optimizer.gradient_checkpointing": workload.checkpointing,
         }
     )
-    trainer = GRPOTrainer(load_vlm(str(folder / "model"), device="cpu"), config, records, [], folder / "ours")
-    trainer._checkpoint_dir = str(trainer.out)  # asked for at the end of training even where nothing was saved
-    return _quiet(trainer)
+    return _quiet(GRPOTrainer(vlm, config, records, [], folder / "ours"))
 
 
 def trl_trainer(workload: Workload, records: list[Record], folder: Path) -> TRLTrainer:

@@ -28,4 +28,4 @@ def test_a_comparison(overrides: dict[str, float]) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_evaluation_answers_as_generate_does() -> None:
-    assert bench.compare_evaluation(rounds=1, num_records=5, new_tokens=4, small=True)["ratio"] > 0
+    assert bench.compare_evaluation(rounds=1, num_records=5, new_tokens=4, questions=2, small=True)["ratio"] > 0
