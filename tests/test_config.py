@@ -38,7 +38,8 @@ def test_every_field_is_explained() -> None:
 
 
 def test_shipped_recipes_are_valid() -> None:
-    recipes = list((Path(__file__).parents[1] / "configs").glob("*.toml"))
+    folder = Path(__file__).parents[1] / "configs"
+    recipes = [path for path in folder.glob("*.toml") if not path.name.startswith("study-")]
     assert recipes
     for recipe in recipes:
         load_config(recipe)

@@ -132,6 +132,18 @@ def test_batches_hold_prompts_of_like_length_longest_first(stub: Stub, tmp_path:
     ]
 
 
+def test_questions_about_one_image_share_a_batch_and_the_image(stub: Stub, tmp_path: Path):
+    first, second = make_records(tmp_path / "data", count=2)
+    records = [
+        owner.model_copy(update={"id": f"{owner.id}-{words}", "question": "Which finding" + " really" * words})
+        for words in (0, 5, 2)
+        for owner in (first, second)
+    ]
+    evaluate(stub.vlm, records, mode="no-think", out=tmp_path / "run.jsonl", batch_size=3)
+    assert [[prompt.count("really") for prompt in batch] for batch in stub.batches] == [[5, 2, 0]] * 2
+    assert len(stub.images) == 6 and len({id(image) for image in stub.images}) == 2
+
+
 def test_nothing_of_paths_or_ids_reaches_the_prompt(stub: Stub, tmp_path: Path):
     run(stub, make_records(tmp_path / "secret"), tmp_path / "run.jsonl")
     text = "".join(prompt for batch in stub.batches for prompt in batch)

@@ -53,9 +53,10 @@ def main() -> None:
     except MedR1Error as error:
         Console(stderr=True, soft_wrap=True).print(f"medr1: {error}", style="bold red", markup=False, highlight=False)
         sys.exit(1)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("medr1: stopped; the same command goes on from what is saved", markup=False)
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # what typer makes of Ctrl-C
+            Console(stderr=True).print("medr1: stopped; the same command goes on from what is saved", markup=False)
+        raise
 
 
 @app.command()
@@ -106,15 +107,23 @@ def train(
 @app.command("eval")
 def evaluate_command(
     out: Annotated[Path, typer.Option("--out", help="a .jsonl file, one row a sample; an unfinished one is resumed")],
-    model: ModelOption = "tiny",
+    model: Annotated[
+        str, typer.Option("--model", help="hub name, local folder, 'tiny', or openai:MODEL@URL for a server")
+    ] = "tiny",
     data: DataOption = "phantoms",
     mode: ModeOption = "think",
     modality: ModalityOption = None,
     question_type: TypeOption = None,
     part: Annotated[str, typer.Option("--part", help="test (held out), train, or all")] = "test",
-    condition: Annotated[str, typer.Option("--condition", help="image, or the control blank or shuffled")] = "image",
+    condition: Annotated[
+        str,
+        typer.Option(
+            "--condition", help="image, repeat, or a control: blank, shuffled, shuffled_other, no_image, permuted"
+        ),
+    ] = "image",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="replies are cut here")] = 256,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="prompts decoded together")] = 32,
+    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="requests at a time to a server")] = 8,
     limit: Annotated[
         int, typer.Option("--limit", min=0, help="evaluate so many records, drawn by the split seed; 0: all")
     ] = 0,
@@ -134,9 +143,28 @@ def evaluate_command(
     if part not in parts:
         raise MedR1Error(f"--part {part}: choose {', '.join(parts)}")
     records = parts[part]
+    if 0 < limit < len(records):
+        records = random.Random(resolved.data.split_seed).sample(records, limit)
+    if model.startswith("openai:"):
+        from medr1.remote import evaluate_remote, token_totals
+
+        rows = evaluate_remote(
+            model,
+            records,
+            mode=mode,
+            out=out,
+            max_new_tokens=max_new_tokens,
+            condition=condition,
+            concurrency=concurrency,
+        )
+        totals = token_totals(rows)
+        counts = (f"{name.replace('_', ' ')}: {'–' if num is None else num}" for name, num in totals.items())
+        console.print(", ".join(counts), highlight=False)
+        _print_summary(summarise(rows) | totals, as_json)
+        return
     rows = evaluate(
         load_vlm(model),
-        random.Random(resolved.data.split_seed).sample(records, limit) if 0 < limit < len(records) else records,
+        records,
         mode=mode,
         out=out,
         max_new_tokens=max_new_tokens,
@@ -182,6 +210,32 @@ def report_command(
     _finish(report_from_files(base, trained, run=run, controls=controls or [], text_only=prior, out=out), as_json)
 
 
+@app.command("study")
+def study_command(
+    study: Annotated[Path, typer.Argument(help="a study in TOML, such as configs/study-tiny.toml")],
+    out: Annotated[Path, typer.Option("--out", help="folder of the study; an unfinished one there is gone on with")],
+    data: Annotated[str | None, typer.Option("--data", help="data set in place of recipe.data.path")] = None,
+    only_list: Annotated[bool, typer.Option("--list", help="show each cell's state, seconds and disk use")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train on each modality and question type, test on all with controls, write the report; resumes by itself."""
+    from medr1.study import list_cells, load_study, run_study
+
+    loaded = load_study(study, data)
+    if not only_list:
+        _finish(run_study(loaded, out), as_json)
+        return
+    cells = list_cells(loaded, out)
+    table = Table(title=f"{sum(cell['state'] == 'done' for cell in cells)} of {len(cells)} cells done")
+    for heading in ("cell", "state", "seconds", "MB"):
+        table.add_column(heading, justify="left" if heading in ("cell", "state") else "right")
+    for cell in cells:
+        seconds = "–" if cell["seconds"] is None else f"{cell['seconds']:.0f}"
+        table.add_row(cell["cell"], cell["state"], seconds, f"{cell['disk_bytes'] / 1e6:.1f}")
+    Console().print(table)
+    _finish({"cells": cells}, as_json)
+
+
 @app.command()
 def ask(
     image: Annotated[list[Path], typer.Argument(help="image file(s), then the question")],
@@ -208,22 +262,18 @@ def ask(
 @data_app.command("check")
 def data_check(
     path: Annotated[str, typer.Argument(help="OmniMedVQA folder, Med-R1 split JSON, or 'phantoms'")],
+    out: Annotated[Path | None, typer.Option("--out", help="folder for check.json and check.html")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Count records, options, duplicates, shared images and licences; name what is wrong."""
-    from medr1.checks import check_data
+    """Find copies and look-alikes of images, what train and test share, defects of questions, options, spellings."""
+    from medr1.checks import check_data, print_check, write_check
     from medr1.data import phantom_folder
 
     report = check_data(phantom_folder(400) if path == "phantoms" else Path(path))
     if not as_json:
-        console_out = Console()
-        for name, value in report.items():
-            console_out.print(
-                f"[bold]{name}[/bold]: {value}" if not isinstance(value, dict) else f"[bold]{name}[/bold]"
-            )
-            if isinstance(value, dict):
-                for key, count in value.items():
-                    console_out.print(f"  {key}: {count}", markup=False, highlight=False)
+        print_check(report, Console())
+    if out:
+        write_check(report, out)
     _finish(report, as_json)
 
 

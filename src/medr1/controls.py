@@ -2,7 +2,8 @@
 
 - `text_only_prior` sees neither image nor question: it learns from the training part how often each option
   text is right. On the public Med-R1 splits that alone answers 81 to 100 % of the test part.
-- The conditions "blank" and "shuffled" of `medr1.evaluation` show the model a picture that holds no evidence.
+- The conditions of `medr1.evaluation` beside "image": "blank" and "no_image" take the picture away, "shuffled" and
+  "shuffled_other" show another one, "permuted" reorders the options, "repeat" asks the same once more.
 """
 
 import random
@@ -14,9 +15,9 @@ from PIL import Image, ImageStat
 
 from medr1.errors import MedR1Error
 from medr1.metrics import accuracy_table
-from medr1.records import Record, normalise_option
+from medr1.records import LETTERS, Record, normalise_option
 
-CONDITIONS = ("image", "blank", "shuffled")
+CONDITIONS = ("image", "blank", "shuffled", "shuffled_other", "no_image", "permuted", "repeat")
 
 
 def text_only_prior(train: Sequence[Record], test: Sequence[Record]) -> dict[str, Any]:
@@ -61,30 +62,98 @@ def blank_image(image: Image.Image) -> Image.Image:
     return Image.new("RGB", image.size, (red, green, blue))
 
 
-def shuffled_partners(records: Sequence[Record], seed: int) -> dict[str, Record]:
+def as_shown(
+    records: Sequence[Record], condition: str, seed: int, donors: Sequence[Record] | None = None
+) -> list[Record]:
+    """The records as a condition asks them, in the same order, with their own ids and groups.
+
+    - "image", "repeat", "blank": unchanged ("blank" is painted over where the image is read, see `blank_image`).
+    - "no_image": without images, so that the prompt is text only.
+    - "shuffled", "shuffled_other": with the images of a partner of the same or of another modality, see
+      `shuffled_partners`.
+    - "permuted": with the options in another order and the answer's letter in that order, see `permuted`.
+
+    Args:
+        donors: where partners are drawn from; None draws them from `records`.
+
+    Raises:
+        MedR1Error: the condition is unknown, a record has no image to take away, or has no partner.
+    """
+    if condition not in CONDITIONS:
+        raise MedR1Error(f"condition {condition!r} is unknown; choose {', '.join(CONDITIONS)}")
+    if condition in ("blank", "no_image") and (textual := [record.id for record in records if not record.images]):
+        raise MedR1Error(f"record {textual[0]}: no image to blank or take away; leave the {condition} control out")
+    if condition == "no_image":
+        return [record.model_copy(update={"images": ()}) for record in records]
+    if condition == "permuted":
+        return [permuted(record, seed) for record in records]
+    if condition in ("shuffled", "shuffled_other"):
+        partners = shuffled_partners(records, seed, donors, other_modality=condition == "shuffled_other")
+        return [record.model_copy(update={"images": partners[record.id].images}) for record in records]
+    return [*records]
+
+
+def permuted(record: Record, seed: int) -> Record:
+    """The record with its options in an order in which none keeps its letter; two options change places.
+
+    Each such order is equally likely, by `seed` and the record's id.
+    """
+    draw = random.Random(f"{seed} {record.id}")
+    order = list(range(len(record.options)))
+    while any(old == new for new, old in enumerate(order)):
+        draw.shuffle(order)
+    answer = LETTERS[order.index(LETTERS.index(record.answer))]
+    return record.model_copy(update={"options": tuple(record.options[old] for old in order), "answer": answer})
+
+
+def shuffled_partners(
+    records: Sequence[Record], seed: int, donors: Sequence[Record] | None = None, *, other_modality: bool = False
+) -> dict[str, Record]:
     """For each record id, a record of another group whose images are shown in its place.
 
-    The partner has the same modality and as many images, and is drawn with equal chance from those by
-    `seed` and the record's id, whatever the order of the records. What the modality alone gives away stays
-    answerable.
+    The partner has as many images and the same modality, or with `other_modality` another one (both stated). It is
+    drawn with equal chance from those among `donors` (None: among `records`) by `seed` and the record's id, whatever
+    the order of either. What the modality alone gives away stays answerable with a partner of the same modality.
 
     Raises:
         MedR1Error: a record has no such partner.
     """
+    ordered = sorted(records if donors is None else donors, key=lambda donor: donor.id)
     pools: dict[tuple[str | None, int], list[Record]] = {}
-    for record in sorted(records, key=lambda record: record.id):
-        pools.setdefault((record.modality, len(record.images)), []).append(record)
+    groups: dict[tuple[str | None, int], set[str]] = {}
     partners = {}
-    for (modality, num_images), pool in pools.items():
-        if len({record.group for record in pool}) == 1 or num_images == 0:
+    for record in records:
+        kind = modality, num_images = record.modality, len(record.images)
+        if kind not in pools:
+            pools[kind] = [
+                donor
+                for donor in ordered
+                if len(donor.images) == num_images > 0
+                and (donor.modality != modality) == other_modality
+                and not (other_modality and None in (modality, donor.modality))
+            ]
+            groups[kind] = {donor.group for donor in pools[kind]}
+        if groups[kind] <= {record.group}:
             raise MedR1Error(
-                f"record {pool[0].id}: no other group of {modality or 'unstated modality'} has {num_images} "
-                "images to show instead; evaluate more records or leave the shuffled control out"
+                f"record {record.id}: no other group of {'a modality other than ' if other_modality else ''}"
+                f"{modality or 'unstated modality'} has {num_images} images to show instead; "
+                "evaluate more records or leave this control out"
             )
-        for record in pool:
-            draw = random.Random(f"{seed} {record.id}")
-            partner = draw.choice(pool)
-            while partner.group == record.group:
-                partner = draw.choice(pool)
-            partners[record.id] = partner
+        draw = random.Random(f"{seed} {record.id}")
+        partner = draw.choice(pools[kind])
+        while partner.group == record.group:
+            partner = draw.choice(pools[kind])
+        partners[record.id] = partner
     return partners
+
+
+def image_disjoint(train: Sequence[Record], test: Sequence[Record]) -> list[Record]:
+    """The test records none of whose images (by path) is in training: what is left of a split drawn by question."""
+    seen = {image for record in train for image in record.images}
+    return [record for record in test if seen.isdisjoint(record.images)]
+
+
+def group_disjoint(train: Sequence[Record], test: Sequence[Record]) -> list[Record]:
+    """The test records whose group (patient, lesion or image) has no record in training."""
+    seen = {record.group for record in train}
+    return [record for record in test if record.group not in seen]

@@ -13,17 +13,19 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from medr1.answers import EXTRACTOR_VERSION, extract_answer, is_correct
-from medr1.controls import CONDITIONS, blank_image, shuffled_partners
+from medr1.controls import as_shown, blank_image
 from medr1.errors import MedR1Error
 from medr1.images import load_image
 from medr1.models import VLM, encode_prompts
@@ -48,6 +50,7 @@ def evaluate(
     batch_size: int = 16,
     condition: str = "image",
     seed: int = 0,
+    donors: Sequence[Record] | None = None,
 ) -> list[Row]:
     """Answer every record once, greedily, and write one row each to `out`.
 
@@ -59,12 +62,15 @@ def evaluate(
         mode: one of prompts.MODES.
         out: a .jsonl file. Image paths in its rows are relative to its folder.
         max_new_tokens: a longer reply is cut there and counts as it stands.
-        condition: "image"; or a control: "blank" (mean colour, same size) or "shuffled" (the image of another
-            group of the same modality, drawn by `seed`).
+        condition: "image", "repeat" (the same once more), or a control: "blank" (mean colour, same size), "no_image"
+            (a text-only prompt), "shuffled" (the image of another group of the same modality), "shuffled_other" (the
+            image of another modality), "permuted" (the options in another order); drawn by `seed`.
+        donors: records whose images "shuffled" and "shuffled_other" show; None takes them from `records`.
 
     Returns:
         One row a record, in the order of `records`:
-        key, id, modality, question_type, source, group, images, question, options, gold (letter), chance;
+        key, id, modality, question_type, source, group, images, question, options, gold (letter), chance, all as
+        the model was asked (images that were shown, options in the order shown, the right letter in that order);
         model, condition, mode; reply (raw text), finish ("stop" or "length"), tokens, seconds (its batch's
         time divided by the batch's rows); outcome, letter, correct, format_ok, extractor_version (see
         `score`).
@@ -73,64 +79,137 @@ def evaluate(
         MedR1Error: no records, two records of one id, an unreadable image, no partner to shuffle with, rows
             of another evaluation in `out`, or a full disk. Rows written until then are whole and used again.
     """
-    if condition not in CONDITIONS:
-        raise MedR1Error(f"condition {condition!r} is unknown; choose {', '.join(CONDITIONS)}")
-    if not records:
-        raise MedR1Error(f"{out}: no records to evaluate; widen the filters")
-    shown = _shown(records, condition, seed)
-
-    with _progress() as progress:
-        digests = _read_images(progress.track(shown.values(), description="images"))
-        settings = {"max_new_tokens": max_new_tokens, "greedy": True, "condition": condition}
-        run = _digest([weights_fingerprint(vlm.model), vlm.processor.image_processor.to_dict(), settings])
-        by_key = {}
-        for record in records:
-            content = record.model_dump_json(exclude={"images", "licence"})
-            images = [digests[path] for path in shown[record.id].images]
-            by_key[_digest([run, build_messages(record, mode), content, images])] = record
-
-        rows = {row["key"]: row for row in _resume(out)}
-        if foreign := rows.keys() - by_key.keys():
-            raise MedR1Error(f"{out}: holds {len(foreign)} rows of another model, setting or data; name another file")
-        pending = [(key, record) for key, record in by_key.items() if key not in rows]
-        # Prompts of like length share a batch: less padding. Longest first: too little memory shows at once.
-        pending.sort(key=lambda item: -len(build_messages(item[1], mode)[0]["content"][-1]["text"]))
-        task = progress.add_task(f"{vlm.name}, {condition}", total=len(records), completed=len(rows))
+    model = [weights_fingerprint(vlm.model), vlm.processor.image_processor.to_dict()]
+    with open_evaluation(
+        records,
+        name=vlm.name,
+        model=model,
+        mode=mode,
+        out=out,
+        max_new_tokens=max_new_tokens,
+        condition=condition,
+        seed=seed,
+        donors=donors,
+    ) as evaluation:
+        ordered = _reading_order(list(evaluation.records.items()), mode)
+        pending = [(key, record) for key, record in ordered if key not in evaluation.rows]
         for start in range(0, len(pending), batch_size):
             batch = pending[start : start + batch_size]
             started = time.perf_counter()
+            loaded = {record.images: evaluation.images(record) for _, record in batch}
             prompts = encode_prompts(
                 vlm,
                 [build_messages(record, mode) for _, record in batch],
-                [_images(shown[record.id], condition) for _, record in batch],
+                [loaded[record.images] for _, record in batch],
             )
             rollout = sample(vlm, prompts, num_completions=1, max_new_tokens=max_new_tokens, greedy=True, seed=seed)
             seconds = round((time.perf_counter() - started) / len(batch), 4)
             replies = zip(
                 batch,
                 rollout.texts,
-                rollout.finished_N.tolist(),
+                ("stop" if finished else "length" for finished in rollout.finished_N.tolist()),
                 rollout.mask_NT.sum(1).tolist(),
                 strict=True,
             )
-            new = score(
-                {
-                    "key": key,
-                    **_record_fields(record, shown[record.id], out.parent),
-                    "model": vlm.name,
-                    "condition": condition,
-                    "mode": mode,
-                    "reply": reply,
-                    "finish": "stop" if finished else "length",
-                    "tokens": tokens,
-                    "seconds": seconds,
-                }
-                for (key, record), reply, finished, tokens in replies
+            evaluation.add(
+                (key, {"reply": reply, "finish": finish, "tokens": tokens, "seconds": seconds})
+                for (key, _), reply, finish, tokens in replies
             )
-            append_jsonl(out, new)
-            rows |= {row["key"]: row for row in new}
-            progress.advance(task, len(batch))
-    return [rows[key] for key in by_key]
+    return evaluation.result
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation under way: what is asked, the rows that are there, and the file that they are added to."""
+
+    name: str
+    mode: str
+    condition: str
+    out: Path
+    records: dict[str, Record]
+    """The record as the condition asks it, by the key of its row."""
+    rows: dict[str, Row]
+    """By key."""
+    progress: Progress
+    task: TaskID
+
+    @property
+    def pending(self) -> list[tuple[str, Record]]:
+        """Key and record of each question without a row."""
+        return [(key, record) for key, record in self.records.items() if key not in self.rows]
+
+    @property
+    def result(self) -> list[Row]:
+        """One row a record, in the order of the records."""
+        return [self.rows[key] for key in self.records]
+
+    def images(self, record: Record) -> list[Image.Image]:
+        """What the model sees when this record is asked, RGB."""
+        images = [load_image(path) for path in record.images]
+        return [blank_image(image) for image in images] if self.condition == "blank" else images
+
+    def add(self, replies: Iterable[tuple[str, Row]]) -> None:
+        """Score replies (key; reply, finish, tokens, seconds) and force their rows to disk."""
+        new = score(
+            {
+                "key": key,
+                **_record_fields(self.records[key], self.out.parent),
+                "model": self.name,
+                "condition": self.condition,
+                "mode": self.mode,
+                **reply,
+            }
+            for key, reply in replies
+        )
+        append_jsonl(self.out, new)
+        self.rows.update({row["key"]: row for row in new})
+        self.progress.advance(self.task, len(new))
+
+
+@contextmanager
+def open_evaluation(
+    records: Sequence[Record],
+    *,
+    name: str,
+    model: list[Any],
+    mode: str,
+    out: Path,
+    max_new_tokens: int,
+    condition: str,
+    seed: int,
+    donors: Sequence[Record] | None = None,
+) -> Iterator[Evaluation]:
+    """Read every image, find the rows that `out` already has, and show progress until the block is left.
+
+    Args:
+        model: JSON-like values that tell this model from any other; with the settings, the prompt and the
+            images they make a row's key.
+
+    Raises:
+        MedR1Error: as `evaluate`.
+    """
+    if not records:
+        raise MedR1Error(f"{out}: no records to evaluate; widen the filters")
+    ids = Counter(record.id for record in records)
+    if len(ids) < len(records):
+        raise MedR1Error(f"record {ids.most_common(1)[0][0]} is there twice; give each record its own id")
+    shown = as_shown(records, condition, seed, donors)
+
+    with _progress() as progress:
+        digests = _read_images(progress.track(shown, description="images"))
+        settings = {"max_new_tokens": max_new_tokens, "greedy": True, "condition": condition}
+        run = _digest([*model, settings])
+        by_key = {}
+        for record in shown:
+            content = record.model_dump_json(exclude={"images", "licence"})
+            images = [digests[path] for path in record.images]
+            by_key[_digest([run, build_messages(record, mode), content, images])] = record
+
+        rows = {row["key"]: row for row in _resume(out)}
+        if foreign := rows.keys() - by_key.keys():
+            raise MedR1Error(f"{out}: holds {len(foreign)} rows of another model, setting or data; name another file")
+        task = progress.add_task(f"{name}, {condition}", total=len(records), completed=len(rows))
+        yield Evaluation(name, mode, condition, out, by_key, rows, progress, task)
 
 
 def score(rows: Iterable[Row]) -> list[Row]:
@@ -171,17 +250,6 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _shown(records: Sequence[Record], condition: str, seed: int) -> dict[str, Record]:
-    """For each record id, the record whose images are shown."""
-    shown = {record.id: record for record in records}
-    if len(shown) < len(records):
-        ids = Counter(record.id for record in records)
-        raise MedR1Error(f"record {ids.most_common(1)[0][0]} is there twice; give each record its own id")
-    if condition == "blank" and (textual := [record.id for record in records if not record.images]):
-        raise MedR1Error(f"record {textual[0]}: no image to blank; leave the blank control out")
-    return shuffled_partners(records, seed) if condition == "shuffled" else shown
-
-
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -206,19 +274,29 @@ def _read_images(records: Iterable[Record]) -> dict[Path, str]:
     return digests
 
 
-def _images(record: Record, condition: str) -> list[Image.Image]:
-    images = [load_image(path) for path in record.images]
-    return [blank_image(image) for image in images] if condition == "blank" else images
+def _reading_order(asked: list[tuple[str, Record]], mode: str) -> list[tuple[str, Record]]:
+    """Questions about the same images side by side, so that a batch reads these once; among them, and among sets of
+    images, prompts of like length, so that there is little padding. Longest first: too little memory shows at once.
+    """
+    lengths = {record.id: len(build_messages(record, mode)[0]["content"][-1]["text"]) for _, record in asked}
+    longest: dict[tuple[Path, ...], int] = {}
+    for _, record in asked:
+        longest[record.images] = max(lengths[record.id], longest.get(record.images, 0))
+
+    def place(item: tuple[str, Record]) -> tuple[int, tuple[Path, ...], int]:
+        return -longest[item[1].images], item[1].images, -lengths[item[1].id]
+
+    return sorted(asked, key=place)
 
 
-def _record_fields(record: Record, shown: Record, folder: Path) -> Row:
+def _record_fields(record: Record, folder: Path) -> Row:
     return {
         "id": record.id,
         "modality": record.modality,
         "question_type": record.question_type,
         "source": record.source,
         "group": record.group,
-        "images": [os.path.relpath(path, folder) for path in shown.images],
+        "images": [os.path.relpath(path, folder) for path in record.images],
         "question": record.question,
         "options": list(record.options),
         "gold": record.answer,

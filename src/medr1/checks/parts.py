@@ -1,0 +1,73 @@
+"""What train and test share: the published pairs of files, and our own split, which must share nothing."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from medr1.checks.images import Pictures
+from medr1.checks.texts import plain
+from medr1.config import DataConfig
+from medr1.controls import text_only_prior
+from medr1.errors import MedR1Error
+from medr1.records import Record
+from medr1.splits import split_by_group
+
+Parts = tuple[Sequence[Record], Sequence[Record]]
+
+
+def by_file(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """Records of Med-R1 split files, which number their rows "<file>/<row>", by file."""
+    files: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        files[record.id.rpartition("/")[0]].append(record)
+    return dict(files)
+
+
+def published_parts(files: Mapping[str, Sequence[Record]]) -> dict[str, Parts]:
+    """(train, test) of each "<name>_test" file that has a "<name>_train" beside it."""
+    names = sorted(file.removesuffix("_test") for file in files if file.endswith("_test"))
+    return {name: (files[f"{name}_train"], files[f"{name}_test"]) for name in names if f"{name}_train" in files}
+
+
+def own_parts(records: Sequence[Record]) -> Parts | None:
+    """(train, test) as every command divides by default; None where there are too few groups to divide."""
+    defaults = DataConfig()
+    try:
+        return split_by_group(records, test_fraction=defaults.test_fraction, seed=defaults.split_seed)
+    except MedR1Error:
+        return None
+
+
+def compare_parts(train: Sequence[Record], test: Sequence[Record], pictures: Pictures) -> dict[str, Any]:
+    """What the test part shares with the training part.
+
+    Returns:
+        train, test: numbers of questions. Numbers of test questions: image_in_train (the same path),
+        group_in_train, copy_in_train (the same pixels), near_in_train (no copy, but a picture that looks alike),
+        question_in_train (the same image and stem), stem_in_train (the same stem up to case and punctuation).
+        copy_in_train and near_in_train are None where no image was read.
+        text_only: `text_only_prior` learned from the training part.
+    """
+
+    def shown(record: Record) -> tuple[str, ...]:
+        return tuple(pictures.content[image] for image in record.images)
+
+    images = {image for record in train for image in record.images}
+    groups = {record.group for record in train}
+    contents = {content for record in train for content in shown(record)}
+    alike = {other for content in contents for other in pictures.near_content.get(content, ())}
+    asked = {(shown(record), plain(record.question)) for record in train}
+    stems = {stem for _, stem in asked}
+    copied = [not contents.isdisjoint(shown(record)) for record in test]
+    near = [not alike.isdisjoint(shown(record)) for record in test]
+    return {
+        "train": len(train),
+        "test": len(test),
+        "image_in_train": sum(not images.isdisjoint(record.images) for record in test),
+        "group_in_train": sum(record.group in groups for record in test),
+        "copy_in_train": sum(copied) if pictures.paths else None,
+        "near_in_train": sum(n and not c for n, c in zip(near, copied, strict=True)) if pictures.paths else None,
+        "question_in_train": sum((shown(record), plain(record.question)) in asked for record in test),
+        "stem_in_train": sum(plain(record.question) in stems for record in test),
+        "text_only": text_only_prior(train, test),
+    }

@@ -1,0 +1,190 @@
+"""Defects of what stands in words: questions asked twice, options, spellings, and what the answers alone give away."""
+
+import contextlib
+import difflib
+import itertools
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+from medr1.datasets import canonical_modality, canonical_question_type, is_omnimedvqa
+from medr1.datasets.medr1_splits import split_files
+from medr1.datasets.rows import letter_of, read_rows
+from medr1.metrics import NOT_STATED
+from medr1.records import LETTERS, MODALITIES, QUESTION_TYPES, Record, normalise_option
+
+NEAR_STEM = 0.9
+"""difflib's ratio from which two stems, in `plain` form, are near the same."""
+NUM_ANSWERS = 5
+"""Answers shown for a question type, the most frequent ones."""
+
+
+def plain(text: str) -> str:
+    """Case-folded words without punctuation."""
+    return " ".join(re.findall(r"\w+", text.casefold()))
+
+
+def questions(files: Iterable[Sequence[Record]], content: Mapping[Path, str]) -> dict[str, list[Any]]:
+    """Questions that are asked more than once about one picture, each file by itself.
+
+    A published split has the same question in its families of files, which is no defect; what its train and
+    test files share is told by `medr1.checks.parts`.
+
+    Args:
+        files: the records of each file, or all of them as one.
+        content: image to what identifies its pixels.
+
+    Returns:
+        repeated: sets of ids with the same picture and stem. conflicting: those of them whose right answers
+        differ. near_same: pairs of ids about one picture whose stems are near the same, but not the same.
+    """
+    found: dict[str, list[Any]] = {"repeated": [], "conflicting": [], "near_same": []}
+    for records in files:
+        about: dict[tuple[str, ...], dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
+        for record in records:
+            about[tuple(content[image] for image in record.images)][plain(record.question)].append(record)
+        for by_stem in about.values():
+            for same in by_stem.values():
+                ids = [record.id for record in same]
+                if len(same) > 1:
+                    found["repeated"].append(ids)
+                if len({plain(record.gold) for record in same}) > 1:
+                    found["conflicting"].append(ids)
+            for stem, other in itertools.combinations(by_stem, 2):
+                if _near_same(stem, other):
+                    found["near_same"].append([by_stem[stem][0].id, by_stem[other][0].id])
+    return found
+
+
+def options(records: Sequence[Record]) -> dict[str, list[Any]]:
+    """duplicates: ids of records of which two options agree up to case and spaces (never the right one, which
+    the reader refuses). variants: option texts, and stem_variants: stems, that differ only in case, punctuation
+    or spacing, as {text: number of records}: a model may tell the right option by its spelling.
+    """
+    return {
+        "duplicates": [r.id for r in records if len(set(map(normalise_option, r.options))) < len(r.options)],
+        "variants": _variants(option for record in records for option in record.options),
+        "stem_variants": _variants(record.question for record in records),
+    }
+
+
+def spellings(path: Path) -> dict[str, Any]:
+    """What the reader mends in the files.
+
+    Returns:
+        canonicalised: {"field", "written", "read_as", "rows"} for each spelling of a modality, a question type,
+        a key or an answer that is not the canonical one; mended: their rows together. spaces: the rows,
+        "<file>: row <number>", in which a text begins or ends with white space or has it doubled.
+    """
+    seen: Counter[tuple[str, str, str]] = Counter()
+    spaces = []
+    omnimedvqa = is_omnimedvqa(path)
+    for file in sorted((path / "QA_information" / "Open-access").glob("*.json")) if omnimedvqa else split_files(path):
+        rows = read_rows(file)
+        if not omnimedvqa:
+            seen["file name", file.stem, _file_read_as(file.stem)] += len(rows)
+        for number, row in enumerate(rows, start=1):
+            if omnimedvqa:
+                seen.update(_canonicalised(row))
+            texts = [text for key, text in row.items() if isinstance(text, str) and not key.startswith("image")]
+            if any(text != " ".join(text.split()) for text in texts):
+                spaces.append(f"{file.name}: row {number}")
+    canonicalised = [
+        {"field": field, "written": written, "read_as": read_as, "rows": rows}
+        for (field, written, read_as), rows in seen.most_common()
+        if written != read_as
+    ]
+    return {
+        "canonicalised": canonicalised,
+        "mended": sum(line["rows"] for line in canonicalised),
+        "spaces": spaces,
+    }
+
+
+def letters(records: Sequence[Record]) -> dict[str, Any]:
+    """Where the right option stands.
+
+    Returns:
+        by_num_options: for each number of options, letter to the number of records that have it right.
+        p: chi-squared test that the letters of an item are equally likely, summed over numbers of options.
+        best: the letter that is right most often; best_share: of the records.
+    """
+    by_num_options: dict[int, dict[str, int]] = {}
+    for num in sorted({len(record.options) for record in records}):
+        right = Counter(record.answer for record in records if len(record.options) == num)
+        by_num_options[num] = {letter: right[letter] for letter in LETTERS[:num]}
+    statistic = sum(stats.chisquare(list(right.values())).statistic for right in by_num_options.values())
+    best, times = Counter(record.answer for record in records).most_common(1)[0]
+    return {
+        "by_num_options": {str(num): right for num, right in by_num_options.items()},
+        "p": float(stats.chi2.sf(statistic, sum(num - 1 for num in by_num_options))),
+        "best": best,
+        "best_share": times / len(records),
+    }
+
+
+def answers(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
+    """What the commonest answer alone scores, by question type, or by modality where no type is stated.
+
+    Returns:
+        For each: n, distinct (right answers, up to case and punctuation), top ([text, n] of the most frequent),
+        chance, and majority: the accuracy of always giving the most frequent answer, and a guess where it is
+        not offered.
+    """
+    by_kind: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        by_kind[record.question_type or f"{record.modality or NOT_STATED}, any type"].append(record)
+    order = (*QUESTION_TYPES, *(f"{modality}, any type" for modality in (*MODALITIES, NOT_STATED)))
+    table = {}
+    for kind in sorted(by_kind, key=order.index):
+        some = by_kind[kind]
+        right = Counter(plain(record.gold) for record in some)
+        spelt = {plain(record.gold): record.gold for record in some}
+        best = right.most_common(1)[0][0]
+        guessed = sum(record.chance for record in some if best not in map(plain, record.options))
+        table[kind] = {
+            "n": len(some),
+            "distinct": len(right),
+            "top": [[spelt[answer], times] for answer, times in right.most_common(NUM_ANSWERS)],
+            "chance": sum(record.chance for record in some) / len(some),
+            "majority": (right[best] + guessed) / len(some),
+        }
+    return table
+
+
+def _near_same(stem: str, other: str) -> bool:
+    matcher = difflib.SequenceMatcher(None, stem, other, autojunk=False)
+    return all(ratio() >= NEAR_STEM for ratio in (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio))
+
+
+def _variants(texts: Iterable[str]) -> list[dict[str, int]]:
+    """Sets of texts that agree up to case, punctuation and spacing, each with its count; the most frequent first."""
+    by_key: dict[str, dict[str, int]] = defaultdict(dict)
+    for text, times in Counter(texts).items():
+        by_key[re.sub(r"[\W_]", "", text.casefold())][text] = times
+    sets = [dict(sorted(same.items(), key=lambda item: -item[1])) for same in by_key.values() if len(same) > 1]
+    return sorted(sets, key=lambda same: -sum(same.values()))
+
+
+def _canonicalised(row: dict[str, Any]) -> Iterable[tuple[str, str, str]]:
+    """(field, as written, as read) of one row of OmniMedVQA that the reader accepts."""
+    key = "modality_type" if "modality_type" in row else "modality"
+    yield "key", key, "modality_type"
+    yield key, row[key], canonical_modality(row[key])
+    yield "question_type", row["question_type"], canonical_question_type(row["question_type"])
+    gold = row["gt_answer"].strip()
+    texts = [row[key].strip() for key in row if key.startswith("option_") and row[key] is not None]
+    yield "gt_answer", gold, texts[LETTERS.index(letter_of(gold, texts))]
+
+
+def _file_read_as(stem: str) -> str:
+    """A split file's name with the canonical modality or question type in it."""
+    name, _, part = stem.rpartition("_")
+    for canonical in (canonical_modality, canonical_question_type):
+        with contextlib.suppress(ValueError):
+            return f"{canonical(name)}_{part}"
+    return "modality of each row's source"
