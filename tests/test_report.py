@@ -133,7 +133,7 @@ def test_undefined_is_a_dash(tmp_path: Path):
     assert "not stated" in page
     assert "None" not in page
     assert "nan" not in re.sub(r"base64,[^\"]*", "", page)
-    assert re.search(r"<td>\+0\.0<small>–</small></td>", page)  # nothing changed: no interval to give
+    assert re.search(r"<td>\+0\.0<small>−\d+\.\d to \+\d+\.\d</small></td>", page)  # no change, yet an interval
     assert "Learning</h2>" not in page
 
 

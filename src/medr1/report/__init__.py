@@ -122,34 +122,29 @@ def write_report(data: ReportData, out: Path, *, max_samples: int = MAX_SAMPLES)
         "controls": {name: _overall(table) for name, table in data.controls.items()},
     }
     recipe = to_toml(data.config) if data.config else ""
-    environment = Environment(
-        loader=PackageLoader("medr1.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    for function in (label, percent, points, span, span_points):
-        environment.filters[function.__name__] = function
-    page = environment.get_template("page.html.j2").render(
-        data=data,
-        base=base,
-        trained=trained,
-        change=change,
-        scores=scores,
-        models=(data.base[0]["model"], data.trained[0]["model"]),
-        table=_table(base, trained, change, data.controls),
-        story=tell(scores, trained),
-        story_plot=story_plot(_story_lines(scores)),
-        modality_plot=_change_plot(base, trained, "by_modality"),
-        type_plot=_change_plot(base, trained, "by_question_type"),
-        curves=learning_curves(data.log),
-        how=_how(data),
-        recipe=recipe,
-        recipe_hash=hashlib.sha256(recipe.encode()).hexdigest()[:16],
-        samples=samples,
-        thumbnails=thumbnails,
-        lost_images=thumbnails.count(None),
+    page = (
+        environment()
+        .get_template("page.html.j2")
+        .render(
+            data=data,
+            base=base,
+            trained=trained,
+            change=change,
+            scores=scores,
+            models=(data.base[0]["model"], data.trained[0]["model"]),
+            table=_table(base, trained, change, data.controls),
+            story=tell(scores, trained),
+            story_plot=story_plot(_story_lines(scores)),
+            modality_plot=_change_plot(base, trained, "by_modality"),
+            type_plot=_change_plot(base, trained, "by_question_type"),
+            curves=learning_curves(data.log),
+            how=_how(data),
+            recipe=recipe,
+            recipe_hash=hashlib.sha256(recipe.encode()).hexdigest()[:16],
+            samples=samples,
+            thumbnails=thumbnails,
+            lost_images=thumbnails.count(None),
+        )
     )
     write_atomic(out, page)
     gain = scores["change"]["difference"]
@@ -229,6 +224,11 @@ def span_points(ci: Sequence[float] | None) -> str:
     return "–" if ci is None else f"{points(ci[0])} to {points(ci[1])}"
 
 
+def p_value(p: float | None) -> str:
+    """Three decimals, or that it is smaller; a dash where undefined."""
+    return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that a result depends on; a dash for one not installed."""
     versions = {"python": platform.python_version()}
@@ -238,6 +238,20 @@ def package_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "–"
     return versions
+
+
+def environment() -> Environment:
+    """Where pages come from: templates of this folder, escaping on, with the formats of numbers as filters."""
+    pages = Environment(
+        loader=PackageLoader("medr1.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    for function in (label, percent, points, span, span_points, p_value):
+        pages.filters[function.__name__] = function
+    return pages
 
 
 def _how(data: ReportData) -> str:
@@ -351,14 +365,15 @@ def _samples(data: ReportData, max_samples: int) -> tuple[list[dict[str, Any]], 
         }
         for row in before
     ]
-    return samples, [_thumbnail(data.image_root / path) for path in paths]
+    return samples, [thumbnail(data.image_root / path) for path in paths]
 
 
 def _reply(row: Row) -> dict[str, Any]:
     return {name: row[name] for name in ("reply", "letter", "outcome", "correct", "finish", "tokens")}
 
 
-def _thumbnail(path: Path) -> str | None:
+def thumbnail(path: Path) -> str | None:
+    """An image file as a data URI of at most THUMBNAIL pixels a side; None where it cannot be read."""
     try:
         image = load_image(path)
     except MedR1Error:

@@ -4,7 +4,7 @@ Before and after differ in shape and fill as well as in colour, so that a grey p
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any
@@ -37,6 +37,10 @@ BEFORE = Mark(GREY, filled=False)
 AFTER = Mark(BLUE, filled=True)
 CONTROL = Mark(ORANGE, filled=True, shape="D")
 CHANCE = Mark(INK, filled=True, shape="|")
+OTHERS = Mark(BLUE, filled=False)
+
+CURVES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"))
+"""Colour and dash of the curves of one panel, in their order."""
 
 
 @matplotlib.rc_context(STYLE)
@@ -108,6 +112,52 @@ def learning_curves(log: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
             axes.set_ylim(bottom=0)
             figures.append((title, _svg(figure, f"Learning curve: {title.lower()}")))
     return figures
+
+
+@matplotlib.rc_context(STYLE)
+def study_plot(lines: Sequence[dict[str, Any]], others: str) -> str:
+    """Ways of training along one axis (`study_numbers.line_numbers`): base, own domain, others, image blanked."""
+    figure, axes = _axes(height=40 * len(lines) + 34, left=132, right=12)
+    for y, line in enumerate(lines):
+        axes.axhline(y, color=RULE, linewidth=0.6, zorder=0)
+        for shift, cell, mark in (
+            (-0.24, line["base"], BEFORE),
+            (-0.08, line["own"], AFTER),
+            (0.08, line["others"], OTHERS),
+            (0.24, line["controls"].get("blank"), CONTROL),
+        ):
+            if cell:
+                _dot(axes, y + shift, cell, mark)
+        for cell, colour, dash in (({"accuracy": line["own"]["chance"]}, INK, ":"), (line["prior"], PURPLE, "-")):
+            if cell["accuracy"] is not None:
+                axes.plot([cell["accuracy"]] * 2, [y - 0.4, y + 0.4], color=colour, linewidth=1.6, linestyle=dash)
+    axes.set_yticks(range(len(lines)), [line["label"] for line in lines])
+    axes.set_ylim(len(lines) - 0.4, -0.6)
+    return _svg(figure, f"Accuracy before training, in the own domain, on {others}, and with the image blanked")
+
+
+@matplotlib.rc_context(STYLE)
+def curve_panel(curves: Mapping[str, Sequence[tuple[float, float]]], title: str, *, share: bool) -> str:
+    """A small panel of learning curves: name to points (step, value); `share` for values in [0, 1].
+
+    Curves of more than 120 points are drawn as the means of 120 stretches.
+    """
+    width, height = 270, 150
+    figure = Figure(figsize=(width / 72, height / 72))
+    axes = figure.add_axes((44 / width, 22 / height, 1 - 50 / width, 1 - 28 / height))
+    axes.grid(color=RULE, linewidth=0.6)
+    axes.tick_params(length=0, labelcolor=GREY, labelsize=9)
+    axes.spines[:].set_visible(False)
+    axes.set_axisbelow(True)
+    for points, (colour, dash) in zip(curves.values(), CURVES, strict=False):
+        stretches = np.array_split(np.array(points, dtype=float), min(len(points), 120))
+        axes.plot(*np.array([stretch.mean(0) for stretch in stretches]).T, color=colour, linestyle=dash, linewidth=1.8)
+    if share:
+        axes.set_ylim(-0.02, 1.02)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %", decimals=0))
+    else:
+        axes.set_ylim(bottom=0)
+    return _svg(figure, f"Learning curves, {title}: {', '.join(curves)}")
 
 
 def _axes(height: float, left: float, right: float, width: float = 440) -> tuple[Figure, Axes]:

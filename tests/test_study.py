@@ -1,0 +1,390 @@
+"""The study: its file, its plan, and that killed and resumed it gives what it gives undisturbed."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from typer.testing import CliRunner
+
+import medr1.remote
+import medr1.study as module
+from medr1.cli import app
+from medr1.config import load_config
+from medr1.controls import CONDITIONS, text_only_prior
+from medr1.data import load_parts
+from medr1.errors import MedR1Error
+from medr1.phantoms import write_phantoms
+from medr1.prompts import MODES
+from medr1.records import append_jsonl, read_jsonl
+from medr1.study import Cell, Plan, Study, cell_recipe, list_cells, load_study, make_plan, run_study
+
+ROOT = Path(__file__).parents[1]
+MICRO = """
+name = "micro"
+axes = ["modality"]
+modes = ["think"]
+controls = ["blank", "shuffled_other"]
+max_new_tokens = { think = 6, no-think = 6 }
+batch_size = 3
+
+[recipe.data]
+modalities = ["CT", "OCT"]
+test_fraction = 0.4
+
+[recipe.rollout]
+num_completions = 2
+
+[recipe.grpo]
+beta = 0.0
+
+[recipe.optimizer]
+steps = 2
+prompts_per_step = 2
+learning_rate = 1e-3
+
+[recipe.log]
+save_every = 1
+
+[grpo.optimizer]
+learning_rate = 1e-4
+"""
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_phantoms(tmp_path_factory.mktemp("data") / "phantoms", num_images=40, seed=4)
+
+
+@pytest.fixture(scope="module")
+def study_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("study") / "micro.toml"
+    path.write_text(MICRO)
+    return path
+
+
+@pytest.fixture(scope="module")
+def study(study_file: Path, phantoms: Path) -> Study:
+    return load_study(study_file, str(phantoms))
+
+
+@pytest.fixture(scope="module")
+def plan(study: Study) -> Plan:
+    return make_plan(study)
+
+
+@pytest.fixture(scope="module")
+def whole(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The micro study, undisturbed."""
+    out = tmp_path_factory.mktemp("out") / "whole"
+    run_study(study, out)
+    return out
+
+
+def load(text: str, folder: Path) -> Study:
+    path = folder / "study.toml"
+    path.write_text(text)
+    return load_study(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("batch_size", "batchsize"), r"unknown key batchsize; did you mean batch_size\?"),
+        (("[recipe.log]\nsave_every", "[recipe.log]\nsafe_every"), r"did you mean recipe\.log\.save_every\?"),
+        (
+            ("[grpo.optimizer]\nlearning", "[grpo.optimizer]\nlerning"),
+            r"unknown key grpo\.optimizer\.lerning_rate; did you mean grpo\.optimizer\.learning_rate\?",
+        ),
+        (('["modality"]', '["source"]'), r"axes\.0 = 'source'"),
+        (('["modality"]', '["modality", "modality"]'), "axes names modality twice"),
+        (('["modality"]', "[]"), r"axes = \[\]"),
+        (("think = 6, no-think", "no-think"), "max_new_tokens lacks think"),
+        (("think = 6, no-think", "loud"), "max_new_tokens.loud"),
+        (("[grpo.optimizer]", "[grpo.optimizer]\nsteps = 3"), "SFT would not see the questions that GRPO sees"),
+        (("[grpo.optimizer]", "[grpo.optimizer]\nprompts_per_step = 4"), "SFT would not see"),
+        (("[recipe.optimizer]", "[recipe.optimizer]\nseed = 1"), r"recipe\.optimizer\.seed has no place here"),
+        (("[grpo.optimizer]", '[grpo.data]\npath = "x"\n[grpo.optimizer]'), r"grpo\.data has no place here; all meth"),
+        (("[grpo.optimizer]", '[sft.model]\nname = "x"\n[grpo.optimizer]'), r"sft\.model\.name has no place here"),
+        (("[recipe.rollout]", "[recipe]\nrollout = 3\n[sft.rollout]"), r"recipe\.rollout = 3"),
+        (('name = "micro"', ""), "name is missing"),
+        (('name = "micro"', "name = = 1"), "not TOML"),
+        (('name = "micro"', 'name = "micro"\nsft = 3'), "sft is a value, not a table"),
+    ],
+)
+def test_mistakes_are_one_line(change: tuple[str, str], message: str, tmp_path: Path) -> None:
+    text = MICRO.replace(*change)
+    assert text != MICRO
+    with pytest.raises(MedR1Error, match=message) as error:
+        load(text, tmp_path)
+    assert "study.toml: " in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_file_and_missing_data(study_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(MedR1Error, match=r"no\.toml: no such file"):
+        load_study(tmp_path / "no.toml")
+    with pytest.raises(MedR1Error, match="nowhere: no such file or folder"):
+        run_study(load_study(study_file, "nowhere"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_field_is_explained() -> None:
+    assert all(field.description for field in Study.model_fields.values())
+
+
+def test_modes_and_conditions_are_those_of_prompts_and_controls() -> None:
+    assert module.MODES == MODES
+    assert {"image", *get_args(module.Control), *module.FLIPS} == set(CONDITIONS)
+
+
+def test_methods_lay_their_changes_over_the_recipe(study: Study) -> None:
+    assert study.sft.optimizer.learning_rate == 1e-3 and study.grpo.optimizer.learning_rate == 1e-4
+    assert study.sft.optimizer.steps == study.grpo.optimizer.steps == 2
+    assert study.sft.data == study.grpo.data == study.recipe.data
+    recipe = cell_recipe(study, Cell("grpo", "think", axis="modality", trained_on="CT", seed=3))
+    assert (recipe.method, recipe.rollout.mode, recipe.rollout.max_new_tokens) == ("grpo", "think", 6)
+    assert (recipe.data.modalities, recipe.optimizer.seed, recipe.rollout.num_completions) == (("CT",), 3, 2)
+
+
+def test_two_updates_on_a_batch_need_twice_the_steps(tmp_path: Path) -> None:
+    text = MICRO.replace("beta = 0.0", "beta = 0.0\nnum_iterations = 2").replace("save_every = 1", "save_every = 2")
+    with pytest.raises(MedR1Error, match="SFT would not see"):
+        load(text, tmp_path)
+    assert load(text.replace("[grpo.optimizer]", "[grpo.optimizer]\nsteps = 4"), tmp_path).grpo.optimizer.steps == 4
+
+
+def test_shipped_studies_are_valid() -> None:
+    studies = {path.stem: load_study(path) for path in (ROOT / "configs").glob("study-*.toml")}
+    assert studies.keys() == {"study-tiny", "study-real", "study-omnimedvqa"}
+    published = load_config(ROOT / "configs" / "omnimedvqa-qwen2vl-2b.toml")
+    ours = cell_recipe(studies["study-omnimedvqa"], Cell("grpo", "think", axis="modality", trained_on="CT", seed=0))
+    assert ours.model_copy(update={"data": published.data}) == published
+
+
+def test_the_ready_tiny_study_has_the_shape_of_the_published_one(phantoms: Path, tmp_path: Path) -> None:
+    ready = (ROOT / "configs" / "study-tiny.toml").read_text()
+    plan = make_plan(
+        load_study(_write(tmp_path, ready.replace("test_fraction = 0.1", "test_fraction = 0.4")), str(phantoms))
+    )
+    counts = Counter((cell.method, cell.axis, cell.mode) for cell in plan.cells)
+    for axis, number in (("modality", 8), ("question_type", 5)):
+        assert counts["sft", axis, "no-think"] == number
+        assert all(counts["grpo", axis, mode] == number for mode in MODES)
+    assert all(counts["base", None, mode] == 1 for mode in MODES)
+    assert counts.total() == 3 + (8 + 5) * 4
+    assert len({cell.name for cell in plan.cells}) == len(plan.cells)
+
+
+def test_a_cell_trains_on_its_value_and_is_tested_on_all(plan: Plan, study: Study) -> None:
+    ct = next(cell for cell in plan.cells if cell.method == "grpo" and cell.trained_on == "CT")
+    train, test = load_parts(cell_recipe(study, ct).data)
+    assert train == [record for record in plan.train if record.modality == "CT"]
+    asked = dict(plan.asked(ct))
+    assert list(asked) == ["image", "blank", "shuffled_other", "permuted", "repeat"]
+    assert asked["image"] == asked["permuted"] == asked["repeat"] == plan.test
+    assert asked["blank"] == asked["shuffled_other"] == test
+    assert {record.modality for record in plan.test} == {"CT", "OCT"}
+    assert {record.group for record in train}.isdisjoint(record.group for record in plan.test)
+    oct_cell = next(cell for cell in plan.cells if cell.method == "grpo" and cell.trained_on == "OCT")
+    assert list(dict(plan.asked(oct_cell))) == ["image", "blank", "shuffled_other"]  # flips: one model a method
+    base = next(cell for cell in plan.cells if cell.method == "base")
+    assert all(records == plan.test for _, records in plan.asked(base))
+
+
+def test_the_cap_draws_from_each_cell(phantoms: Path, tmp_path: Path) -> None:
+    text = MICRO.replace('["modality"]', '["modality", "question_type"]').replace('modalities = ["CT", "OCT"]', "")
+    full = make_plan(load_study(_write(tmp_path, text), str(phantoms)))
+    capped = make_plan(load_study(_write(tmp_path, "records_per_cell = 1\n" + text), str(phantoms)))
+    again = make_plan(load_study(_write(tmp_path, "records_per_cell = 1\n" + text), str(phantoms)))
+    counts = Counter((record.modality, record.question_type) for record in capped.test)
+    assert set(counts) == {(record.modality, record.question_type) for record in full.test}
+    assert set(counts.values()) == {1} and len(capped.test) < len(full.test)
+    assert capped.test == again.test and capped.train == full.train
+
+
+def _write(folder: Path, text: str) -> Path:
+    path = folder / "study.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_control_that_cannot_be_made_stops_the_study_at_once(phantoms: Path, tmp_path: Path) -> None:
+    path = _write(tmp_path, MICRO.replace('modalities = ["CT", "OCT"]', 'modalities = ["CT"]'))
+    with pytest.raises(MedR1Error, match="a modality other than CT"):
+        run_study(load_study(path, str(phantoms)), tmp_path / "out")
+
+
+def timeless(value: Any) -> Any:
+    """Without the fields that hold seconds, and without Trainer's mean loss since the last resume."""
+    if isinstance(value, dict):
+        return {key: timeless(part) for key, part in value.items() if not re.search("second|runtime|train_loss", key)}
+    return [timeless(part) for part in value] if isinstance(value, list) else value
+
+
+def content(study: Study, out: Path) -> dict[str, Any]:
+    """Each file of a finished study, its report drawn again as if every cell had taken a second."""
+    for path in (out / "cells").iterdir():
+        path.write_text('{"done": true, "seconds": 1.0}')
+    run_study(study, out)
+    files: dict[str, Any] = {}
+    for path in sorted(path for path in out.rglob("*") if path.is_file()):
+        name = path.relative_to(out).as_posix()
+        files[name] = timeless(read_jsonl(path)) if path.suffix == ".jsonl" else path.read_text()
+        if name.startswith("evaluations/"):  # a resumed evaluation may ask in another order
+            files[name].sort(key=lambda row: row["key"])
+    return files
+
+
+def test_killed_twice_and_resumed_gives_the_same(whole: Path, study: Study, study_file: Path, phantoms: Path) -> None:
+    out = whole.parent / "killed"
+    command = [sys.executable, "-m", "medr1", "study", str(study_file), "--data", str(phantoms), "--out", str(out)]
+    for landmark in (
+        "runs/modality-ct-sft-no-think-seed0/checkpoint-1",
+        "evaluations/modality-ct-grpo-think-seed0-image.jsonl",
+    ):
+        process = subprocess.Popen(command, cwd=ROOT / "src", stderr=subprocess.DEVNULL)
+        while not (out / landmark).exists():
+            assert process.poll() is None, f"ended before {landmark}"
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (out / "results.json").exists()
+    run_study(study, out)
+    assert content(study, out) == content(study, whole)
+
+
+def test_ctrl_c_leaves_whole_files_and_the_time_spent(
+    study: Study, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any, **settings: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "load_vlm", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(study, tmp_path)
+    first = plan.cells[0]
+    count = json.loads((tmp_path / "cells" / f"{first.name}.json").read_text())
+    assert count["done"] is False and count["seconds"] >= 0
+    assert {cell["state"] for cell in list_cells(study, tmp_path)} == {"waiting"}
+
+
+def test_finished_cells_are_skipped_without_a_model(whole: Path, study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **settings: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    before = (whole / "results.json").read_text()
+    monkeypatch.setattr(module, "load_vlm", fail)
+    monkeypatch.setattr(module, "train", fail)
+    run_study(study, whole)
+    assert (whole / "results.json").read_text() == before
+
+
+def test_results_say_what_was_done(whole: Path, plan: Plan, study: Study) -> None:
+    results = json.loads((whole / "results.json").read_text())
+    assert results["study"] == study.model_dump(mode="json")
+    assert [(run["method"], run["trained_on"]) for run in results["runs"]] == [
+        ("sft", "CT"), ("grpo", "CT"), ("sft", "OCT"), ("grpo", "OCT"),
+    ]  # fmt: skip
+    assert {(run["steps"], run["examples"]) for run in results["runs"]} == {(2, 4)}  # SFT examples are GRPO's prompts
+    assert all((whole / run["folder"] / "log.jsonl").is_file() for run in results["runs"])
+    assert len(results["evaluations"]) == 2 * 5 + 2 * 5 + 2 * 3
+    for entry in results["evaluations"]:
+        rows = read_jsonl(whole / entry["rows"])
+        own = [r for r in plan.test if entry["trained_on"] in (None, r.modality)]
+        expected = plan.test if entry["condition"] in ("image", "permuted", "repeat") else own
+        assert [row["id"] for row in sorted(rows, key=lambda row: row["id"])] == [record.id for record in expected]
+        assert {(row["condition"], row["mode"]) for row in rows} == {(entry["condition"], entry["mode"])}
+        assert {row["model"] for row in rows}.isdisjoint({str(whole)})
+    ct = [record for record in plan.train if record.modality == "CT"]
+    assert results["priors"][0] == {
+        "axis": "modality", "trained_on": "CT", "table": text_only_prior(ct, plan.test),
+    }  # fmt: skip
+    assert results["examples"]["modality"]["CT"]["train"] == len(ct)
+
+
+def test_weights_go_and_logs_stay(whole: Path, study: Study, tmp_path: Path) -> None:
+    assert not [*(whole / "runs").glob("*/model"), *(whole / "runs").glob("*/checkpoint-*")]
+    assert len([*(whole / "runs").glob("*-grpo-*/completions.jsonl")]) == 2
+    cell = Cell("grpo", "think", axis="modality", trained_on="CT", seed=0)
+    for name in ("model", "checkpoint-2", ".model.saving"):
+        (tmp_path / "runs" / cell.name / name).mkdir(parents=True)
+    module._discard(study.model_copy(update={"keep_models": True}), cell, tmp_path)
+    assert [path.name for path in (tmp_path / "runs" / cell.name).iterdir()] == ["model"]
+
+
+def test_another_study_or_other_data_is_refused(whole: Path, study_file: Path, phantoms: Path, tmp_path: Path) -> None:
+    path = _write(tmp_path, MICRO.replace("1e-4", "2e-4"))
+    with pytest.raises(MedR1Error, match=r"whole: holds results of another study \(see study\.json\)"):
+        run_study(load_study(path, str(phantoms)), whole)
+    text = 'baselines = ["openai:one@http://localhost:1/v1"]\n' + MICRO
+    states = {
+        cell["cell"]: cell["state"] for cell in list_cells(load_study(_write(tmp_path, text), str(phantoms)), whole)
+    }
+    assert Counter(states.values()) == {"done": 6, "waiting": 2}
+    file = phantoms / "QA_information" / "Open-access" / "Phantom CT.json"
+    before = file.read_text()
+    try:
+        file.write_text(before.replace("What ", "Which ", 1))
+        assert file.read_text() != before
+        with pytest.raises(MedR1Error, match="holds results of other data"):
+            list_cells(load_study(study_file, str(phantoms)), whole)
+    finally:
+        file.write_text(before)
+
+
+def test_list_tells_the_states(whole: Path, study: Study, study_file: Path, phantoms: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    (out / "evaluations" / "modality-ct-sft-no-think-seed0-blank.jsonl").unlink()
+    shutil.rmtree(out / "runs" / "modality-oct-sft-no-think-seed0")
+    for name in ("modality-oct-sft-no-think-seed0", "modality-oct-grpo-think-seed0"):
+        (out / "cells" / f"{name}.json").unlink()
+        for path in (out / "evaluations").glob(f"{name}-*"):
+            path.unlink()
+    cells = {cell["cell"]: cell for cell in list_cells(study, out)}
+    assert {name: cell["state"] for name, cell in cells.items()} == {
+        "base-think": "done",
+        "base-no-think": "done",
+        "modality-ct-sft-no-think-seed0": "evaluating",
+        "modality-ct-grpo-think-seed0": "done",
+        "modality-oct-sft-no-think-seed0": "waiting",
+        "modality-oct-grpo-think-seed0": "training",
+    }
+    assert cells["base-think"]["seconds"] > 0 and cells["base-think"]["disk_bytes"] > 1000
+    assert cells["modality-oct-sft-no-think-seed0"]["seconds"] is None
+    arguments = ["study", str(study_file), "--data", str(phantoms), "--out", str(out), "--list", "--json"]
+    said = CliRunner().invoke(app, arguments)
+    assert said.exit_code == 0 and "3 of 6 cells done" in said.stdout
+    assert json.loads(said.stdout.splitlines()[-1])["cells"] == list(cells.values())
+
+
+def test_baselines_go_to_their_server_in_every_mode(
+    phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = 'baselines = ["openai:Big/One@http://localhost:1/v1"]\n' + MICRO
+    plan = make_plan(load_study(_write(tmp_path, text), str(phantoms)))
+    cells = [cell for cell in plan.cells if cell.method == "baseline"]
+    assert [cell.mode for cell in cells] == ["think", "no-think"]
+    calls = []
+
+    def record_call(name: str, records: list, *, out: Path, **settings: Any) -> None:
+        calls.append((name, len(records), out.name, settings))
+        append_jsonl(out, [{"key": "1"}])
+
+    monkeypatch.setattr(medr1.remote, "evaluate_remote", record_call)
+    (tmp_path / "evaluations").mkdir()
+    module._answer(plan, cells[0], tmp_path)
+    name = "baseline-openai-big-one-http-localhost-1-v1-think"
+    settings = {"mode": "think", "max_new_tokens": 6, "condition": "image", "seed": 0}
+    assert calls == [("openai:Big/One@http://localhost:1/v1", len(plan.test), f"{name}-image.jsonl", settings)]
+
+
+def test_a_studys_page_says_what_it_is_not_for(whole: Path) -> None:
+    assert "not for clinical use" in (whole / "report.html").read_text()
