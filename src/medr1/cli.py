@@ -236,6 +236,42 @@ def study_command(
     _finish({"cells": cells}, as_json)
 
 
+@app.command("plan")
+def plan_command(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    model: Annotated[str | None, typer.Option("--model", help="in place of the recipe's: hub name or folder")] = None,
+    gpu: Annotated[str, typer.Option("--gpu", help="rtx4090, l40s, a100 or h100")] = "a100",
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="how many, each with a copy of the model")] = 1,
+    sharded: Annotated[bool, typer.Option("--sharded", help="one copy divided over all GPUs (FSDP2, ZeRO-3)")] = False,
+    image_side: Annotated[int, typer.Option("--image-side", min=28, help="side of a square image in pixels")] = 392,
+    as_json: JsonOption = False,
+) -> None:
+    """Estimate memory, seconds a step and hours an epoch from counted bytes and FLOPs; nothing is run."""
+    from medr1.plan import count, remedy
+
+    values = dict(parse_override(text) for text in overrides or [])
+    recipe = load_config(config, values | ({"model.name": model} if model else {}))
+    sizes = count(recipe.model.name)
+    added, needs = remedy(sizes, recipe, image_side=image_side, gpu=gpu, gpus=gpus, sharded=sharded)
+    table = Table(title=f"{recipe.model.name}, {sizes.weights / 1e9:.2f} billion weights, {gpus} x {gpu}: an estimate")
+    for heading in ("part", "GB", "seconds a step"):
+        table.add_column(heading, justify="left" if heading == "part" else "right")
+    for name, value in needs["memory_gb"].items():
+        table.add_row(name, f"{value:.2f}", "")
+    table.add_section()
+    for name, value in needs["seconds"].items():
+        table.add_row(name, "", f"{value:.2f}")
+    table.add_section()
+    table.add_row(f"all, of {needs['usable_gb']:.0f} GB", f"{needs['needed_gb']:.1f}", f"{needs['step_seconds']:.2f}")
+    Console().print(table)
+    verdict = "fits" if needs["fits"] else "does not fit"
+    how = f" with {' '.join(f'--set {setting}' for setting in added)}" if added else ""
+    hours = f"{needs['hours_per_epoch']:g} hours for an epoch of OmniMedVQA" if needs["fits"] else "try --sharded"
+    Console().print(f"It {verdict}{how}; {hours}.", highlight=False, soft_wrap=True)
+    _finish({"settings_added": added, **needs}, as_json)
+
+
 @app.command()
 def ask(
     image: Annotated[list[Path], typer.Argument(help="image file(s), then the question")],
