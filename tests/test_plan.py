@@ -79,7 +79,7 @@ def test_more_costs_more_and_remedies_are_named(model_2b: str) -> None:
     assert plan(sizes, recipe, **machine(image_side=784))["needed_gb"] > base["needed_gb"]
     assert base["fits"] and remedy(sizes, recipe, **machine())[0] == []
     added, needs = remedy(sizes, recipe, **machine(gpu="rtx4090"))
-    assert needs["fits"] and added[-1] == "model.lora_rank=64"
+    assert needs["fits"] and added == ["optimizer.prompts_per_forward=1", "model.lora_rank=64"]
 
 
 def test_command_and_mistakes(model_2b: str) -> None:

@@ -205,7 +205,10 @@ def remedy(sizes: Sizes, config: Config, **machine: Any) -> tuple[list[str], dic
     for setting, section, update in changes:
         if tried["fits"]:
             break
-        config = config.model_copy(update={section: getattr(config, section).model_copy(update=update)})
+        changed = getattr(config, section).model_copy(update=update)
+        if changed == getattr(config, section):
+            continue
+        config = config.model_copy(update={section: changed})
         said.append(setting)
         tried = plan(sizes, config, **machine)
     return said, tried
