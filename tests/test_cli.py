@@ -187,7 +187,8 @@ def test_a_killed_process_resumes_to_the_same_model(phantoms: Path, tmp_path: Pa
             *settings,
         ]  # fmt: skip
 
-    subprocess.run(command(tmp_path / "whole"), check=True, cwd=ROOT / "src", capture_output=True)
+    whole = subprocess.run(command(tmp_path / "whole"), check=True, cwd=ROOT / "src", capture_output=True)
+    assert not whole.stdout, "log lines go to log.jsonl and trackers"
     killed = subprocess.Popen(command(tmp_path / "killed"), cwd=ROOT / "src", stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while not (tmp_path / "killed" / "checkpoint-4").exists():

@@ -100,6 +100,7 @@ class RecordTrainer(Trainer):
             dataloader_pin_memory=False,
             use_cpu=vlm.device.type == "cpu",
             label_names=[],
+            disable_tqdm=False,  # else a quiet transformers would print every log line to stdout
         )
         write_recipe(output_dir, config)
         super().__init__(
