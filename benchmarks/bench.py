@@ -110,9 +110,7 @@ def scoring() -> str:
 class Side:
     """One trainer and the stopwatch on it."""
 
-    def __init__(
-        self, name: str, workload: Workload, records: list[Any], folder: Path, vlm: VLM | None = None
-    ) -> None:
+    def __init__(self, name: str, workload: Workload, records: list[Any], folder: Path, vlm: VLM | None = None) -> None:
         self.watch = Stopwatch()
         self.trainer: Any
         if name == "ours":
