@@ -209,3 +209,25 @@ def test_padding_stops_and_texts() -> None:
         silent = sample(vlm, prompts, num_completions=2, max_new_tokens=3, seed=0)
     assert silent.texts == [""] * 6 and silent.finished_N.all()
     assert silent.mask_NT.shape == (6, 1), "the stop token counts, and nothing is padded beyond it"
+
+
+def test_on_step_sees_each_token_when_it_is_sampled_and_changes_nothing() -> None:
+    vlm = tiny_vlm("qwen2_vl")
+    prompts = ragged_prompts(vlm)
+    plain = sample(vlm, prompts, num_completions=2, max_new_tokens=12, seed=1)
+    seen: list[Tensor] = []
+    watched = sample(
+        vlm, prompts, num_completions=2, max_new_tokens=12, seed=1, on_step=lambda ids: seen.append(ids.clone())
+    )
+    assert rows(watched) == rows(plain)
+    assert [ids.shape[1] for ids in seen] == list(range(1, len(seen) + 1))
+    for ids in seen:
+        assert torch.equal(ids, watched.completion_ids_NT[:, : ids.shape[1]])
+    assert torch.equal(seen[-1], watched.completion_ids_NT)
+
+    def stop(ids: Tensor) -> None:
+        if ids.shape[1] == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        sample(vlm, prompts, num_completions=2, max_new_tokens=12, seed=1, on_step=stop)

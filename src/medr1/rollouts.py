@@ -7,6 +7,7 @@ or vision-boundary token. So the log-probabilities kept here are those of `share
 Shapes: B prompts, G completions each, N = B*G rows in prompt-major order, T completion tokens, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +49,7 @@ def sample(
     greedy: bool = False,
     seed: int,
     keep_prefill: bool = False,
+    on_step: Callable[[Tensor], None] | None = None,
 ) -> Rollout:
     """Sample completions from the policy, or take its most likely token at each step (greedy).
 
@@ -57,6 +59,8 @@ def sample(
         seed: of a generator that this call owns, so that the same call gives the same completions.
         keep_prefill: read the prompts with gradient, so that `completion_logprobs` need not read them again. One
             backward pass only, before the weights change.
+        on_step: called after each token with all ids so far (N, T), padding after a stop token; what it raises ends
+            the call.
     """
     num_rows = len(prompts) * num_completions
     device = prompts.input_ids_BP.device
@@ -88,6 +92,8 @@ def sample(
             mask[now, step] = True
             logp[now, step] = chosen[alive]
             finished[now] = torch.isin(tokens[alive], stops)
+            if on_step is not None:
+                on_step(ids[:, : step + 1])
             if step + 1 == max_new_tokens or bool(finished.all()):
                 break
             kept = _compact(decoding, finished[rows])
