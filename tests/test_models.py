@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_vlms import FAMILIES, conversation, picture, plain_logprobs, ragged_prompts, tiny_vlm
+from tiny_vlms import FAMILIES, conversation, picture, plain_logprobs, ragged_images, ragged_prompts, tiny_vlm
 from transformers import (
     AutoTokenizer,
     Qwen2Config,
@@ -71,17 +71,22 @@ def test_an_adapter_folder_loads_its_base(saved: Path, tmp_path: Path) -> None:
 
 
 def test_lora_trains_the_text_model_only() -> None:
-    vlm = add_lora(tiny_vlm("qwen3_vl"), rank=2, alpha=4)
-    trained = [name for name, parameter in vlm.model.named_parameters() if parameter.requires_grad]
-    assert len(trained) == 2 * 2 * 7, "two layers, A and B, seven linear layers each"
-    assert all("language_model" in name and "lora_" in name for name in trained)
+    for family, text_model in (("qwen3_vl", "language_model"), ("idefics3", "text_model")):
+        vlm = add_lora(tiny_vlm(family), rank=2, alpha=4)
+        trained = [name for name, parameter in vlm.model.named_parameters() if parameter.requires_grad]
+        assert len(trained) == 2 * 2 * 7, "two layers, A and B, seven linear layers each"
+        assert all(text_model in name and "lora_" in name for name in trained)
 
 
 def test_freeze_vision() -> None:
-    vlm = tiny_vlm("qwen2_vl")
-    freeze_vision(vlm)
-    trained = {name for name, parameter in vlm.model.named_parameters() if parameter.requires_grad}
-    assert trained and not any("visual" in name for name in trained)
+    for family, tower in (("qwen2_vl", {"visual"}), ("idefics3", {"vision_model", "connector"})):
+        vlm = tiny_vlm(family)
+        freeze_vision(vlm)
+        modules = {name.split(".")[1]: set() for name, _ in vlm.model.named_parameters() if name.startswith("model.")}
+        for name, parameter in vlm.model.named_parameters():
+            if name.startswith("model."):
+                modules[name.split(".")[1]].add(parameter.requires_grad)
+        assert {name for name, trained in modules.items() if trained == {False}} == tower
 
 
 def test_errors_are_one_line_with_a_remedy(tmp_path: Path, saved: Path) -> None:
@@ -120,6 +125,15 @@ def test_errors_are_one_line_with_a_remedy(tmp_path: Path, saved: Path) -> None:
         load_vlm(str(torn), dtype="int3")
 
 
+def test_a_package_that_a_family_needs_is_named(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ImportError("Install num2words.\nIt is small.")
+
+    monkeypatch.setattr(models.AutoProcessor, "from_pretrained", refuse)
+    with pytest.raises(MedR1Error, match=r"needs a package that is not installed \(Install num2words.\)$"):
+        load_vlm(str(saved))
+
+
 def test_sliding_window_models_are_refused() -> None:
     vlm = tiny_vlm("qwen2_vl")
     vlm.core.config.text_config.layer_types = ["full_attention", "sliding_attention"]
@@ -135,13 +149,22 @@ def test_prompts_are_left_padded_and_select_keeps_their_images(family: str) -> N
     assert prompts.attention_mask_BP[:, -1].all() and not prompts.attention_mask_BP.all()
     chosen = prompts.select([2, 1])
     assert chosen.image_counts == [0, 2]
-    assert torch.equal(chosen.vision["image_grid_thw"], prompts.vision["image_grid_thw"][1:])
-    patches = prompts.vision["image_grid_thw"].prod(-1)
-    assert torch.equal(chosen.vision["pixel_values"], prompts.vision["pixel_values"][patches[0] :])
+    alone = encode_prompts(vlm, [conversation("Which of the two shows a lesion?", 2)], [ragged_images()[1]])
+    if family == "idefics3":  # a row a prompt, its tiles first
+        tiles = alone.vision["pixel_values"].shape[1]
+        assert torch.equal(chosen.vision["pixel_values"][1, :tiles], alone.vision["pixel_values"][0])
+        assert not chosen.vision["pixel_values"][0].any() and not chosen.vision["pixel_values"][1, tiles:].any()
+    else:
+        assert torch.equal(chosen.vision["image_grid_thw"], alone.vision["image_grid_thw"])
+        assert torch.equal(chosen.vision["pixel_values"], alone.vision["pixel_values"])
     text = prompts.select([2])
     assert text.vision == {} and text.attention_mask_BP.all()
     assert text.next_position_B.tolist() == [text.input_ids_BP.shape[1]]
     with_images = prompts.select([1])
+    assert torch.equal(with_images.input_ids_BP, alone.input_ids_BP)
+    if family == "idefics3":
+        assert with_images.position_ids_ABP.tolist() == [[list(range(alone.input_ids_BP.shape[1]))]]
+        return
     types = (with_images.input_ids_BP == vlm.core.config.image_token_id).int()
     positions, delta = vlm.core.base_model.get_rope_index(
         with_images.input_ids_BP, types, image_grid_thw=with_images.vision["image_grid_thw"]

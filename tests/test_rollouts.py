@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from scipy.stats import chisquare
-from tiny_vlms import FAMILIES, conversation, picture, ragged_prompts, tiny_vlm
+from tiny_vlms import FAMILIES, conversation, picture, ragged_prompts, tiny_vlm, token_kinds
 from torch import Tensor
 
 from medr1 import rollouts
@@ -35,12 +35,11 @@ def rows(rollout: Rollout) -> list[list[int]]:
 def first_logits(vlm: VLM, prompts: PromptBatch) -> Tensor:
     """(B, V) before the first token, by a plain padded call."""
     ids = prompts.input_ids_BP
-    kinds = (ids == vlm.core.config.image_token_id).int()
     with torch.no_grad():
         return vlm.model(
             input_ids=ids,
             attention_mask=prompts.attention_mask_BP,
-            mm_token_type_ids=kinds,
+            **token_kinds(vlm, ids),
             **prompts.vision,
             logits_to_keep=1,
         ).logits[:, -1]
@@ -84,7 +83,7 @@ def test_greedy_equals_generate(family: str, stop_bias: float) -> None:
         theirs = vlm.model.generate(
             input_ids=prompts.input_ids_BP,
             attention_mask=prompts.attention_mask_BP,
-            mm_token_type_ids=(prompts.input_ids_BP == vlm.core.config.image_token_id).int(),
+            **token_kinds(vlm, prompts.input_ids_BP),
             **prompts.vision,
             do_sample=False,
             max_new_tokens=40,

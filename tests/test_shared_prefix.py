@@ -7,7 +7,7 @@ from torch import Tensor
 
 from medr1 import shared_prefix
 from medr1.grpo import policy_loss
-from medr1.models import VLM, PromptBatch, add_lora, encode_prompts, freeze_vision, with_vision_features
+from medr1.models import VLM, PromptBatch, add_lora, encode_prompts, freeze_vision, vision_tower, with_vision_features
 from medr1.rollouts import sample
 from medr1.shared_prefix import completion_logprobs, restrict
 
@@ -112,7 +112,7 @@ def test_frozen_tower_runs_once_for_sampling_policy_and_reference(family: str) -
     assert with_vision_features(vlm, prompts).features is None, "a trained tower must see the pixels again"
     freeze_vision(vlm)
     calls = []
-    vlm.core.base_model.visual.register_forward_hook(lambda *_: calls.append(1))
+    vision_tower(vlm)[0].register_forward_hook(lambda *_: calls.append(1))
     ready = with_vision_features(vlm, prompts)
     assert_same(vlm, prompts)
     calls.clear()

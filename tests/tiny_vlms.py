@@ -6,6 +6,10 @@ import torch
 from PIL import Image
 from tokenizers import AddedToken, pre_tokenizers
 from transformers import (
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessor,
+    Idefics3Processor,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -19,11 +23,16 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+    SmolVLMImageProcessor,
+    SmolVLMProcessor,
+    SmolVLMVideoProcessor,
 )
 
 from medr1.models import VLM, PromptBatch, encode_prompts
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3")
 SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
     "<|image_pad|>", "<|video_pad|>",
@@ -35,23 +44,36 @@ TEMPLATE = (
 )
 
 
-def tiny_tokenizer() -> Any:
-    """A byte is a token; then Qwen's special tokens and the reply tags."""
+TILES = (
+    "<|endoftext|>", "<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>", "<global-img>",
+    "<row_1_col_1>", "<row_1_col_2>", "<row_2_col_1>", "<row_2_col_2>",
+)  # fmt: skip
+TILES_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{ message.role | capitalize }}:{% for part in message.content %}"
+    "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}<end_of_utterance>\n"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+def tiny_tokenizer(special: tuple[str, ...] = SPECIAL) -> Any:
+    """A byte is a token; then a family's special tokens (the third one ends a turn) and the reply tags."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Qwen2TokenizerFast(
         vocab={byte: index for index, byte in enumerate(alphabet)},
         merges=[],
-        eos_token="<|im_end|>",
+        eos_token=special[2],
         pad_token="<|endoftext|>",
         padding_side="left",
     )
-    tokenizer.add_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in special])
     tokenizer.add_tokens(["<think>", "</think>", "<answer>", "</answer>"])
     return tokenizer
 
 
 def tiny_vlm(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> VLM:
     """A model of this family with two text layers, hidden size 64 and sharp enough logits to tell tokens apart."""
+    if family == "idefics3":
+        return _tiny_idefics3(dtype, seed)
     tokenizer = tiny_tokenizer()
     ids = tokenizer.convert_tokens_to_ids
     text = {
@@ -126,15 +148,78 @@ def tiny_vlm(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) 
     return VLM(model.to(dtype).eval(), processor, family)
 
 
+def _tiny_idefics3(dtype: torch.dtype, seed: int) -> VLM:
+    tokenizer = tiny_tokenizer(TILES)
+    torch.manual_seed(seed)
+    model: Any = Idefics3ForConditionalGeneration(Idefics3Config(**_tiles(tokenizer)))
+    images = Idefics3ImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+    processor: Any = Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=TILES_TEMPLATE)
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(["<end_of_utterance>", "<|endoftext|>"])
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return VLM(model.to(dtype).eval(), processor, "idefics3")
+
+
+def tiny_smolvlm() -> VLM:
+    """SmolVLM2's own classes, otherwise as Idefics3."""
+    tokenizer = tiny_tokenizer(TILES)
+    torch.manual_seed(0)
+    model: Any = SmolVLMForConditionalGeneration(SmolVLMConfig(**_tiles(tokenizer)))
+    images = SmolVLMImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+    processor: Any = SmolVLMProcessor(
+        images, tokenizer, SmolVLMVideoProcessor(), image_seq_len=4, chat_template=TILES_TEMPLATE
+    )
+    return VLM(model.eval(), processor, "smolvlm")
+
+
+def _tiles(tokenizer: Any) -> dict[str, Any]:
+    """Tiles of 32 pixels, four image tokens each; any image becomes a 1 x 2, 2 x 1 or 2 x 2 of them and itself."""
+    ids = tokenizer.convert_tokens_to_ids
+    text = {
+        "model_type": "llama",
+        "vocab_size": 300,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "bos_token_id": ids("<|im_start|>"),
+        "eos_token_id": ids("<end_of_utterance>"),
+        "pad_token_id": ids("<|endoftext|>"),
+        "initializer_range": 0.15,
+    }
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+        "initializer_range": 0.15,
+    }
+    return {
+        "text_config": text,
+        "vision_config": vision,
+        "scale_factor": 2,
+        "image_token_id": ids("<image>"),
+        "pad_token_id": ids("<|endoftext|>"),
+        "tie_word_embeddings": True,
+    }
+
+
 def picture(seed: int, width: int = 84, height: int = 56) -> Image.Image:
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=generator)
     return Image.fromarray(pixels.numpy())
 
 
+def ragged_images() -> list[list[Image.Image]]:
+    return [[picture(1)], [picture(2, 112, 84), picture(3, 56, 56)], []]
+
+
 def ragged_prompts(vlm: VLM) -> PromptBatch:
     """One image, two images of different sizes, and no image; three lengths, so two prompts are padded."""
-    images = [[picture(1)], [picture(2, 112, 84), picture(3, 56, 56)], []]
+    images = ragged_images()
     texts = ["What?", "Which of the two shows a lesion?", "A question without an image."]
     return encode_prompts(
         vlm, [conversation(text, len(group)) for text, group in zip(texts, images, strict=True)], images
@@ -146,17 +231,22 @@ def conversation(text: str, num_images: int) -> list[dict[str, Any]]:
     return [{"role": "user", "content": content}]
 
 
+def token_kinds(vlm: VLM, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a model with M-RoPE must be told of its tokens."""
+    has_axes = hasattr(vlm.core.base_model, "get_rope_index")
+    return {"mm_token_type_ids": (ids == vlm.core.config.image_token_id).int()} if has_axes else {}
+
+
 def plain_logprobs(
     vlm: VLM, prompts: PromptBatch, completion_ids: torch.Tensor, mask: torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:
     """The slow definition: one call of the model per completion, nothing padded, nothing shared, all logits."""
-    image_token = vlm.core.config.image_token_id
     num_completions = len(completion_ids) // len(prompts)
     logp = torch.zeros(completion_ids.shape, dtype=vlm.core.dtype)
     for row, (completion, keep) in enumerate(zip(completion_ids, mask.bool(), strict=True)):
         prompt = prompts.select([row // num_completions])
         ids = torch.cat([prompt.input_ids_BP[0], completion[keep]])[None]
-        kinds = {"mm_token_type_ids": (ids == image_token).int()} if prompt.vision else {}
+        kinds = token_kinds(vlm, ids) if prompt.vision else {}
         logits = vlm.model(input_ids=ids, **prompt.vision, **kinds, use_cache=False).logits[0] / temperature
         logits[:, vlm.banned_token_ids] = -torch.inf
         start, length = prompt.input_ids_BP.shape[1], int(keep.sum())

@@ -1,7 +1,8 @@
 """Vision-language models: loading, prompts as tensors, and everything that differs between model families.
 
 Works for models of transformers whose prompt is causal text with image tokens in it and whose attention goes through
-transformers' attention interface. Tested: Qwen2-VL, Qwen2.5-VL, Qwen3-VL.
+transformers' attention interface. Tested: Qwen2-VL, Qwen2.5-VL, Qwen3-VL; Idefics3 and SmolVLM, which cut an image into
+tiles and put text between them.
 
 Shapes: B prompts, P prompt tokens, A rotary axes (3 with M-RoPE, else 1).
 """
@@ -25,6 +26,13 @@ from medr1.errors import MedR1Error
 
 TINY = Path(__file__).parent / "tiny" / "checkpoint"
 """The checkpoint that the package carries; `load_vlm("tiny")`."""
+
+VISION_TOKENS = (
+    *("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),  # Qwen-VL
+    *("<image>", "<fake_token_around_image>", "<global-img>"),  # Idefics3, SmolVLM; they cut into 6 x 6 tiles at most
+    *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)),
+)
+"""Tokens that stand for images, or mark where one begins and ends."""
 
 
 @dataclass
@@ -73,8 +81,8 @@ class VLM:
         """Image, video and vision-boundary tokens: never sampled, and left out of the scored distribution too."""
         configured = (f"{name}_token_id" for name in ("image", "video", "vision_start", "vision_end"))
         ids = {getattr(self.core.config, name, None) for name in configured}
-        for name in ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"):
-            token = self.tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+        for name in VISION_TOKENS:
+            token = self.tokenizer.convert_tokens_to_ids(name)
             if token != self.tokenizer.unk_token_id:  # what a tokenizer gives for a token that it does not have
                 ids.add(token)
         return sorted(token for token in ids if token is not None)
@@ -141,20 +149,22 @@ class PromptBatch:
 
     def select(self, indices: Sequence[int], *, trim: bool = True) -> Self:
         """These prompts in this order; `trim`: without padding that none of them needs."""
-        rows = torch.tensor(list(indices), device=self.input_ids_BP.device)
-        mask = self.attention_mask_BP[rows]
+        chosen = torch.tensor(list(indices), device=self.input_ids_BP.device)
+        mask = self.attention_mask_BP[chosen]
         start = mask.shape[1] - int(mask.sum(1).max()) if trim else 0
         first = [sum(self.image_counts[:index]) for index in range(len(self) + 1)]
         images = [image for index in indices for image in range(first[index], first[index + 1])]
+        # Idefics3 and SmolVLM: a row is a prompt, all tiles of its images and then empty ones. Else it is an image.
+        rows = list(indices) if images and "pixel_attention_mask" in self.vision else images
         return replace(
             self,
-            input_ids_BP=self.input_ids_BP[rows, start:],
+            input_ids_BP=self.input_ids_BP[chosen, start:],
             attention_mask_BP=mask[:, start:],
-            position_ids_ABP=self.position_ids_ABP[:, rows, start:],
-            vision=_select_images(self.vision, images),
+            position_ids_ABP=self.position_ids_ABP[:, chosen, start:],
+            vision=_select_images(self.vision, rows),
             image_counts=[self.image_counts[index] for index in indices],
             image_keys=[self.image_keys[index] for index in indices],
-            features=_select_features(self.features, images),
+            features=_select_features(self.features, rows),
         )
 
     def split_after_images(self, config: Any) -> tuple[Self, Self, list[int]] | None:
@@ -199,26 +209,26 @@ class PromptBatch:
         return dict(self.vision)
 
 
-def _select_images(vision: dict[str, Tensor], images: list[int]) -> dict[str, Tensor]:
-    if not images:
+def _select_images(vision: dict[str, Tensor], rows: list[int]) -> dict[str, Tensor]:
+    if not rows:
         return {}
-    if "image_grid_thw" not in vision:  # one row an image
-        return {name: tensor[images] for name, tensor in vision.items()}
+    if "image_grid_thw" not in vision:
+        return {name: tensor[rows] for name, tensor in vision.items()}
     grid = vision["image_grid_thw"]
     patches = torch.split(vision["pixel_values"], grid.prod(-1).tolist())
     return {
-        **{name: tensor[images] for name, tensor in vision.items() if name != "pixel_values"},
-        "pixel_values": torch.cat([patches[image] for image in images]),
+        **{name: tensor[rows] for name, tensor in vision.items() if name != "pixel_values"},
+        "pixel_values": torch.cat([patches[row] for row in rows]),
     }
 
 
-def _select_features(features: Any, images: list[int]) -> Any:
-    if features is None or not images:
+def _select_features(features: Any, rows: list[int]) -> Any:
+    if features is None or not rows:
         return None
     selected = copy.copy(features)
-    selected.pooler_output = tuple(features.pooler_output[image] for image in images)
+    selected.pooler_output = tuple(features.pooler_output[row] for row in rows)
     if getattr(features, "deepstack_features", None) is not None:  # Qwen3-VL: features for several text layers
-        selected.deepstack_features = [tuple(layer[image] for image in images) for layer in features.deepstack_features]
+        selected.deepstack_features = [tuple(layer[row] for row in rows) for layer in features.deepstack_features]
     return selected
 
 
@@ -250,7 +260,7 @@ def load_vlm(name: str, *, dtype: str = "auto", device: str | torch.device | Non
     try:
         processor = AutoProcessor.from_pretrained(source)
         model, loading = loader.from_pretrained(source, dtype=_torch_dtype(dtype, device), output_loading_info=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise MedR1Error(_load_failure(name, folder, error)) from error
     if loading["missing_keys"]:  # transformers would go on with random weights in their place
         first = sorted(loading["missing_keys"])[0]
@@ -264,6 +274,8 @@ def load_vlm(name: str, *, dtype: str = "auto", device: str | torch.device | Non
 
 def _load_failure(name: str, folder: Path, error: Exception) -> str:
     reason = str(error).strip().split("\n")[0]
+    if isinstance(error, ImportError):  # such as num2words, which SmolVLM's processor asks for
+        return f"{name}: needs a package that is not installed ({reason})"
     if folder.exists():
         return f"{name}: not a readable vision-language model ({reason}); choose another folder or save it again"
     if isinstance(error, OSError):
@@ -308,14 +320,22 @@ def encode_prompts(
         messages: B conversations that end with the user's turn; each {"type": "image"} stands for one image.
         images: B lists of RGB images in the order of those marks; an empty list for a text-only prompt. Prompts
             that are given the same objects are known to share their images.
+
+    Raises:
+        MedR1Error: a text holds a token that means an image to this model.
     """
     assert len(messages) == len(images), "one list of images a conversation"
+    marks = vlm.tokenizer.convert_ids_to_tokens(vlm.banned_token_ids)
+    texts = [part["text"] for turns in messages for turn in turns for part in turn["content"] if part["type"] == "text"]
+    for text in texts:
+        if mark := next((mark for mark in marks if mark in text), None):
+            raise MedR1Error(f"{' '.join(text.split())[:60]} …: holds {mark}, an image to {vlm.name}; remove it")
     texts = [
         vlm.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
         for conversation in messages
     ]
-    flat = [image for group in images for image in group]
-    inputs = vlm.processor(text=texts, images=flat or None, padding=True, padding_side="left", return_tensors="pt")
+    groups = [list(group) for group in images] if any(images) else None
+    inputs = vlm.processor(text=texts, images=groups, padding=True, padding_side="left", return_tensors="pt")
     input_ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
     token_types = inputs.pop("mm_token_type_ids", None)
     vision = dict(inputs)
@@ -353,17 +373,19 @@ def with_vision_features(vlm: VLM, prompts: PromptBatch) -> PromptBatch:
     Sampling, policy pass and reference pass then run the tower once instead of three times.
     """
     tower = vision_tower(vlm)
-    frozen = tower is not None and not any(parameter.requires_grad for parameter in tower.parameters())
-    if not frozen or not prompts.vision:
+    trained = any(parameter.requires_grad for module in tower for parameter in module.parameters())
+    if not tower or trained or not prompts.vision:
         return prompts
     with torch.no_grad():
         features = vlm.core.get_image_features(**prompts.vision, return_dict=True)
     return replace(prompts, features=features)
 
 
-def vision_tower(vlm: VLM) -> nn.Module | None:
-    """The module that turns pixels into image tokens; None where it cannot be run apart from the text model."""
-    return getattr(vlm.core.base_model, "visual", None)
+def vision_tower(vlm: VLM) -> list[nn.Module]:
+    """The modules that turn pixels into image tokens; none where they cannot be run apart from the text model."""
+    body = vlm.core.base_model
+    named = (("visual",), ("vision_model", "connector"))  # Qwen-VL; Idefics3 and SmolVLM
+    return next(([getattr(body, name) for name in names] for names in named if hasattr(body, names[0])), [])
 
 
 def freeze_vision(vlm: VLM) -> None:
@@ -373,9 +395,10 @@ def freeze_vision(vlm: VLM) -> None:
         MedR1Error: this family's tower is unknown here.
     """
     tower = vision_tower(vlm)
-    if tower is None:
+    if not tower:
         raise MedR1Error(f"{vlm.name}: its vision tower is not known to medr1; train it, or use a Qwen-VL model")
-    tower.requires_grad_(False)
+    for module in tower:
+        module.requires_grad_(False)
 
 
 def add_lora(vlm: VLM, *, rank: int, alpha: float, dropout: float = 0.0) -> VLM:
@@ -386,16 +409,14 @@ def add_lora(vlm: VLM, *, rank: int, alpha: float, dropout: float = 0.0) -> VLM:
     from peft import LoraConfig, get_peft_model
 
     core = _merged(vlm)
-    linear = {
-        name.rsplit(".", 1)[-1]
-        for name, module in core.named_modules()
-        if isinstance(module, nn.Linear) and "language_model." in name
-    }
+    decoder = core.get_decoder()
+    linear = {name.rsplit(".", 1)[-1] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
+    text_model = next(name for name, module in core.named_modules() if module is decoder).rsplit(".", 1)[-1]
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]
         lora_dropout=dropout,
-        target_modules=rf".*language_model\..*\.({'|'.join(sorted(linear))})",
+        target_modules=rf".*{text_model}\..*\.({'|'.join(sorted(linear))})",
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(core, config)
