@@ -10,6 +10,9 @@ from medr1.answers import Answer, extract_answer
 from medr1.errors import MedR1Error
 from medr1.records import Record
 
+NOTICE = "Research use only. Not a medical device, not for clinical use."
+"""Stands on every page and under every answer."""
+
 if TYPE_CHECKING:
     from medr1.config import load_config
     from medr1.controls import text_only_prior
@@ -35,6 +38,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "NOTICE",
     "Answer",
     "GRPOTrainer",
     "MedR1Error",

@@ -12,10 +12,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from medr1 import NOTICE
 from medr1.config import Config, load_config, parse_override, to_toml
 from medr1.errors import MedR1Error
-
-NOTICE = "Research use only. Not a medical device, not for clinical use."
 
 app = typer.Typer(
     help=f"Med-R1: reinforcement learning for medical vision-language models, honestly evaluated. {NOTICE}",

@@ -15,12 +15,12 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from tabulate import LATEX_ESCAPE_RULES, tabulate
 
+from medr1 import NOTICE
 from medr1.metrics import AXES
 from medr1.records import write_atomic
 from medr1.report import p_value, percent, points, span, span_points
 from medr1.report.study_numbers import CONTROLS, StudyResults
 
-NOTICE = "Research use only. Not a medical device, not for clinical use."
 MARKS = {"up": " *", "down": " *", "too few": " (too few)", "noise": ""}
 """How a text table marks a change's verdict."""
 NOT_REPORTED = "not reported"
