@@ -298,3 +298,50 @@ def test_a_real_model(tmp_path: Path):
     assert [row["reply"] for row in rows] == [row["reply"] for row in one_by_one]
     assert all(1 <= row["tokens"] <= 8 and row["finish"] in ("stop", "length") for row in rows)
     assert summarise(rows)["n"] == 6
+
+
+def test_options_are_weighed_without_generating_in_no_think(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    vlm = tiny_vlm("qwen2_vl")
+    records = make_records(tmp_path / "data")
+    monkeypatch.setattr(module, "sample", None)
+    options = {"mode": "no-think", "scoring": "options"}
+    rows = evaluate(vlm, records, out=tmp_path / "a.jsonl", **options)
+    for row in rows:
+        assert row["scoring"] == "options" and row["tokens"] == 0
+        assert sum(row["option_probs"]) == pytest.approx(1)
+        assert row["confidence"] == max(row["option_probs"])
+        assert row["letter"] == "AB"[row["option_probs"].index(row["confidence"])]
+        assert row["correct"] == (row["letter"] == row["gold"])
+    assert score(rows) == rows
+    again = evaluate(vlm, records, out=tmp_path / "a.jsonl", **options)  # complete: read, not computed
+    assert again == rows
+    with pytest.raises(MedR1Error, match="holds 6 rows of another"):
+        evaluate(vlm, records, mode="no-think", out=tmp_path / "a.jsonl")
+
+
+def test_options_are_weighed_after_the_reasoning_that_was_written(tmp_path: Path):
+    vlm = tiny_vlm("qwen2_vl")
+    records = make_records(tmp_path / "data")
+    plain, weighed = (
+        evaluate(vlm, records, mode="think", out=tmp_path / f"{name}.jsonl", max_new_tokens=8, scoring=name)
+        for name in ("reply", "options")
+    )
+    assert [row["reply"] for row in weighed] == [row["reply"] for row in plain]
+    assert all(row["confidence"] is None for row in weighed if row["letter"] is None)
+    assert {row["key"] for row in plain}.isdisjoint(row["key"] for row in weighed)
+
+
+def test_votes(tmp_path: Path):
+    vlm = tiny_vlm("qwen2_vl")
+    records = make_records(tmp_path / "data")
+    settings = {"mode": "think", "max_new_tokens": 8, "scoring": "votes", "batch_size": 4}
+    rows = evaluate(vlm, records, out=tmp_path / "a.jsonl", num_samples=3, **settings)
+    assert all(len(row["samples"]) == 3 and row["reply"] in [s["reply"] for s in row["samples"]] for row in rows)
+    assert len({sample["reply"] for row in rows for sample in row["samples"]}) > 6, "samples differ"
+    again = evaluate(vlm, records, out=tmp_path / "b.jsonl", num_samples=3, **settings)
+    assert without_time(again) == without_time(rows)
+    replies = ["<answer>B</answer>", "<answer>A</answer>", "?", "<answer>Tumour</answer>"]
+    voted = score([{**rows[0], "samples": [{"reply": reply, "finish": "stop", "tokens": 5} for reply in replies]}])[0]
+    assert voted["letter"] == "B" and voted["reply"] == replies[0]
+    assert voted["option_probs"] == [1.5 / 4, 2.5 / 4]  # 1 and 2 votes, and one divided between the two
+    assert voted["confidence"] == 2.5 / 4

@@ -126,6 +126,13 @@ def evaluate_command(
     limit: Annotated[
         int, typer.Option("--limit", min=0, help="evaluate so many records, drawn by the split seed; 0: all")
     ] = 0,
+    score_options: Annotated[
+        bool,
+        typer.Option("--score-options", help="weigh the options: a probability each; in no-think without generating"),
+    ] = False,
+    samples: Annotated[
+        int, typer.Option("--samples", min=0, help="answer by the vote of so many sampled replies; 0: one greedy reply")
+    ] = 0,
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -141,10 +148,14 @@ def evaluate_command(
     parts = {"test": test_records, "train": train_records, "all": train_records + test_records}
     if part not in parts:
         raise MedR1Error(f"--part {part}: choose {', '.join(parts)}")
+    if score_options and samples:
+        raise MedR1Error("--score-options and --samples are two ways to weigh options; give one of them")
     records = parts[part]
     if 0 < limit < len(records):
         records = random.Random(resolved.data.split_seed).sample(records, limit)
     if model.startswith("openai:"):
+        if score_options or samples:
+            raise MedR1Error(f"{model}: a server's options cannot be weighed; use a local model")
         from medr1.remote import evaluate_remote, token_totals
 
         rows = evaluate_remote(
@@ -169,6 +180,8 @@ def evaluate_command(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         condition=condition,
+        scoring="votes" if samples else "options" if score_options else "reply",
+        num_samples=samples,
     )
     _print_summary(summarise(rows), as_json)
 

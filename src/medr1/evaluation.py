@@ -25,12 +25,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from medr1.answers import EXTRACTOR_VERSION, extract_answer, is_correct
+from medr1.confidence import option_logprobs, reasoning_of, voted
 from medr1.controls import as_shown, blank_image
 from medr1.errors import MedR1Error
 from medr1.images import load_image
-from medr1.models import VLM, encode_prompts
+from medr1.models import VLM, PromptBatch, encode_prompts, evaluating
 from medr1.prompts import build_messages
-from medr1.records import Record, append_jsonl, read_jsonl, write_atomic
+from medr1.records import LETTERS, Record, append_jsonl, read_jsonl, write_atomic
 from medr1.rewards import format_ok
 from medr1.rollouts import sample
 
@@ -51,6 +52,8 @@ def evaluate(
     condition: str = "image",
     seed: int = 0,
     donors: Sequence[Record] | None = None,
+    scoring: str = "reply",
+    num_samples: int = 0,
 ) -> list[Row]:
     """Answer every record once, greedily, and write one row each to `out`.
 
@@ -66,6 +69,9 @@ def evaluate(
             (a text-only prompt), "shuffled" (the image of another group of the same modality), "shuffled_other" (the
             image of another modality), "permuted" (the options in another order); drawn by `seed`.
         donors: records whose images "shuffled" and "shuffled_other" show; None takes them from `records`.
+        scoring: "reply"; "options" also weighs the options (see `confidence.option_logprobs`), after the reply's
+            reasoning in mode "think", and in mode "no-think" without any reply: the most probable option is the
+            answer; "votes" answers with the option that most of `num_samples` replies, sampled by `seed`, name.
 
     Returns:
         One row a record, in the order of `records`:
@@ -73,7 +79,8 @@ def evaluate(
         the model was asked (images that were shown, options in the order shown, the right letter in that order);
         model, condition, mode; reply (raw text), finish ("stop" or "length"), tokens, seconds (its batch's
         time divided by the batch's rows); outcome, letter, correct, format_ok, extractor_version (see
-        `score`).
+        `score`). Where options are weighed or votes taken also scoring, option_probs (in the order shown, sum 1),
+        confidence (the chosen option's; None without one), and samples (raw texts) of votes.
 
     Raises:
         MedR1Error: no records, two records of one id, an unreadable image, no partner to shuffle with, rows
@@ -90,6 +97,7 @@ def evaluate(
         condition=condition,
         seed=seed,
         donors=donors,
+        scoring=f"{scoring} {num_samples}" if scoring == "votes" else scoring,
     ) as evaluation:
         ordered = _reading_order(list(evaluation.records.items()), mode)
         pending = [(key, record) for key, record in ordered if key not in evaluation.rows]
@@ -102,20 +110,73 @@ def evaluate(
                 [build_messages(record, mode) for _, record in batch],
                 [loaded[record.images] for _, record in batch],
             )
-            rollout = sample(vlm, prompts, num_completions=1, max_new_tokens=max_new_tokens, greedy=True, seed=seed)
-            seconds = round((time.perf_counter() - started) / len(batch), 4)
-            replies = zip(
-                batch,
-                rollout.texts,
-                ("stop" if finished else "length" for finished in rollout.finished_N.tolist()),
-                rollout.mask_NT.sum(1).tolist(),
-                strict=True,
+            answers = _answer(
+                vlm,
+                prompts,
+                [record for _, record in batch],
+                mode=mode,
+                max_new_tokens=max_new_tokens,
+                scoring=scoring,
+                num_samples=num_samples,
+                seed=int(_digest([seed, batch[0][0]])[:12], 16),
             )
+            seconds = round((time.perf_counter() - started) / len(batch), 4)
             evaluation.add(
-                (key, {"reply": reply, "finish": finish, "tokens": tokens, "seconds": seconds})
-                for (key, _), reply, finish, tokens in replies
+                (key, {**answer, "seconds": seconds}) for (key, _), answer in zip(batch, answers, strict=True)
             )
     return evaluation.result
+
+
+def _answer(
+    vlm: VLM,
+    prompts: PromptBatch,
+    records: Sequence[Record],
+    *,
+    mode: str,
+    max_new_tokens: int,
+    scoring: str,
+    num_samples: int,
+    seed: int,
+) -> list[Row]:
+    """What a row says of the reply: reply, finish, tokens; where options are weighed scoring and option_probs too."""
+    if scoring == "options" and mode == "no-think":
+        replies = [{"finish": "stop", "tokens": 0} for _ in records]
+    else:
+        votes = scoring == "votes"
+        rollout = sample(
+            vlm,
+            prompts,
+            num_completions=num_samples if votes else 1,
+            max_new_tokens=max_new_tokens,
+            greedy=not votes,
+            seed=seed,
+        )
+        replies = [
+            {"reply": text, "finish": "stop" if finished else "length", "tokens": tokens}
+            for text, finished, tokens in zip(
+                rollout.texts, rollout.finished_N.tolist(), rollout.mask_NT.sum(1).tolist(), strict=True
+            )
+        ]
+    if scoring == "reply":
+        return replies
+    if scoring == "votes":
+        groups = [replies[start : start + num_samples] for start in range(0, len(replies), num_samples)]
+        return [
+            {**voted(group, record.options), "scoring": scoring, "samples": group}
+            for group, record in zip(groups, records, strict=True)
+        ]
+    reasoning = [reasoning_of(reply["reply"]) for reply in replies] if mode == "think" else None
+    with evaluating(vlm.model):
+        logps = option_logprobs(vlm, prompts, records, mode=mode, reasoning=reasoning)
+    return [
+        {
+            "reply": f"<answer>{LETTERS[int(logp.argmax())]}</answer>",  # where none was written
+            **reply,
+            "scoring": scoring,
+            "option_probs": [float(f"{p:.6g}") for p in logp.exp().tolist()],
+        }
+        for reply, logp in zip(replies, logps, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -178,18 +239,22 @@ def open_evaluation(
     condition: str,
     seed: int,
     donors: Sequence[Record] | None = None,
+    scoring: str = "reply",
 ) -> Iterator[Evaluation]:
     """Read every image, find the rows that `out` already has, and show progress until the block is left.
 
     Args:
         model: JSON-like values that tell this model from any other; with the settings, the prompt and the
             images they make a row's key.
+        scoring: "reply", or how options are weighed as well.
 
     Raises:
         MedR1Error: as `evaluate`.
     """
     if not records:
         raise MedR1Error(f"{out}: no records to evaluate; widen the filters")
+    if scoring != "reply" and (unlisted := [record.id for record in records if not record.options]):
+        raise MedR1Error(f"record {unlisted[0]}: an open question has no options to weigh; score replies instead")
     ids = Counter(record.id for record in records)
     if len(ids) < len(records):
         raise MedR1Error(f"record {ids.most_common(1)[0][0]} is there twice; give each record its own id")
@@ -198,6 +263,7 @@ def open_evaluation(
     with _progress() as progress:
         digests = _read_images(progress.track(shown, description="images"))
         settings = {"max_new_tokens": max_new_tokens, "greedy": True, "condition": condition}
+        settings |= {} if scoring == "reply" else {"scoring": scoring}  # nothing new in the keys of older rows
         run = _digest([*model, settings])
         by_key = {}
         for record in shown:
@@ -213,7 +279,7 @@ def open_evaluation(
 
 
 def score(rows: Iterable[Row]) -> list[Row]:
-    """The same rows with outcome, letter, correct and format_ok read anew from the stored replies."""
+    """The same rows with outcome, letter, correct, format_ok and confidence read anew from the stored replies."""
     scored = []
     for row in rows:
         record = Record(
@@ -227,7 +293,12 @@ def score(rows: Iterable[Row]) -> list[Row]:
             source=row["source"],
             group=row["group"],
         )
+        if "samples" in row:
+            row = {**row, **voted(row["samples"], record.options)}
         answer = extract_answer(row["reply"], record.options)
+        if "option_probs" in row:
+            chosen = row["option_probs"][LETTERS.index(answer.letter)] if answer.letter else None
+            row = {**row, "confidence": chosen}
         scored.append(
             {
                 **row,
