@@ -140,7 +140,7 @@ def _answer(
 ) -> list[Row]:
     """What a row says of the reply: reply, finish, tokens; where options are weighed scoring and option_probs too."""
     if scoring == "options" and mode == "no-think":
-        replies = [{"finish": "stop", "tokens": 0} for _ in records]
+        replies: list[Row] = [{"finish": "stop", "tokens": 0} for _ in records]
     else:
         votes = scoring == "votes"
         rollout = sample(
