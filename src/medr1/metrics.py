@@ -216,8 +216,8 @@ def macro(rows: Sequence[Row], axis: str) -> dict[str, Any]:
 
 
 def by_kind(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """(rows of multiple choice, rows of open questions), each in order."""
-    return [row for row in rows if row["options"]], [row for row in rows if not row["options"]]
+    """(rows of multiple choice, rows of open questions, which alone have a token_f1), each in order."""
+    return [row for row in rows if "token_f1" not in row], [row for row in rows if "token_f1" in row]
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
@@ -359,7 +359,7 @@ def flip_rate(rows: Sequence[Row], again: Sequence[Row]) -> dict[str, Any]:
 
 
 def _chosen(row: Row) -> str | None:
-    if not row["options"]:
+    if "token_f1" in row:
         return normalise_answer(row["text"]) if row["text"] else None
     return normalise_option(row["options"][LETTERS.index(row["letter"])]) if row["letter"] else None
 
