@@ -15,6 +15,7 @@ from rich.table import Table
 from medr1 import NOTICE
 from medr1.config import Config, load_config, parse_override, to_toml
 from medr1.errors import MedR1Error
+from medr1.processes import is_first, leave
 
 app = typer.Typer(
     help=f"Med-R1: reinforcement learning for medical vision-language models, honestly evaluated. {NOTICE}",
@@ -53,7 +54,7 @@ def main() -> None:
         Console(stderr=True, soft_wrap=True).print(f"medr1: {error}", style="bold red", markup=False, highlight=False)
         sys.exit(1)
     except SystemExit as stop:
-        if stop.code == 130:  # what typer makes of Ctrl-C
+        if stop.code == 130 and is_first():  # what typer makes of Ctrl-C
             Console(stderr=True).print("medr1: stopped; the same command goes on from what is saved", markup=False)
         raise
 
@@ -100,7 +101,10 @@ def train(
         "optimizer.seed": seed,
     }
     resolved = _resolve(config, overrides, settings)
-    _finish(run(resolved, out), as_json)
+    result = run(resolved, out)
+    leave()
+    if is_first():
+        _finish(result, as_json)
 
 
 @app.command("eval")

@@ -81,11 +81,15 @@ class OptimizerConfig(_Section):
 
     steps: int = Field(0, ge=0, description="optimizer steps; 0: as many as `epochs` takes")
     epochs: float = Field(1.0, gt=0, description="passes over the training part, where steps is 0")
-    prompts_per_step: int = Field(8, ge=1, description="prompts a step on each process (SFT: examples)")
+    prompts_per_step: int = Field(
+        8,
+        ge=1,
+        description="prompts a step (SFT: examples), divided among the processes; any number of them does the same",
+    )
     prompts_per_forward: int = Field(
         0,
         ge=0,
-        description="prompts a forward pass, for memory; the gradient is the same; 0: all of the step's",
+        description="prompts a forward pass of a process, for memory; the gradient is the same; 0: all of the step's",
     )
     learning_rate: float = Field(1e-6, gt=0, description="peak rate of AdamW")
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field("linear", description="after the warm-up")

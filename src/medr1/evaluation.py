@@ -23,15 +23,17 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch.distributed.tensor import DTensor
 
-from medr1.answers import EXTRACTOR_VERSION, Answer, is_correct, read_answer, token_f1
+from medr1.answers import EXTRACTOR_VERSION, extract_answer, is_correct
 from medr1.confidence import option_logprobs, reasoning_of, voted
 from medr1.controls import as_shown, blank_image
 from medr1.errors import MedR1Error
 from medr1.images import load_image
 from medr1.models import VLM, PromptBatch, encode_prompts, evaluating
+from medr1.processes import is_first
 from medr1.prompts import build_messages
-from medr1.records import LETTERS, Record, append_jsonl, read_jsonl, write_atomic
+from medr1.records import LETTERS, Record, append_jsonl, read_jsonl, write_jsonl
 from medr1.rewards import format_ok
 from medr1.rollouts import sample
 
@@ -54,6 +56,7 @@ def evaluate(
     donors: Sequence[Record] | None = None,
     scoring: str = "reply",
     num_samples: int = 0,
+    fingerprint: str | None = None,
 ) -> list[Row]:
     """Answer every record once, greedily, and write one row each to `out`.
 
@@ -72,25 +75,22 @@ def evaluate(
         scoring: "reply"; "options" also weighs the options (see `confidence.option_logprobs`), after the reply's
             reasoning in mode "think", and in mode "no-think" without any reply: the most probable option is the
             answer; "votes" answers with the option that most of `num_samples` replies, sampled by `seed`, name.
+        fingerprint: `weights_fingerprint` of the model, where the caller has it.
 
     Returns:
         One row a record, in the order of `records`:
         key, id, modality, question_type, source, group, images, question, options, gold (letter), chance, all as
-        the model was asked (images that were shown, options in the order shown, the right letter in that order; of
-        an open question options is empty, gold a text, and alternatives lists other right texts);
+        the model was asked (images that were shown, options in the order shown, the right letter in that order);
         model, condition, mode; reply (raw text), finish ("stop" or "length"), tokens, seconds (its batch's
-        time divided by the batch's rows); outcome, letter, correct, format_ok, extractor_version, and of an open
-        question text and token_f1 (see `score`). Where options are weighed or votes taken also scoring,
-        option_probs (in the order shown, sum 1), confidence (the chosen option's; None without one), and samples
-        (raw texts) of votes.
+        time divided by the batch's rows); outcome, letter, correct, format_ok, extractor_version (see
+        `score`). Where options are weighed or votes taken also scoring, option_probs (in the order shown, sum 1),
+        confidence (the chosen option's; None without one), and samples (raw texts) of votes.
 
     Raises:
         MedR1Error: no records, two records of one id, an unreadable image, no partner to shuffle with, rows
             of another evaluation in `out`, or a full disk. Rows written until then are whole and used again.
     """
-    if scoring != "reply" and (open_ids := [record.id for record in records if record.is_open]):
-        raise MedR1Error(f"record {open_ids[0]}: an open question has no options; score it by its reply")
-    model = [weights_fingerprint(vlm.model), vlm.processor.image_processor.to_dict()]
+    model = [fingerprint or weights_fingerprint(vlm.model), vlm.processor.image_processor.to_dict()]
     with open_evaluation(
         records,
         name=vlm.name,
@@ -271,8 +271,7 @@ def open_evaluation(
         run = _digest([*model, settings])
         by_key = {}
         for record in shown:
-            # Without defaults, so that rows made before a field was added keep their keys.
-            content = record.model_dump_json(exclude={"images", "licence"}, exclude_defaults=True)
+            content = record.model_dump_json(exclude={"images", "licence"})
             images = [digests[path] for path in record.images]
             by_key[_digest([run, build_messages(record, mode), content, images])] = record
 
@@ -284,11 +283,7 @@ def open_evaluation(
 
 
 def score(rows: Iterable[Row]) -> list[Row]:
-    """The same rows with outcome, letter, correct, format_ok and confidence read anew from the stored replies.
-
-    Rows of open questions also get text (what was answered, None without an answer) and token_f1 (see
-    `medr1.answers`); in them `correct` says whether the answer is the same text or the same yes or no.
-    """
+    """The same rows with outcome, letter, correct, format_ok and confidence read anew from the stored replies."""
     scored = []
     for row in rows:
         record = Record(
@@ -301,11 +296,10 @@ def score(rows: Iterable[Row]) -> list[Row]:
             question_type=row["question_type"],
             source=row["source"],
             group=row["group"],
-            alternatives=tuple(row.get("alternatives", ())),
         )
         if "samples" in row:
             row = {**row, **voted(row["samples"], record.options)}
-        answer = read_answer(row["reply"], record)
+        answer = extract_answer(row["reply"], record.options)
         if "option_probs" in row:
             chosen = row["option_probs"][LETTERS.index(answer.letter)] if answer.letter else None
             row = {**row, "confidence": chosen}
@@ -317,20 +311,20 @@ def score(rows: Iterable[Row]) -> list[Row]:
                 "correct": is_correct(answer, record),
                 "format_ok": format_ok(row["reply"], row["mode"]),
                 "extractor_version": EXTRACTOR_VERSION,
-                **(_open_fields(answer, record) if record.is_open else {}),
             }
         )
     return scored
 
 
-def _open_fields(answer: Answer, record: Record) -> Row:
-    return {"text": answer.text, "token_f1": token_f1(answer.text or "", (record.answer, *record.alternatives))}
-
-
 def weights_fingerprint(model: torch.nn.Module) -> str:
-    """SHA-256 (hex) of all names, types and values of a model's state, adapters included."""
+    """SHA-256 (hex) of all names, types and values of a model's state, adapters included.
+
+    Of a model whose weights are sharded over processes, all of these must call it.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -387,7 +381,6 @@ def _record_fields(record: Record, folder: Path) -> Row:
         "options": list(record.options),
         "gold": record.answer,
         "chance": record.chance,
-        **({"alternatives": list(record.alternatives)} if record.is_open else {}),
     }
 
 
@@ -404,10 +397,10 @@ def _resume(out: Path) -> list[Row]:
     rows = read_jsonl(out)
     if any(row["extractor_version"] != EXTRACTOR_VERSION for row in rows):
         rows = score(rows)
-        write_atomic(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_jsonl(out, rows)
     return rows
 
 
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(file=sys.stderr))
+    return Progress(*columns, console=Console(file=sys.stderr), disable=not is_first())

@@ -48,6 +48,7 @@ def sample(
     temperature: float = 1.0,
     greedy: bool = False,
     seed: int,
+    part: tuple[int, int] = (0, 1),
     keep_prefill: bool = False,
     on_step: Callable[[Tensor], None] | None = None,
 ) -> Rollout:
@@ -57,6 +58,8 @@ def sample(
         num_completions: G, completions a prompt.
         max_new_tokens: a completion without a stop token ends here.
         seed: of a generator that this call owns, so that the same call gives the same completions.
+        part: (i, n): these prompts are the i-th of n equal parts of a batch that n processes share, and get the draws
+            that they would get in a call with the whole batch.
         keep_prefill: read the prompts with gradient, so that `completion_logprobs` need not read them again. One
             backward pass only, before the weights change.
         on_step: called after each token with all ids so far (N, T), padding after a stop token; what it raises ends
@@ -66,7 +69,9 @@ def sample(
     device = prompts.input_ids_BP.device
     generator = torch.Generator().manual_seed(seed)
     # All draws at once on the CPU: a row's draws depend neither on the device nor on which rows have finished.
-    uniform = torch.rand(max_new_tokens, num_rows, dtype=torch.float64, generator=generator).to(device)
+    index, parts = part
+    uniform = torch.rand(max_new_tokens, parts * num_rows, dtype=torch.float64, generator=generator)
+    uniform = uniform[:, index * num_rows :][:, :num_rows].to(device)
     stops = torch.tensor(vlm.stop_token_ids, device=device)
     ids = torch.full((num_rows, max_new_tokens), vlm.pad_token_id, device=device)
     mask = torch.zeros(num_rows, max_new_tokens, dtype=torch.bool, device=device)

@@ -1,33 +1,47 @@
 """What GRPO and SFT training share: data order, whole checkpoints, held-out evaluation, the log.
 
-Both are transformers' Trainer with another `training_step`, so optimizers, schedules, checkpoints, resume, trackers
-and Accelerate (DDP, FSDP2, DeepSpeed) are the library's. A step's records are one Trainer batch; memory is bounded by
-`prompts_per_forward` inside a step, and every loss has the denominator of the whole step over all processes.
+Both are transformers' Trainer with another `training_step`, so optimizers, schedules, trackers and Accelerate (DDP,
+FSDP2, DeepSpeed) are the library's. A step's records are one Trainer batch; memory is bounded by `prompts_per_forward`
+inside a step, and every loss has the denominator of the whole step over all processes.
+
+A run does the same on any number of processes, up to rounding: a step's prompts are divided among them in order, each
+samples with the draws that one process would use, and a checkpoint holds the whole weights and the whole state of the
+optimizer by name, so that it loads on another number and another kind of them. Process 0 writes every file.
 """
 
-import json
+import contextlib
 import math
 import random
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Dataset, Sampler
 from transformers import ProgressCallback, Trainer, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from medr1.config import Config, to_toml
 from medr1.errors import MedR1Error
-from medr1.evaluation import evaluate
+from medr1.evaluation import Row, evaluate, weights_fingerprint
 from medr1.images import load_image
 from medr1.metrics import summarise
 from medr1.models import VLM, PromptBatch, add_lora, encode_prompts, freeze_vision
+from medr1.processes import agree, gather
 from medr1.prompts import build_messages
-from medr1.records import Record, append_jsonl, read_jsonl, write_atomic
+from medr1.records import Record, append_jsonl, read_jsonl, write_atomic, write_jsonl
 
 RECIPE = "recipe.toml"
 LOG = "log.jsonl"
@@ -64,8 +78,7 @@ class RecordTrainer(Trainer):
         elif not config.model.train_vision:
             freeze_vision(vlm)
         self.vlm, self.config, self.out = vlm, config, output_dir
-        self.num_records = len(train_records)
-        self._checkpoint_dir = str(output_dir)
+        self.num_records, self.num_test_records = len(train_records), len(test_records)
         chosen = min(config.log.eval_records, len(test_records))
         self.eval_records = random.Random(config.data.split_seed).sample(test_records, chosen)
         self.sums: dict[str, float] = {}
@@ -100,9 +113,18 @@ class RecordTrainer(Trainer):
             dataloader_pin_memory=False,
             use_cpu=vlm.device.type == "cpu",
             label_names=[],
+            ddp_find_unused_parameters=True,  # no image in a process's prompts: its vision tower gets no gradient
             disable_tqdm=False,  # else a quiet transformers would print every log line to stdout
         )
-        write_recipe(output_dir, config)
+        if optimizer.prompts_per_step % arguments.world_size:
+            raise MedR1Error(
+                f"optimizer.prompts_per_step = {optimizer.prompts_per_step} cannot be divided among"
+                f" {arguments.world_size} processes; set a multiple of that, or start fewer"
+            )
+        arguments.per_device_train_batch_size //= arguments.world_size
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # more of them are for a launcher; Trainer would use DataParallel
+        if arguments.process_index == 0:
+            write_recipe(output_dir, config)
         super().__init__(
             model=cast(nn.Module, vlm.model),
             args=arguments,
@@ -114,17 +136,19 @@ class RecordTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         self.add_callback(_OneLineProgress)
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a process holds a part of the weights only."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
     def run(self) -> None:
         """Train to the end, from the last whole checkpoint in the output folder where there is one; save the model."""
-        last = get_last_checkpoint(str(self.out))
-        start = int(last.rsplit("-", 1)[1]) if last else 0
-        if self.is_world_process_zero():
-            self._forget_after(start)
+        last = agree(lambda: get_last_checkpoint(str(self.out)))
+        if last:
+            agree(lambda: self._load_weights(last))
+        agree(lambda: self._forget_after(int(last.rsplit("-", 1)[1]) if last else 0))
         self.train(resume_from_checkpoint=last)
-        with _whole_folder(self.out / "model") as staging:
-            self.save_model(str(staging))
-            if self.config.model.lora_rank:  # an adapter folder that loads by itself
-                self.vlm.processor.save_pretrained(staging)
+        self._write_folder(self.out / "model", training_state=False)
 
     def encode(self, records: list[Record]) -> PromptBatch:
         """Prompts of records in the recipe's mode, with their images."""
@@ -141,116 +165,204 @@ class RecordTrainer(Trainer):
         raise NotImplementedError
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self.sums:
-            names = sorted(self.sums)
-            values = torch.tensor([self.sums[name] for name in names], device=self.accelerator.device)
-            total = cast(Tensor, self.accelerator.reduce(values))
-            logs = logs | self.log_line(dict(zip(names, total.tolist(), strict=True)))
-            self.sums = {}
-        super().log(logs, *args, **kwargs)
-        if self.is_world_process_zero():
-            append_jsonl(self.out / LOG, [self.state.log_history[-1]])
+        sums: dict[str, float] = {}
+        for part in gather(self.sums):
+            for name, value in part.items():
+                sums[name] = sums.get(name, 0.0) + value
+        self.sums = {}
+        super().log(logs | (self.log_line(sums) if sums else {}), *args, **kwargs)
+        self.first_appends(LOG, [self.state.log_history[-1]])
+
+    def first_appends(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Process 0 appends rows to a .jsonl file of the run; if it cannot, all end."""
+        agree(lambda: append_jsonl(self.out / name, rows) if self.is_world_process_zero() else None)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Greedy accuracy on held-out records by the one evaluator; rows are kept as eval-step-N.jsonl.
 
-        Multiple choice is "eval_accuracy", open questions are "eval_open_accuracy".
+        Each process answers its share into a file of its own; process 0 joins them.
         """
-        metrics: dict[str, float] = {}
-        if self.is_world_process_zero():
-            rows = evaluate(
-                self.vlm,
-                self.eval_records,
-                mode=self.config.rollout.mode,
-                out=self.out / f"eval-step-{self.state.global_step}.jsonl",
-                max_new_tokens=self.config.rollout.max_new_tokens,
-            )
-            summary = summarise(rows)
-            for name, cell in (("eval", summary), ("eval_open", summary["open"])):
-                if cell and cell["n"]:
-                    low, high = cell["ci95"]
-                    metrics |= {f"{name}_accuracy": cell["accuracy"], f"{name}_ci_low": low, f"{name}_ci_high": high}
-            self.log(metrics)
-        self.accelerator.wait_for_everyone()
+        rank, world, step = self.args.process_index, self.args.world_size, self.state.global_step
+        records = self.eval_records[rank::world]
+        path = self.out / f"eval-step-{step}.jsonl"
+        part = path if world == 1 else path.with_suffix(f".{rank}.jsonl")
+        fingerprint = weights_fingerprint(self.vlm.model)
+        with self.whole_weights():
+            rows = agree(lambda: self._answer(records, part, fingerprint) if records else [])
+        parts = gather(rows)
+        rows = [parts[place % world][place // world] for place in range(len(self.eval_records))]
+        if world > 1:
+            agree(lambda: write_jsonl(path, rows) if self.is_world_process_zero() else None)
+            part.unlink(missing_ok=True)
+        summary = summarise(rows)
+        low, high = summary["ci95"]
+        metrics = {"eval_accuracy": summary["accuracy"], "eval_ci_low": low, "eval_ci_high": high}
+        self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _answer(self, records: list[Record], out: Path, fingerprint: str) -> list[Row]:
+        return evaluate(
+            self.vlm,
+            records,
+            mode=self.config.rollout.mode,
+            out=out,
+            max_new_tokens=self.config.rollout.max_new_tokens,
+            fingerprint=fingerprint,
+        )
+
+    @contextlib.contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Within this block every process holds all weights, and may call the model as often as it likes.
+
+        Sampling and evaluation take another number of calls in each process; a sharded layer would wait in each call
+        for the others. So weights are gathered once for all tokens, at the cost of one copy of them in their
+        computing precision.
+        """
+        layers = [module for module in cast(nn.Module, self.vlm.model).modules() if isinstance(module, FSDPModule)]
+        for layer in layers:
+            layer.set_reshard_after_forward(False, recurse=False)
+            layer.unshard()
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.reshard()
+                layer.set_reshard_after_forward(True, recurse=False)
+
+    @contextlib.contextmanager
+    def last_of_step(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """One of a step's backward passes: gradients are summed over processes after the last.
+
+        A sharded model sums each time, since a process has no room for whole gradients.
+        """
+        with contextlib.nullcontext() if last or self.is_sharded else self.accelerator.no_sync(model):
+            yield
+
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler[int]:
-        world = self.args.world_size * self.args.per_device_train_batch_size
-        return RecordOrder(self.num_records, self.num_steps, world, self.repeats, self.args.seed)
+        batch = self.config.optimizer.prompts_per_step
+        return RecordOrder(self.num_records, self.num_steps, batch, self.repeats, self.args.seed)
 
     def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> None:
         return None  # losses are already whole: their denominator is counted in training_step
 
     def _forget_after(self, step: int) -> None:
         """Cut the logs back to a checkpoint, so that a resumed run writes each step once."""
+        if not self.is_world_process_zero():
+            return
         for path in self.out.glob("*.jsonl"):
             if path.name.startswith("eval-step-"):
-                if int(path.stem.rsplit("-", 1)[1]) > step:
+                if int(path.name.split(".")[0].rsplit("-", 1)[1]) > step:
                     path.unlink()
             else:
-                rows = [row for row in read_jsonl(path) if row["step"] <= step]
-                write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+                write_jsonl(path, [row for row in read_jsonl(path) if row["step"] <= step])
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Weights of a checkpoint by `from_pretrained`.
+    def _load_weights(self, checkpoint: str) -> None:
+        """Weights of a checkpoint, before anything wraps or shards the model.
 
         Trainer's own way reads the file's names literally, and a Qwen2-VL file bears other names than the module: it
         would warn, load nothing, and go on from the base model (transformers 5.24).
         """
-        if self.config.model.lora_rank or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.config.model.lora_rank:
+            set_peft_model_state_dict(self.vlm.model, load_peft_weights(checkpoint, device="cpu"))
         else:
             core = self.vlm.core
-            core.load_state_dict(type(core).from_pretrained(resume_from_checkpoint, dtype=core.dtype).state_dict())
+            core.load_state_dict(type(core).from_pretrained(checkpoint, dtype=core.dtype).state_dict())
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """`run` has done it."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Trainer's checkpoint, written aside and renamed when whole: a full disk or a kill leaves the older ones."""
-        with _whole_folder(self.out / f"checkpoint-{self.state.global_step}") as staging:
-            self._checkpoint_dir = str(staging.parent)
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
+        self._write_folder(self.out / f"checkpoint-{self.state.global_step}", training_state=True)
         if self.is_world_process_zero():
             rotate_checkpoints(output_dir=str(self.out), save_total_limit=self.args.save_total_limit)
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return self._checkpoint_dir
+    def _write_folder(self, folder: Path, *, training_state: bool) -> None:
+        """The whole model, and with `training_state` all that a run needs to go on from here.
+
+        Written aside and renamed when every process has written its part: a full disk or a kill leaves older folders
+        as they are.
+        """
+        weights = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
+        optimizer = self._optimizer_state() if training_state else None
+        first, hidden = self.is_world_process_zero(), folder.parent / f".{folder.name}.saving"
+        staging = hidden / folder.name
+
+        def clean() -> None:
+            if first:
+                shutil.rmtree(hidden, ignore_errors=True)
+
+        def write() -> None:
+            if first:
+                self._save(str(staging), state_dict=weights)
+                if self.config.model.lora_rank:  # an adapter folder that loads by itself
+                    self.vlm.processor.save_pretrained(staging)
+            if training_state:
+                if first:
+                    torch.save(optimizer, staging / OPTIMIZER_NAME)
+                    torch.save(self._schedule.state_dict(), staging / SCHEDULER_NAME)
+                    self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
+                self._save_rng_state(str(staging))
+
+        def put_in_place() -> None:
+            if first:
+                shutil.rmtree(folder, ignore_errors=True)
+                staging.replace(folder)
+
+        agree(clean)
+        try:
+            agree(partial(_or_disk_error, folder, write))
+            agree(partial(_or_disk_error, folder, put_in_place))
+        finally:
+            clean()
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        """The optimizer's whole state by parameter name, in process 0; whatever holds it, one process or many."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return get_optimizer_state_dict(self.vlm.model, self._bare_optimizer, options=options)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        # Mapped, not read, on its way to a GPU: the processes of a machine share one copy, and each takes its part.
+        mapped = self.args.device.type != "cpu"
+        state = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True, mmap=mapped)
+        set_optimizer_state_dict(
+            self.vlm.model, self._bare_optimizer, state, options=StateDictOptions(full_state_dict=True)
+        )
+        self._schedule.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+
+    @property
+    def _schedule(self) -> torch.optim.lr_scheduler.LRScheduler:
+        assert self.lr_scheduler is not None, "made before the first step"
+        return self.lr_scheduler
+
+    @property
+    def _bare_optimizer(self) -> torch.optim.Optimizer:
+        optimizer = cast(Any, self.optimizer)
+        return getattr(optimizer, "optimizer", optimizer)
 
 
 class _OneLineProgress(ProgressCallback):
     """The library's progress bar, with the newest numbers on the bar and not a line for each step."""
 
-    SHOWN = ("loss", "reward_accuracy", "format_rate", "kl", "completion_tokens", "eval_accuracy", "eval_open_accuracy")
+    SHOWN = ("loss", "reward_accuracy", "format_rate", "kl", "completion_tokens", "eval_accuracy")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is not None:
             self.training_bar.set_postfix({name: f"{logs[name]:.3g}" for name in self.SHOWN if name in logs})
 
 
-class _whole_folder:
-    """A folder that appears under its name only when its writing has ended well.
-
-    Gives a folder of the same name inside a hidden one; on success it takes its place, on failure it is removed.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.hidden = folder, folder.parent / f".{folder.name}.saving"
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self.hidden, ignore_errors=True)
-        return self.hidden / self.folder.name
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            (self.hidden / self.folder.name).replace(self.folder)
-        shutil.rmtree(self.hidden, ignore_errors=True)
-        if isinstance(error, (OSError, RuntimeError, SafetensorError)):  # each library has its own for a full disk
-            reason = str(error).split("\n")[0]
-            raise MedR1Error(
-                f"{self.folder}: cannot be written ({reason}); earlier checkpoints are whole,"
-                " free space and run the same command to resume"
-            ) from error
+def _or_disk_error(folder: Path, write: Callable[[], None]) -> None:
+    try:
+        write()
+    except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
+        reason = str(error).split("\n")[0]
+        raise MedR1Error(
+            f"{folder}: cannot be written ({reason}); earlier checkpoints are whole,"
+            " free space and run the same command to resume"
+        ) from error
 
 
 class RecordOrder(Sampler[int]):

@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 
-from medr1.answers import read_answer
+from medr1.answers import extract_answer
 from medr1.config import Config
 from medr1.errors import MedR1Error
 from medr1.grpo import group_advantages, loss_denominator, policy_loss
 from medr1.models import VLM, PromptBatch, evaluating, with_vision_features
-from medr1.records import Record, append_jsonl
+from medr1.processes import agree, gather
+from medr1.records import Record
 from medr1.rewards import format_ok, load_rewards
 from medr1.rollouts import Rollout, sample
 from medr1.shared_prefix import completion_logprobs
@@ -74,6 +76,8 @@ class GRPOTrainer(RecordTrainer):
         needs_copy = config.grpo.beta > 0 and not config.model.lora_rank
         self.reference = copy.deepcopy(vlm.model).requires_grad_(False).eval() if needs_copy else None
         super().__init__(vlm, config, train_records, test_records, output_dir)
+        if self.reference is not None and self.is_fsdp_enabled:
+            self.reference = fsdp2_prepare_model(self.accelerator, self.reference)
         # Sampling reads the prompts with gradient, and the policy pass goes on from there, where one backward pass of
         # one unwrapped model follows. A dropout layer would make sampling's and training's reading differ.
         optimizer, model = config.optimizer, cast(nn.Module, self.vlm.model)
@@ -81,7 +85,7 @@ class GRPOTrainer(RecordTrainer):
             module.p > 0 for module in model.modules() if isinstance(module, nn.Dropout)
         )
         whole = optimizer.prompts_per_forward in (0, optimizer.prompts_per_step)
-        alone = self.args.world_size == 1 and not optimizer.gradient_checkpointing
+        alone = self.args.world_size == 1 and not self.is_sharded and not optimizer.gradient_checkpointing
         self.reads_prompts_once = self.repeats == 1 and whole and alone and not dropout
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -91,22 +95,29 @@ class GRPOTrainer(RecordTrainer):
             self.experience = self.collect(inputs["records"])
         model.train()
         loss = self._update(model, self.experience)
-        self.add_to_log({"steps": 1, "seconds": time.perf_counter() - began})
+        world = self.args.world_size
+        self.add_to_log({"steps": 1 / world, "seconds": (time.perf_counter() - began) / world})
         return loss
 
     def collect(self, records: list[Record]) -> Experience:
-        """Sample, reward and compare G completions of each record."""
+        """Sample, reward and compare G completions of each record; write those of all processes down."""
+        with self.whole_weights():
+            experience, rows = agree(lambda: self._sample(records))
+        self.first_appends(COMPLETIONS, [row for part in gather(rows) for row in part])
+        return experience
+
+    def _sample(self, records: list[Record]) -> tuple[Experience, list[dict[str, Any]]]:
         config, num_completions = self.config, self.config.rollout.num_completions
         prompts = with_vision_features(self.vlm, self.encode(records))
-        # A stream of its own for each step and process, so that a resumed run samples what it would have sampled.
-        seed = (config.optimizer.seed * 1_000_003 + self.state.global_step) * 1_009 + self.args.process_index
         rollout = sample(
             self.vlm,
             prompts,
             num_completions=num_completions,
             max_new_tokens=config.rollout.max_new_tokens,
             temperature=config.rollout.temperature,
-            seed=seed,
+            # A stream of its own for each step, so that a resumed run samples what it would have sampled.
+            seed=(config.optimizer.seed * 1_000_003 + self.state.global_step) * 1_009,
+            part=(self.args.process_index, self.args.world_size),
             keep_prefill=self.reads_prompts_once,
         )
         owners = [record for record in records for _ in range(num_completions)]
@@ -117,20 +128,20 @@ class GRPOTrainer(RecordTrainer):
         assert isinstance(rewards_N, Tensor)
         rewards_BG = rewards_N.view(-1, num_completions)
         advantages_BG = group_advantages(rewards_BG, scale=config.grpo.advantage_scale)
-        self._log_rollout(owners, rollout, parts, rewards_BG, advantages_BG)
-        return Experience(prompts, rollout, advantages_BG.to(prompts.input_ids_BP.device))
+        rows = self._log_rollout(owners, rollout, parts, rewards_BG, advantages_BG)
+        return Experience(prompts, rollout, advantages_BG.to(prompts.input_ids_BP.device)), rows
 
     def _update(self, model: nn.Module, experience: Experience) -> Tensor:
         config, objective = self.config, self.config.grpo
         num_completions, temperature = config.rollout.num_completions, config.rollout.temperature
         mask_NT = experience.rollout.mask_NT
-        denominator = self._over_processes(
-            loss_denominator(mask_NT, objective.aggregate, config.rollout.max_new_tokens)
-        )
-        carrying = experience.advantages_BG.abs().sum(1) > 0
-        if objective.beta > 0 or self.args.world_size > 1:  # every process makes the same calls of a wrapped model
-            carrying = torch.ones_like(carrying)
-        indices = carrying.nonzero()[:, 0].tolist()
+        denominator = loss_denominator(mask_NT, objective.aggregate, config.rollout.max_new_tokens)
+        carries_B = (experience.advantages_BG.abs().sum(1) > 0) | (objective.beta > 0)
+        denominators, counts = zip(*gather((denominator, int(carries_B.sum()))), strict=True)
+        denominator = sum(denominators)
+        # Every process makes the same calls of a wrapped model: those with fewer groups to learn from take others too,
+        # with nothing scored.
+        indices = (~carries_B).to(torch.uint8).argsort(stable=True)[: max(counts)].tolist()
         size = config.optimizer.prompts_per_forward or len(indices)
         chunks = [indices[start : start + size] for start in range(0, len(indices), size or 1)]
         total = torch.zeros((), device=mask_NT.device)
@@ -142,9 +153,15 @@ class GRPOTrainer(RecordTrainer):
             elif len(chunk) < len(prompts):
                 prefill = prefill.select(torch.tensor(chunk, device=mask_NT.device))
                 prompts = prompts.select(chunk, trim=False)
-            ids_NT, rows_mask_NT = experience.rollout.completion_ids_NT[rows], mask_NT[rows]
-            last = number + 1 == len(chunks)
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+            ids_NT = experience.rollout.completion_ids_NT[rows]
+            rows_mask_NT = mask_NT[rows] & carries_B[chunk].repeat_interleave(num_completions)[:, None]
+            with self.last_of_step(model, number + 1 == len(chunks)):
+                ref_logp_NT = None
+                if objective.beta > 0:
+                    with self._reference() as reference:
+                        ref_logp_NT, _ = completion_logprobs(
+                            reference, prompts, ids_NT, rows_mask_NT, temperature=temperature
+                        )
                 logp_NT, entropy_NT = completion_logprobs(
                     self.vlm,
                     prompts,
@@ -155,12 +172,6 @@ class GRPOTrainer(RecordTrainer):
                     model=model,
                     prefill=prefill,
                 )
-                ref_logp_NT = None
-                if objective.beta > 0:
-                    with self._reference() as reference:
-                        ref_logp_NT, _ = completion_logprobs(
-                            reference, prompts, ids_NT, rows_mask_NT, temperature=temperature
-                        )
                 loss, sums = policy_loss(
                     logp_NT,
                     experience.rollout.logp_NT[rows] if self.repeats > 1 else None,
@@ -183,17 +194,13 @@ class GRPOTrainer(RecordTrainer):
 
     @contextlib.contextmanager
     def _reference(self) -> Iterator[VLM]:
+        """The policy before training, computing in the precision of the policy."""
         if self.reference is not None:
-            self.reference.to(self.vlm.device)
-            with torch.no_grad():
+            with torch.no_grad(), self.accelerator.autocast():
                 yield replace(self.vlm, model=self.reference)
         else:
             with evaluating(self.vlm.model), self.vlm.model.disable_adapter():  # type: ignore[operator]
                 yield self.vlm
-
-    def _over_processes(self, value: float) -> float:
-        total = self.accelerator.reduce(torch.tensor(value, dtype=torch.float64, device=self.accelerator.device))
-        return float(total)
 
     def _log_rollout(
         self,
@@ -202,9 +209,10 @@ class GRPOTrainer(RecordTrainer):
         parts: dict[str, list[float]],
         rewards_BG: Tensor,
         advantages_BG: Tensor,
-    ) -> None:
+    ) -> list[dict[str, Any]]:
+        """Add a rollout's sums to the log; its rows of COMPLETIONS."""
         mode = self.config.rollout.mode
-        answers = [read_answer(text, owner) for text, owner in zip(rollout.texts, owners, strict=True)]
+        answers = [extract_answer(text, owner.options) for text, owner in zip(rollout.texts, owners, strict=True)]
         lengths = rollout.mask_NT.sum(1)
         self.add_to_log(
             {
@@ -215,32 +223,28 @@ class GRPOTrainer(RecordTrainer):
                 "group_std": float(rewards_BG.std(1).sum()),
                 "zero_variance": float((advantages_BG == 0).all(1).sum()),
                 "truncated": float((~rollout.finished_N).sum()),
-                "unparsed": sum(answer.outcome not in ("letter", "text") for answer in answers),
+                "unparsed": sum(answer.outcome != "letter" for answer in answers),
                 "format_ok": sum(format_ok(text, mode) for text in rollout.texts),
                 **{f"reward_{name}": sum(values) for name, values in parts.items()},
             }
         )
         step = self.state.global_step + 1
         rewards, advantages = rewards_BG.flatten().tolist(), advantages_BG.flatten().tolist()
-        rank = "" if self.args.world_size == 1 else f"-{self.args.process_index}"
-        append_jsonl(
-            self.out / COMPLETIONS.replace(".", f"{rank}."),
-            [
-                {
-                    "step": step,
-                    "id": owner.id,
-                    "answer": owner.answer,
-                    "reply": rollout.texts[row],
-                    "outcome": answers[row].outcome,
-                    "letter": answers[row].letter,
-                    "tokens": int(lengths[row]),
-                    "reward": round(rewards[row], 6),
-                    "rewards": {name: values[row] for name, values in parts.items()},
-                    "advantage": round(advantages[row], 6),
-                }
-                for row, owner in enumerate(owners)
-            ],
-        )
+        return [
+            {
+                "step": step,
+                "id": owner.id,
+                "answer": owner.answer,
+                "reply": rollout.texts[row],
+                "outcome": answers[row].outcome,
+                "letter": answers[row].letter,
+                "tokens": int(lengths[row]),
+                "reward": round(rewards[row], 6),
+                "rewards": {name: values[row] for name, values in parts.items()},
+                "advantage": round(advantages[row], 6),
+            }
+            for row, owner in enumerate(owners)
+        ]
 
     def log_line(self, sums: dict[str, float]) -> dict[str, float]:
         line = {}

@@ -6,6 +6,7 @@ from typing import Any
 from medr1.config import Config
 from medr1.data import load_parts
 from medr1.models import load_vlm
+from medr1.processes import agree, join
 from medr1.training.base import RecordTrainer
 from medr1.training.grpo import GRPOTrainer
 from medr1.training.sft import SFTTrainer
@@ -16,20 +17,27 @@ METHODS: dict[str, type[RecordTrainer]] = {"grpo": GRPOTrainer, "sft": SFTTraine
 def train(config: Config, out: Path) -> dict[str, Any]:
     """Train by a recipe into `out`, resuming what is there. The model lies in `out/model`.
 
+    Under `torchrun` or `accelerate launch` every process calls this, and they share the work.
+
     Returns:
         model (folder), steps, train_records, test_records, and the last log line.
     """
-    train_records, test_records = load_parts(config.data)
-    dtype = config.model.dtype
-    if dtype == "auto" and not config.model.lora_rank:
-        dtype = "float32"  # the optimizer needs float32 weights; the computation is bfloat16 where the GPU can
-    vlm = load_vlm(config.model.name, dtype=dtype)
-    trainer = METHODS[config.method](vlm, config, train_records, test_records, out)
+    device = join()
+    trainer = agree(lambda: _prepare(config, out, device))
     trainer.run()
     return {
         "model": str(out / "model"),
         "steps": trainer.state.global_step,
-        "train_records": len(train_records),
-        "test_records": len(test_records),
+        "train_records": trainer.num_records,
+        "test_records": trainer.num_test_records,
         "last": trainer.state.log_history[-1],
     }
+
+
+def _prepare(config: Config, out: Path, device: Any) -> RecordTrainer:
+    train_records, test_records = load_parts(config.data)
+    dtype = config.model.dtype
+    if dtype == "auto" and not config.model.lora_rank:
+        dtype = "float32"  # the optimizer needs float32 weights; the computation is bfloat16 where the GPU can
+    vlm = load_vlm(config.model.name, dtype=dtype, device=device)
+    return METHODS[config.method](vlm, config, train_records, test_records, out)

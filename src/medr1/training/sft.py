@@ -1,12 +1,13 @@
 """The supervised baseline, done right: the loss is on the answer alone, in the same prompts as GRPO and evaluation.
 
-The records hold no rationale, so the target is `<answer> TEXT</answer>` with the text of the right option or answer,
-and the end token, and the mode is no-think. A step takes `prompts_per_step` examples, as a GRPO step takes that many
-prompts: at equal steps both methods have seen the same questions equally often (GRPO draws G completions of each).
+The records hold no rationale, so the target is `<answer> TEXT</answer>` with the right option's text and the end token,
+and the mode is no-think. A step takes `prompts_per_step` examples, as a GRPO step takes that many prompts: at equal
+steps both methods have seen the same questions equally often (GRPO draws G completions of each).
 
     medr1 train --method sft --model tiny --data phantoms --out runs/sft
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from medr1.config import Config
 from medr1.errors import MedR1Error
 from medr1.models import VLM
+from medr1.processes import agree, gather
 from medr1.records import Record
 from medr1.shared_prefix import completion_logprobs
 from medr1.training.base import RecordTrainer
@@ -49,22 +51,23 @@ class SFTTrainer(RecordTrainer):
         records: list[Record] = inputs["records"]
         end = self.vlm.tokenizer.eos_token_id
         targets = [[*self.vlm.tokenizer(f"<answer> {record.gold}</answer>")["input_ids"], end] for record in records]
-        num_tokens = torch.tensor(sum(map(len, targets)), device=self.accelerator.device)
-        denominator = self.accelerator.reduce(num_tokens)
+        denominator = sum(gather(sum(map(len, targets))))
         size = self.config.optimizer.prompts_per_forward or len(records)
         total = torch.zeros((), device=self.accelerator.device)
         for start in range(0, len(records), size):
-            prompts = self.encode(records[start : start + size])
+            chunk = records[start : start + size]
+            prompts = agree(partial(self.encode, chunk))
             rows = [torch.tensor(target) for target in targets[start : start + size]]
             ids_NT = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=end)
             lengths = torch.tensor([len(row) for row in rows])
             mask_NT = torch.arange(ids_NT.shape[1]) < lengths[:, None]
             device = prompts.input_ids_BP.device
-            logp_NT, _ = completion_logprobs(self.vlm, prompts, ids_NT.to(device), mask_NT.to(device), model=model)
-            loss = -logp_NT.sum() / denominator
-            self.accelerator.backward(loss * self.args.world_size)
+            with self.last_of_step(model, start + size >= len(records)):
+                logp_NT, _ = completion_logprobs(self.vlm, prompts, ids_NT.to(device), mask_NT.to(device), model=model)
+                loss = -logp_NT.sum() / denominator
+                self.accelerator.backward(loss * self.args.world_size)
             total += loss.detach()
-        self.add_to_log({"steps": 1, "examples": len(records)})
+        self.add_to_log({"steps": 1 / self.args.world_size, "examples": len(records)})
         return total * self.args.world_size
 
     def log_line(self, sums: dict[str, float]) -> dict[str, float]:
