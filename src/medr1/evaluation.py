@@ -29,7 +29,7 @@ from medr1.answers import EXTRACTOR_VERSION, extract_answer, is_correct
 from medr1.confidence import option_logprobs, reasoning_of, voted
 from medr1.controls import as_shown, blank_image
 from medr1.errors import MedR1Error
-from medr1.images import load_image
+from medr1.images import content_digest, load_image
 from medr1.models import VLM, PromptBatch, encode_prompts, evaluating
 from medr1.processes import is_first
 from medr1.prompts import build_messages
@@ -335,7 +335,7 @@ def _digest(content: Any) -> str:
 
 
 def _read_images(records: Iterable[Record]) -> dict[Path, str]:
-    """SHA-256 of each image file, all of them decoded once to see that they can be."""
+    """`content_digest` of each image, all of them decoded once to see that they can be."""
     digests: dict[Path, str] = {}
     failures: dict[Path, str] = {}
     for record in records:
@@ -344,7 +344,7 @@ def _read_images(records: Iterable[Record]) -> dict[Path, str]:
                 continue
             try:
                 load_image(path)
-                digests[path] = hashlib.sha256(path.read_bytes()).hexdigest()
+                digests[path] = content_digest(path)
             except MedR1Error as error:
                 failures[path] = f"record {record.id}: {error}"
     if failures:

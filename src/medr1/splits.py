@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 
 from medr1.errors import MedR1Error
+from medr1.images import file_of
 from medr1.records import Record
 
 
@@ -47,7 +48,7 @@ def split_by_group(records: Sequence[Record], test_fraction: float, seed: int) -
 
 
 def _clusters(records: Sequence[Record]) -> list[list[Record]]:
-    """Connected components over shared groups and images, in the order of ids within and among them."""
+    """Connected components over shared groups and image files, in the order of ids within and among them."""
     parent: dict[Hashable, Hashable] = {}
 
     def root(node: Hashable) -> Hashable:
@@ -59,7 +60,7 @@ def _clusters(records: Sequence[Record]) -> list[list[Record]]:
 
     for record in records:
         for image in record.images:
-            parent[root(image)] = root(("group", record.group))
+            parent[root(file_of(image))] = root(("group", record.group))
     clusters: dict[Hashable, list[Record]] = defaultdict(list)
     for record in sorted(records, key=lambda record: record.id):
         clusters[root(("group", record.group))].append(record)

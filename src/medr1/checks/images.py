@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import track
 
 from medr1.errors import MedR1Error
-from medr1.images import load_image
+from medr1.images import content_digest, file_of, load_image
 from medr1.records import Record
 
 HASH_BITS = 64
@@ -72,12 +72,12 @@ def look_at(images: Sequence[Path]) -> Pictures:
     """Decode every image file once, with a progress bar on stderr, and compare them."""
     missing, unreadable, paths, file_hashes, pixel_hashes, perceptual, grey = [], [], [], [], [], [], []
     for image in track(images, "images", console=Console(stderr=True)):
-        if not os.path.isfile(image):
+        if not os.path.isfile(file_of(image)):
             missing.append(image)
             continue
         try:
             picture = load_image(image)
-            file_hashes.append(hashlib.sha256(image.read_bytes()).hexdigest())
+            file_hashes.append(content_digest(image))
         except MedR1Error as error:
             unreadable.append(str(error))
             continue

@@ -8,6 +8,7 @@ from medr1.datasets.medr1_splits import read_medr1_splits, split_files
 from medr1.datasets.omnimedvqa import read_omnimedvqa
 from medr1.datasets.rows import canonical_modality, canonical_question_type, refuse
 from medr1.errors import MedR1Error
+from medr1.images import file_of
 from medr1.records import Record
 
 __all__ = ["is_omnimedvqa", "load_records", "require_images", "select_records"]
@@ -87,7 +88,7 @@ def require_images(records: Sequence[Record]) -> None:
             f"{image}: no such image, wanted by record {record.id}; add the file or leave its source out"
             for record in records
             for image in record.images
-            if not os.path.isfile(image)  # unlike Path.is_file it also says no to a name too long
+            if not os.path.isfile(file_of(image))  # unlike Path.is_file it also says no to a name too long
         ]
     )
 

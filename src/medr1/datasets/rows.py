@@ -8,15 +8,15 @@ out silently.
 import csv
 import io
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from medr1.errors import MedR1Error
+from medr1.images import resolve_inside
 from medr1.records import LETTERS, MODALITIES, QUESTION_TYPES, Record, normalise_option
 
 # Keys are lower-case letters only, without what follows an opening bracket: the public files spell
@@ -106,7 +106,6 @@ class ImageFolder:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._inside = os.path.join(os.path.realpath(root), "")
         self._groups_file = root / "groups.csv"
         self._groups = _read_groups(self._groups_file) if self._groups_file.is_file() else None
 
@@ -116,13 +115,7 @@ class ImageFolder:
         Raises:
             ValueError: the path is empty or absolute, or leads out of the folder by ".." or a symbolic link.
         """
-        if not relative or "\0" in relative:
-            raise ValueError(f"image path {relative!r} is not a file name")
-        path = self.root / relative
-        given = PurePosixPath(relative)
-        if given.is_absolute() or ".." in given.parts or not os.path.realpath(path).startswith(self._inside):
-            raise ValueError(f"image path {relative!r} leads out of the data folder; use a path inside {self.root}")
-        return path
+        return resolve_inside(self.root, relative)
 
     def group(self, relative: str) -> str:
         """Group of an image: its line in groups.csv, or without that file the path itself.
