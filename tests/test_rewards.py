@@ -87,7 +87,7 @@ def test_load_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
     ("weights", "reason"),
     [
         ({}, "no reward is set"),
-        ({"acuracy": 1.0}, "unknown reward 'acuracy'; use accuracy, format or"),
+        ({"acuracy": 1.0}, "unknown reward 'acuracy'; use accuracy, format, exact, token_f1 or"),
         ({"no_such_module:f": 1.0}, "cannot be imported (No module named 'no_such_module')"),
         ({"math:no_such": 1.0}, "cannot be imported"),
         ({":f": 1.0}, "cannot be imported"),

@@ -2,7 +2,8 @@
 
 One function, `extract_answer`, serves reward, evaluation and viewer. It never raises, never guesses and never
 picks the nearest option: a reply that names two options, or a letter against another option's text, is
-ambiguous.
+ambiguous. Of an open question, which has no options, it gives the span that holds the answer; `read_answer` knows
+the record and tells yes from no as well.
 
 In order: formatting is removed; reasoning in <think></think> is dropped; the last complete <answer></answer>
 is read, else an unclosed one; without tags the last declaration ("the answer is …"), else the last
@@ -15,17 +16,18 @@ denied ("not CT", "C is ruled out") does not count.
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
-from medr1.records import LETTERS, Record, normalise_option
+from medr1.records import LETTERS, Record, normalise_answer, normalise_option
 
 EXTRACTOR_VERSION = 1
 """Goes up whenever a reply may be read differently; stored beside every score."""
 
-Outcome = Literal["letter", "ambiguous", "refusal", "truncated", "invalid", "unparsed"]
+Outcome = Literal["letter", "text", "ambiguous", "refusal", "truncated", "invalid", "unparsed"]
 
 
 @dataclass(frozen=True)
@@ -37,16 +39,20 @@ class Answer:
     """
 
     outcome: Outcome
-    """letter: one option; ambiguous: several, or a letter against a text; refusal: declines to answer;
-    truncated: cut off while reasoning; invalid: a choice beyond the options; unparsed: nothing readable."""
+    """letter: one option; text: an answer to an open question; ambiguous: several, a letter against a text, or yes
+    and no; refusal: declines to answer; truncated: cut off while reasoning; invalid: a choice beyond the options;
+    unparsed: nothing readable."""
     letter: str | None = None
     """The option's letter where outcome is "letter", else None."""
     unclosed: bool = False
     """Whether the answer tag was opened and never closed."""
+    text: str | None = None
+    """What was answered to an open question, cleaned of formatting; None without one. Of a refusal it is kept too:
+    "cannot be determined" is the right answer of some questions."""
 
 
 def extract_answer(reply: str, options: Sequence[str]) -> Answer:
-    """Read a model's reply to a question with these option texts (at most 26, the first is A).
+    """Read a model's reply to a question with these option texts (at most 26, the first is A; none: it is open).
 
     Where several options have the same text up to case and white space, the text means the first of them;
     `is_correct` takes any.
@@ -55,19 +61,57 @@ def extract_answer(reply: str, options: Sequence[str]) -> Answer:
     text, cut = _without_reasoning(text)
     closed = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", text, re.DOTALL)
     if closed:
-        return _read_span(closed[-1], options)
+        return _read_span(closed[-1], options) if options else _open_span(closed[-1])
     _, opened, span = text.rpartition("<answer>")
     if opened:
-        answer = _read_span(re.sub(r"</?\w*$", "", span), options)
-        return Answer(answer.outcome, answer.letter, unclosed=True)
+        span = re.sub(r"</?\w*$", "", span)
+        return replace(_read_span(span, options) if options else _open_span(span), unclosed=True)
     if cut:
         return Answer("truncated")
-    return _read_free_text(text.replace("</answer>", "\n"), options)
+    text = text.replace("</answer>", "\n")
+    return _read_free_text(text, options) if options else _open_free_text(text)
+
+
+def read_answer(reply: str, record: Record) -> Answer:
+    """`extract_answer` for a record. Where the right answer is yes or no, a reply that says both is ambiguous, and
+    one that says neither is unparsed.
+    """
+    answer = extract_answer(reply, record.options)
+    if record.is_yes_no and answer.outcome == "text":
+        said = _yes_and_no(answer.text or "")
+        if len(said) != 1:
+            return replace(answer, outcome="ambiguous" if said else "unparsed")
+    return answer
 
 
 def is_correct(answer: Answer, record: Record) -> bool:
-    """Whether an answer chose the right option, or another one with the same text."""
-    return answer.letter is not None and answer.letter in record.right_letters
+    """Whether an answer of `read_answer` is right.
+
+    With options: it chose the right one, or another one with the same text. Open: it is `exact_match`, or it says
+    yes or no as the right answer does ("Yes, there is a nodule").
+    """
+    if not record.is_open:
+        return answer.letter is not None and answer.letter in record.right_letters
+    if record.is_yes_no:
+        return answer.outcome == "text" and _yes_and_no(answer.text or "") == {normalise_answer(record.answer)}
+    return exact_match(answer.text or "", (record.answer, *record.alternatives))
+
+
+def exact_match(text: str, right: Sequence[str]) -> bool:
+    """Whether a text is one of the right answers up to `normalise_answer`."""
+    return normalise_answer(text) in map(normalise_answer, right)
+
+
+def token_f1(text: str, right: Sequence[str]) -> float:
+    """Harmonic mean of precision and recall over the words of two normalised texts, counted with repetition; the
+    best over the right answers, in [0, 1] (the F1 of SQuAD, arXiv:1606.05250; words as in `normalise_answer`).
+    """
+    return max(_f1(normalise_answer(text).split(), normalise_answer(answer).split()) for answer in right)
+
+
+def _f1(words: list[str], right: list[str]) -> float:
+    shared = sum((Counter(words) & Counter(right)).values())
+    return 2 * shared / (len(words) + len(right)) if shared else 0.0
 
 
 # -- formatting and tags -------------------------------------------------------------------------------------
@@ -333,6 +377,39 @@ def _is_choice(text: str, match: re.Match[str]) -> bool:
         or _LETTER_LIST_AFTER.match(text, end)
         or _LETTER_SIGN_BEFORE.search(before)
     )
+
+
+# -- open questions ------------------------------------------------------------------------------------------
+
+_YES = re.compile(rf"(?<![-/])(?<!{_WORD})yes(?![-/]?{_WORD})", re.IGNORECASE)
+_NO = re.compile(rf"(?<![-/])(?<!{_WORD})no(?![-/]?{_WORD})(?!\s+doubt\b)", re.IGNORECASE)
+_CLAUSE_END = re.compile(r"[;!?。；！？\n]|\.(?!\d)|,?\s*\b(?:because|since)\b", re.IGNORECASE)
+
+
+def _yes_and_no(text: str) -> set[str]:
+    """Which of "yes" and "no" a text has as a word: not in "normal", "nodule", "I do not know" or "no doubt"."""
+    return {word for word, pattern in (("yes", _YES), ("no", _NO)) if pattern.search(text)}
+
+
+def _open_span(span: str) -> Answer:
+    text = " ".join(_BOXED.sub(r" \1 ", span).split())
+    if not re.search(r"\w", text):
+        return Answer("unparsed")
+    return Answer("refusal" if _REFUSAL.search(text) else "text", text=text)
+
+
+def _open_free_text(text: str) -> Answer:
+    """A reply without tags: its last boxed text, else its last declaration ("the answer is …") up to the end of the
+    clause, else all of it. Boxed text comes first, since nothing tells where a declared answer ends.
+    """
+    if boxed := _BOXED.findall(text):
+        return _open_span(boxed[-1])
+    for match in reversed(list(_DECLARATION.finditer(text))):
+        before = _BREAK.split(text[max(0, match.start() - 120) : match.start()])[-1]
+        answer = _open_span(_CLAUSE_END.split(text[match.end() :].lstrip(), maxsplit=1)[0])
+        if answer.outcome != "unparsed" and not _DENIED_BEFORE.search(before):
+            return answer
+    return _open_span(text)
 
 
 # -- declarations --------------------------------------------------------------------------------------------

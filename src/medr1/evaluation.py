@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch.distributed.tensor import DTensor
 
-from medr1.answers import EXTRACTOR_VERSION, extract_answer, is_correct
+from medr1.answers import EXTRACTOR_VERSION, Answer, is_correct, read_answer, token_f1
 from medr1.confidence import option_logprobs, reasoning_of, voted
 from medr1.controls import as_shown, blank_image
 from medr1.errors import MedR1Error
@@ -80,16 +80,20 @@ def evaluate(
     Returns:
         One row a record, in the order of `records`:
         key, id, modality, question_type, source, group, images, question, options, gold (letter), chance, all as
-        the model was asked (images that were shown, options in the order shown, the right letter in that order);
+        the model was asked (images that were shown, options in the order shown, the right letter in that order; of
+        an open question options is empty, gold a text, and alternatives lists other right texts);
         model, condition, mode; reply (raw text), finish ("stop" or "length"), tokens, seconds (its batch's
-        time divided by the batch's rows); outcome, letter, correct, format_ok, extractor_version (see
-        `score`). Where options are weighed or votes taken also scoring, option_probs (in the order shown, sum 1),
-        confidence (the chosen option's; None without one), and samples (raw texts) of votes.
+        time divided by the batch's rows); outcome, letter, correct, format_ok, extractor_version, and of an open
+        question text and token_f1 (see `score`). Where options are weighed or votes taken also scoring,
+        option_probs (in the order shown, sum 1), confidence (the chosen option's; None without one), and samples
+        (raw texts) of votes.
 
     Raises:
         MedR1Error: no records, two records of one id, an unreadable image, no partner to shuffle with, rows
             of another evaluation in `out`, or a full disk. Rows written until then are whole and used again.
     """
+    if scoring != "reply" and (open_ids := [record.id for record in records if record.is_open]):
+        raise MedR1Error(f"record {open_ids[0]}: an open question has no options; score it by its reply")
     model = [fingerprint or weights_fingerprint(vlm.model), vlm.processor.image_processor.to_dict()]
     with open_evaluation(
         records,
@@ -271,7 +275,8 @@ def open_evaluation(
         run = _digest([*model, settings])
         by_key = {}
         for record in shown:
-            content = record.model_dump_json(exclude={"images", "licence"})
+            # Without defaults, so that rows made before a field was added keep their keys.
+            content = record.model_dump_json(exclude={"images", "licence"}, exclude_defaults=True)
             images = [digests[path] for path in record.images]
             by_key[_digest([run, build_messages(record, mode), content, images])] = record
 
@@ -283,7 +288,11 @@ def open_evaluation(
 
 
 def score(rows: Iterable[Row]) -> list[Row]:
-    """The same rows with outcome, letter, correct, format_ok and confidence read anew from the stored replies."""
+    """The same rows with outcome, letter, correct, format_ok and confidence read anew from the stored replies.
+
+    Rows of open questions also get text (what was answered, None without an answer) and token_f1 (see
+    `medr1.answers`); in them `correct` says whether the answer is the same text or the same yes or no.
+    """
     scored = []
     for row in rows:
         record = Record(
@@ -296,10 +305,11 @@ def score(rows: Iterable[Row]) -> list[Row]:
             question_type=row["question_type"],
             source=row["source"],
             group=row["group"],
+            alternatives=tuple(row.get("alternatives", ())),
         )
         if "samples" in row:
             row = {**row, **voted(row["samples"], record.options)}
-        answer = extract_answer(row["reply"], record.options)
+        answer = read_answer(row["reply"], record)
         if "option_probs" in row:
             chosen = row["option_probs"][LETTERS.index(answer.letter)] if answer.letter else None
             row = {**row, "confidence": chosen}
@@ -311,9 +321,14 @@ def score(rows: Iterable[Row]) -> list[Row]:
                 "correct": is_correct(answer, record),
                 "format_ok": format_ok(row["reply"], row["mode"]),
                 "extractor_version": EXTRACTOR_VERSION,
+                **(_open_fields(answer, record) if record.is_open else {}),
             }
         )
     return scored
+
+
+def _open_fields(answer: Answer, record: Record) -> Row:
+    return {"text": answer.text, "token_f1": token_f1(answer.text or "", (record.answer, *record.alternatives))}
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:
@@ -381,6 +396,7 @@ def _record_fields(record: Record, folder: Path) -> Row:
         "options": list(record.options),
         "gold": record.answer,
         "chance": record.chance,
+        **({"alternatives": list(record.alternatives)} if record.is_open else {}),
     }
 
 

@@ -1,7 +1,8 @@
 """From evaluation rows to numbers that can be believed: accuracy with its interval, chance and outcomes.
 
 Every function takes the rows that `medr1.evaluation` writes and keeps their number as the denominator: a reply
-that could not be read is a wrong answer, and its outcome is counted beside it. Undefined is None, never 0.
+that could not be read is a wrong answer, and its outcome is counted beside it. Undefined is None, never 0. Open
+questions are never averaged with multiple choice: `summarise` and `compare` give them under "open".
 
 Intervals are 95 % and p-values two-sided, and both count groups (patients, lesions, images), not rows: several
 questions about one image are one draw. Where each row has its own group they are Wilson's, Bonett and Price's and
@@ -17,7 +18,7 @@ import numpy as np
 from scipy import signal, stats
 
 from medr1.errors import MedR1Error
-from medr1.records import LETTERS, MODALITIES, QUESTION_TYPES, normalise_option
+from medr1.records import LETTERS, MODALITIES, QUESTION_TYPES, normalise_answer, normalise_option
 
 Row = dict[str, Any]
 Interval = tuple[float, float]
@@ -214,21 +215,53 @@ def macro(rows: Sequence[Row], axis: str) -> dict[str, Any]:
     }
 
 
-def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """`accuracy_table` of one evaluation, and what became of its replies.
+def by_kind(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """(rows of multiple choice, rows of open questions, which alone have a token_f1), each in order."""
+    return [row for row in rows if "token_f1" not in row], [row for row in rows if "token_f1" in row]
 
-    Returns, beside the accuracies:
+
+def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    """`accuracy_table` of one evaluation's multiple choice, what became of its replies, and its open questions apart.
+
+    Returns, beside the accuracies, of multiple choice alone:
         outcomes: number of rows by outcome of the extractor, most frequent first.
-        unparsed: number of rows without a usable letter.
+        unparsed: number of rows without a usable answer.
         truncated: number of replies cut at max_new_tokens.
         format_rate: fraction of replies in exactly the format asked for.
         mean_tokens: tokens a reply, of replies whose tokens are known; None where none are.
+        open: `open_table` of the open questions; None where there are none.
     """
+    choice, of_own_words = by_kind(rows)
+    return {**accuracy_table(choice), **_replies(choice), "open": open_table(of_own_words) if of_own_words else None}
+
+
+def open_table(rows: Sequence[Row]) -> dict[str, Any]:
+    """Scores of open questions, those that are answered by yes or no (the rows with a `chance`) apart from the others.
+
+    Returns:
+        accuracy, ci95, n, chance (None where an item has none): of all rows.
+        yes_no, text: the same four, of each kind. An answer is right if it says the right one of yes and no, or is
+            the right text up to case, punctuation and articles.
+        token_f1: mean, ci95 and n over the rows of "text"; see `medr1.answers.token_f1`.
+        outcomes, unparsed, truncated, format_rate, mean_tokens: of all rows, see `summarise`.
+    """
+    yes_no = [row for row in rows if row["chance"] is not None]
+    text = [row for row in rows if row["chance"] is None]
+    scores = [row["token_f1"] for row in text]
+    return {
+        **_cell(rows),
+        "yes_no": _cell(yes_no),
+        "text": _cell(text),
+        "token_f1": {"mean": _mean(scores), "ci95": _list(interval(scores, _groups(text))), "n": len(text)},
+        **_replies(rows),
+    }
+
+
+def _replies(rows: Sequence[Row]) -> dict[str, Any]:
     outcomes = Counter(row["outcome"] for row in rows)
     return {
-        **accuracy_table(rows),
         "outcomes": dict(outcomes.most_common()),
-        "unparsed": len(rows) - outcomes["letter"],
+        "unparsed": len(rows) - outcomes["letter"] - outcomes["text"],
         "truncated": sum(row["finish"] == "length" for row in rows),
         "format_rate": _mean([row["format_ok"] for row in rows]),
         "mean_tokens": _mean([row["tokens"] for row in rows if row["tokens"] is not None]),
@@ -238,19 +271,20 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
 def compare(before: Sequence[Row], after: Sequence[Row], seed: int = 0) -> dict[str, Any]:
     """Paired change in accuracy between two evaluations of the same records, matched by id.
 
-    Returns:
+    Returns, of multiple choice:
         difference, ci95, n, groups, p: over all rows, see `paired_change`.
         macro: the same, averaged over the modalities present (n is the number of modalities).
         by_modality, by_question_type: name to the same.
         gained, lost: number of rows that turned right, that turned wrong.
         mcnemar_p: see `mcnemar`.
         bootstrap95: see `cluster_bootstrap`, over all rows.
+        open: `paired_change` of the open questions; None where there are none.
 
     Raises:
         MedR1Error: the two do not cover the same records.
     """
-    pairs = _pairs(before, after)
-    by_id = {row["id"]: row for row in after}
+    by_id = _by_id(before, after)
+    pairs, open_pairs = by_kind(_pairs(before, after))
     differences = _differences(pairs)
     return {
         **_change(pairs, None, seed),
@@ -261,8 +295,9 @@ def compare(before: Sequence[Row], after: Sequence[Row], seed: int = 0) -> dict[
         },
         "gained": sum(difference > 0 for difference in differences),
         "lost": sum(difference < 0 for difference in differences),
-        "mcnemar_p": mcnemar([row["correct"] for row in before], [by_id[row["id"]]["correct"] for row in before]),
+        "mcnemar_p": mcnemar([row["correct"] for row in pairs], [by_id[row["id"]]["correct"] for row in pairs]),
         "bootstrap95": _list(cluster_bootstrap(differences, _groups(pairs), seed)),
+        "open": _change(open_pairs, None, seed) if open_pairs else None,
     }
 
 
@@ -309,7 +344,7 @@ def judged(changes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def flip_rate(rows: Sequence[Row], again: Sequence[Row]) -> dict[str, Any]:
-    """Share of records whose chosen option changes between two evaluations: {rate, ci95, n}.
+    """Share of records whose chosen option (open: answer) changes between two evaluations: {rate, ci95, n}.
 
     Options are compared by text (as `normalise_option` reads it), so that an evaluation with the options in another
     order ("permuted") can be set beside one that only asks again ("repeat"), the noise floor. A reply without a
@@ -324,6 +359,8 @@ def flip_rate(rows: Sequence[Row], again: Sequence[Row]) -> dict[str, Any]:
 
 
 def _chosen(row: Row) -> str | None:
+    if "token_f1" in row:
+        return normalise_answer(row["text"]) if row["text"] else None
     return normalise_option(row["options"][LETTERS.index(row["letter"])]) if row["letter"] else None
 
 
@@ -427,7 +464,7 @@ def _cell(rows: Sequence[Row]) -> dict[str, Any]:
         "accuracy": _mean(_values(rows)),
         "ci95": _list(interval(_values(rows), _groups(rows))),
         "n": len(rows),
-        "chance": _mean([row["chance"] for row in rows]),
+        "chance": _mean([row["chance"] for row in rows]) if all(row["chance"] is not None for row in rows) else None,
     }
 
 

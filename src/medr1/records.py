@@ -1,14 +1,16 @@
 """The one record that every part of Med-R1 passes on, and the few file helpers that keep results whole.
 
-A `Record` is a multiple-choice question about one or more images. Readers make records, splits divide them,
-prompts word them, evaluation scores them. Image paths and ids are for us alone: they never reach a prompt,
+A `Record` is a question about one or more images, with options to choose from or open. Readers make records, splits
+divide them, prompts word them, evaluation scores them. Image paths and ids are for us alone: they never reach a prompt,
 since in the public data the answer often stands in them.
 """
 
 import json
 import os
+import re
 import string
 import tempfile
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
@@ -38,12 +40,14 @@ LETTERS = string.ascii_uppercase
 
 
 class Record(BaseModel):
-    """One multiple-choice question about one or more images.
+    """One question about one or more images: multiple choice, or open (no options, the answer is a text).
 
     Example:
         Record(id="HAM10000_00001", images=(Path("Images/HAM10000/a.jpg"),), question="Which finding is present?",
                options=("Melanoma", "Vascular lesion"), answer="A", modality="Dermoscopy",
                question_type="Disease Diagnosis", source="HAM10000", group="lesion_17")
+        Record(id="slake/12", images=(Path("imgs/xmlab1/source.jpg"),), question="Which organ is enlarged?",
+               options=(), answer="Heart", modality="X-Ray", question_type=None, source="SLAKE", group="xmlab1")
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,9 +59,9 @@ class Record(BaseModel):
     question: str
     """The stem, without options."""
     options: tuple[str, ...]
-    """Two to 26 option texts; option i has letter LETTERS[i]."""
+    """Two to 26 option texts; option i has letter LETTERS[i]. None of them: the question is open."""
     answer: str
-    """Letter of the right option."""
+    """Letter of the right option; of an open question the right answer's text."""
     modality: str | None
     """One of MODALITIES; None where the file does not say."""
     question_type: str | None
@@ -67,16 +71,23 @@ class Record(BaseModel):
     group: str
     """Patient, lesion or image that must stay on one side of a split."""
     licence: str = "follows the source"
+    alternatives: tuple[str, ...] = ()
+    """Other texts that are right too; of an open question only."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if not self.question.strip():
             raise ValueError("the question is empty")
-        if not 2 <= len(self.options) <= len(LETTERS):
+        if self.is_open:
+            if any(not text.strip() for text in (self.answer, *self.alternatives)):
+                raise ValueError("an answer of an open question is empty")
+        elif not 2 <= len(self.options) <= len(LETTERS):
             raise ValueError(f"{len(self.options)} options, expected 2 to {len(LETTERS)}")
-        if any(not option.strip() for option in self.options):
+        elif any(not option.strip() for option in self.options):
             raise ValueError("an option is empty")
-        if self.answer not in self.letters:
+        elif self.alternatives:
+            raise ValueError("alternatives are for open questions; this one has options")
+        elif self.answer not in self.letters:
             raise ValueError(f"answer {self.answer!r} is not one of {', '.join(self.letters)}")
         if self.modality is not None and self.modality not in MODALITIES:
             raise ValueError(f"unknown modality {self.modality!r}, expected one of {', '.join(MODALITIES)}")
@@ -87,18 +98,31 @@ class Record(BaseModel):
         return self
 
     @property
+    def is_open(self) -> bool:
+        """Whether the answer is a text of one's own and not one of several options."""
+        return not self.options
+
+    @property
+    def is_yes_no(self) -> bool:
+        """Whether this is an open question whose right answer is yes or no, in any dress ("Yes ", "no.")."""
+        return self.is_open and normalise_answer(self.answer) in ("yes", "no")
+
+    @property
     def letters(self) -> tuple[str, ...]:
-        """The letters in use, ("A", "B", …)."""
+        """The letters in use, ("A", "B", …); none of an open question."""
         return tuple(LETTERS[: len(self.options)])
 
     @property
     def gold(self) -> str:
-        """Text of the right option."""
-        return self.options[LETTERS.index(self.answer)]
+        """Text of the right option, or of the right answer."""
+        return self.answer if self.is_open else self.options[LETTERS.index(self.answer)]
 
     @property
     def right_letters(self) -> tuple[str, ...]:
-        """Letters whose text equals the gold text up to case and white space (some public items repeat an option)."""
+        """Letters whose text equals the gold text up to case and white space (some public items repeat an option).
+
+        None of an open question.
+        """
         gold = normalise_option(self.gold)
         return tuple(
             letter
@@ -107,14 +131,31 @@ class Record(BaseModel):
         )
 
     @property
-    def chance(self) -> float:
-        """Expected accuracy of a uniform guess on this item, in [0, 1]."""
+    def chance(self) -> float | None:
+        """Expected accuracy of a uniform guess, in [0, 1]: over the options, or 0.5 of an open question that is
+        answered by yes or no. Undefined (None) of any other open question.
+        """
+        if self.is_open:
+            return 0.5 if self.is_yes_no else None
         return len(self.right_letters) / len(self.options)
 
 
 def normalise_option(text: str) -> str:
     """Case-folded text with single spaces: two options that agree in this are the same option."""
     return " ".join(text.casefold().split())
+
+
+def normalise_answer(text: str) -> str:
+    """An open answer as it is compared: compatible characters made one (NFKC), case-folded words and single Chinese
+    or Japanese characters with single spaces between, no punctuation and no English article unless nothing else is
+    left.
+
+    After the normalisation of SQuAD (arXiv:1606.05250), which deletes punctuation: here it parts words, so that
+    "T2-weighted" is "T2 weighted".
+    """
+    plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    words = re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+", plain)
+    return " ".join([word for word in words if word not in ("a", "an", "the")] or words or plain.split())
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

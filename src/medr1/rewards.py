@@ -8,10 +8,10 @@ import math
 import re
 from collections.abc import Callable, Mapping
 
-from medr1.answers import extract_answer, is_correct
+from medr1.answers import exact_match, extract_answer, is_correct, read_answer, token_f1
 from medr1.errors import MedR1Error
 from medr1.prompts import check_mode
-from medr1.records import Record
+from medr1.records import LETTERS, Record
 
 Reward = Callable[[str, Record, str], float]
 
@@ -28,7 +28,7 @@ _FORMAT = {
 def format_ok(reply: str, mode: str) -> bool:
     """Whether a reply is exactly as asked.
 
-    That is: each pair of tags once and in order, reasoning that is not blank, one letter as the answer, and
+    That is: each pair of tags once and in order, reasoning that is not blank, one line as the answer, and
     nothing but white space outside. Med-R1's pattern also takes repeated tags and any text as the answer.
     """
     check_mode(mode)
@@ -36,8 +36,26 @@ def format_ok(reply: str, mode: str) -> bool:
 
 
 def accuracy_reward(reply: str, record: Record, mode: str) -> float:
-    """1.0 for the right option however it is wrapped, else 0.0."""
-    return float(is_correct(extract_answer(reply, record.options), record))
+    """1.0 for the right option however it is wrapped, or for the right answer to an open question (yes and no are
+    understood in a sentence, any other text must be the same up to case, punctuation and articles); else 0.0.
+    """
+    return float(is_correct(read_answer(reply, record), record))
+
+
+def exact_reward(reply: str, record: Record, mode: str) -> float:
+    """1.0 where what was answered is the right text and nothing else, up to case, punctuation and articles."""
+    return float(exact_match(_answered(reply, record), (record.gold, *record.alternatives)))
+
+
+def token_f1_reward(reply: str, record: Record, mode: str) -> float:
+    """`token_f1` of what was answered and the right text, in [0, 1]."""
+    return token_f1(_answered(reply, record), (record.gold, *record.alternatives))
+
+
+def _answered(reply: str, record: Record) -> str:
+    """Text of the chosen option, or of the answer to an open question; empty without one."""
+    answer = extract_answer(reply, record.options)
+    return record.options[LETTERS.index(answer.letter)] if answer.letter else answer.text or ""
 
 
 def format_reward(reply: str, record: Record, mode: str) -> float:
@@ -45,7 +63,12 @@ def format_reward(reply: str, record: Record, mode: str) -> float:
     return float(format_ok(reply, mode))
 
 
-_NAMED: dict[str, Reward] = {"accuracy": accuracy_reward, "format": format_reward}
+_NAMED: dict[str, Reward] = {
+    "accuracy": accuracy_reward,
+    "format": format_reward,
+    "exact": exact_reward,
+    "token_f1": token_f1_reward,
+}
 
 
 def load_rewards(weights: Mapping[str, float]) -> list[tuple[str, Reward, float]]:

@@ -249,6 +249,11 @@ def make_plan(study: Study) -> Plan:
     """
     data = study.recipe.data
     train_records, test_records = load_parts(data)
+    if num_open := sum(record.is_open for record in [*train_records, *test_records]):
+        raise MedR1Error(
+            f"{data.path}: {num_open} open questions; a study compares multiple choice, "
+            "use `medr1 train` and `medr1 eval` for them"
+        )
     values: dict[Axis, list[str]] = {}
     for axis in study.axes:
         trainable, testable = ({getattr(record, axis) for record in part} for part in (train_records, test_records))
@@ -274,7 +279,7 @@ def make_plan(study: Study) -> Plan:
     baselines = [Cell("baseline", mode, model=model) for model in study.baselines for mode in study.base_modes]
     digest = hashlib.sha256()
     for record in [*train_records, *test_records]:
-        digest.update(record.model_dump_json(exclude={"images", "licence"}).encode())
+        digest.update(record.model_dump_json(exclude={"images", "licence"}, exclude_defaults=True).encode())
     return Plan(study, train_records, test_records, values, [*base, *trained, *baselines], digest.hexdigest())
 
 

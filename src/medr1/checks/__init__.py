@@ -15,7 +15,7 @@ from typing import Any
 from medr1.checks.images import image_findings, look_at
 from medr1.checks.page import print_check, write_check
 from medr1.checks.parts import by_file, compare_parts, own_parts, published_parts
-from medr1.checks.texts import answers, letters, options, questions, spellings
+from medr1.checks.texts import answers, letters, mean_chance, options, questions, spellings
 from medr1.datasets import is_omnimedvqa, load_records
 from medr1.metrics import NOT_STATED
 from medr1.records import Record
@@ -31,10 +31,12 @@ def check_data(path: Path | str) -> dict[str, Any]:
     """Counts and findings for a data set, ready for JSON. A finding is {"num", "listed"}.
 
     Returns:
-        path, folder (which image names start from), records, groups, chance (mean expected accuracy of a guess).
+        path, folder (which image names start from), records, groups, open (number of open questions),
+        chance (mean expected accuracy of a guess at multiple choice; None without any).
         counts: of records by modality, question_type, num_options.
         sources: of each, its records, images and licences.
-        images: `image_findings`. questions, options, spellings, letters, answers: see `medr1.checks.texts`.
+        images: `image_findings`. questions, options, spellings, letters (None without multiple
+            choice), answers: see `medr1.checks.texts`.
         parts: for each published pair of files, and last for our own split, its name and `compare_parts`.
 
     Raises:
@@ -42,6 +44,7 @@ def check_data(path: Path | str) -> dict[str, Any]:
     """
     path = Path(path)
     records = load_records(path, check_images=False)
+    choice = [record for record in records if not record.is_open]
     folder = path if path.is_dir() else path.parent
     files = {"": records} if is_omnimedvqa(path) else by_file(records)
     pictures = look_at(sorted({image for record in records for image in record.images}))
@@ -54,18 +57,19 @@ def check_data(path: Path | str) -> dict[str, Any]:
         "folder": str(folder),
         "records": len(records),
         "groups": len({record.group for record in records}),
-        "chance": sum(record.chance for record in records) / len(records),
+        "open": len(records) - len(choice),
+        "chance": mean_chance(choice) if choice else None,
         "counts": {
             "modality": _count(record.modality or NOT_STATED for record in records),
             "question_type": _count(record.question_type or NOT_STATED for record in records),
-            "num_options": _count(str(len(record.options)) for record in records),
+            "num_options": _count(str(len(record.options) or "open") for record in records),
         },
         "sources": _sources(records),
         "images": _listed(image_findings(pictures, records, own, folder)),
         "questions": _listed(questions(files.values(), pictures.content)),
         "options": _listed(options(records)),
         "spellings": _listed(spellings(path)),
-        "letters": letters(records),
+        "letters": letters(choice) if choice else None,
         "answers": answers(records),
         "parts": [{"name": name, **compare_parts(*both, pictures)} for name, both in parts.items()],
     }

@@ -78,7 +78,9 @@ def _parts(parts: list[dict[str, Any]]) -> list[tuple[str, str]]:
             story.append(("bad", f"{part['name']}: of {part['test']:,} test questions {shared}."))
         else:
             story.append(("good", f"{part['name']}: train and test share no image, no group and no question."))
-    texts = {part["name"]: part["text_only"] for part in parts}
+    texts = {part["name"]: part["text_only"] for part in parts if part["text_only"]["n"]}
+    if not texts:
+        return story
     scores = "; ".join(
         f"{name} {percent(text['accuracy'])} ({span(text['ci95'])}), guessing {percent(text['chance'])}"
         for name, text in texts.items()
@@ -114,6 +116,8 @@ def _words(report: dict[str, Any]) -> list[tuple[str, str]]:
     if rows := report["spellings"]["mended"]:
         story.append(("open", f"{rows:,} spellings of modality, type, key or answer were mended while reading."))
     letters = report["letters"]
+    if letters is None:
+        return story
     uneven = letters["p"] < UNEVEN
     always = f"always {letters['best']} scores {percent(letters['best_share'])}, guessing {percent(report['chance'])}"
     stands = f"The right option stands {'un' * uneven}evenly over the letters (p = {letters['p']:.2g}): {always}."

@@ -7,7 +7,7 @@ from typing import Any
 from medr1.checks.images import Pictures
 from medr1.checks.texts import plain
 from medr1.config import DataConfig
-from medr1.controls import text_only_prior
+from medr1.controls import group_disjoint, image_disjoint, text_only_prior
 from medr1.errors import MedR1Error
 from medr1.records import Record
 from medr1.splits import split_by_group
@@ -52,8 +52,6 @@ def compare_parts(train: Sequence[Record], test: Sequence[Record], pictures: Pic
     def shown(record: Record) -> tuple[str, ...]:
         return tuple(pictures.content[image] for image in record.images)
 
-    images = {image for record in train for image in record.images}
-    groups = {record.group for record in train}
     contents = {content for record in train for content in shown(record)}
     alike = {other for content in contents for other in pictures.near_content.get(content, ())}
     asked = {(shown(record), plain(record.question)) for record in train}
@@ -63,8 +61,8 @@ def compare_parts(train: Sequence[Record], test: Sequence[Record], pictures: Pic
     return {
         "train": len(train),
         "test": len(test),
-        "image_in_train": sum(not images.isdisjoint(record.images) for record in test),
-        "group_in_train": sum(record.group in groups for record in test),
+        "image_in_train": len(test) - len(image_disjoint(train, test)),
+        "group_in_train": len(test) - len(group_disjoint(train, test)),
         "copy_in_train": sum(copied) if pictures.paths else None,
         "near_in_train": sum(n and not c for n, c in zip(near, copied, strict=True)) if pictures.paths else None,
         "question_in_train": sum((shown(record), plain(record.question)) in asked for record in test),

@@ -21,6 +21,7 @@ NEAR_STEM = 0.9
 """difflib's ratio from which two stems, in `plain` form, are near the same."""
 NUM_ANSWERS = 5
 """Answers shown for a question type, the most frequent ones."""
+OPEN_KINDS = ("open, a text", "open, yes or no")
 
 
 def plain(text: str) -> str:
@@ -108,6 +109,9 @@ def spellings(path: Path) -> dict[str, Any]:
 def letters(records: Sequence[Record]) -> dict[str, Any]:
     """Where the right option stands.
 
+    Args:
+        records: multiple choice, at least one.
+
     Returns:
         by_num_options: for each number of options, letter to the number of records that have it right.
         p: chi-squared test that the letters of an item are equally likely, summed over numbers of options.
@@ -128,32 +132,39 @@ def letters(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def answers(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
-    """What the commonest answer alone scores, by question type, or by modality where no type is stated.
+    """What the commonest answer alone scores, by question type, or by modality where no type is stated; of open
+    questions apart, by whether yes or no is the answer.
 
     Returns:
         For each: n, distinct (right answers, up to case and punctuation), top ([text, n] of the most frequent),
-        chance, and majority: the accuracy of always giving the most frequent answer, and a guess where it is
-        not offered.
+        chance (None of open texts), and majority: the accuracy of always giving the most frequent answer, and a
+        guess where it is not offered.
     """
     by_kind: dict[str, list[Record]] = defaultdict(list)
     for record in records:
-        by_kind[record.question_type or f"{record.modality or NOT_STATED}, any type"].append(record)
-    order = (*QUESTION_TYPES, *(f"{modality}, any type" for modality in (*MODALITIES, NOT_STATED)))
+        kind = record.question_type or f"{record.modality or NOT_STATED}, any type"
+        by_kind[OPEN_KINDS[record.is_yes_no] if record.is_open else kind].append(record)
+    order = (*QUESTION_TYPES, *(f"{modality}, any type" for modality in (*MODALITIES, NOT_STATED)), *OPEN_KINDS)
     table = {}
     for kind in sorted(by_kind, key=order.index):
         some = by_kind[kind]
         right = Counter(plain(record.gold) for record in some)
         spelt = {plain(record.gold): record.gold for record in some}
         best = right.most_common(1)[0][0]
-        guessed = sum(record.chance for record in some if best not in map(plain, record.options))
+        guessed = sum(r.chance or 0 for r in some if not r.is_open and best not in map(plain, r.options))
         table[kind] = {
             "n": len(some),
             "distinct": len(right),
             "top": [[spelt[answer], times] for answer, times in right.most_common(NUM_ANSWERS)],
-            "chance": sum(record.chance for record in some) / len(some),
+            "chance": None if kind == OPEN_KINDS[False] else mean_chance(some),
             "majority": (right[best] + guessed) / len(some),
         }
     return table
+
+
+def mean_chance(records: Sequence[Record]) -> float:
+    """Mean accuracy of a guess, of records that can be guessed at."""
+    return sum(record.chance or 0 for record in records) / len(records)
 
 
 def _near_same(stem: str, other: str) -> bool:

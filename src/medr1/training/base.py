@@ -180,6 +180,7 @@ class RecordTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Greedy accuracy on held-out records by the one evaluator; rows are kept as eval-step-N.jsonl.
 
+        Multiple choice is "eval_accuracy", open questions are "eval_open_accuracy".
         Each process answers its share into a file of its own; process 0 joins them.
         """
         rank, world, step = self.args.process_index, self.args.world_size, self.state.global_step
@@ -195,8 +196,11 @@ class RecordTrainer(Trainer):
             agree(lambda: write_jsonl(path, rows) if self.is_world_process_zero() else None)
             part.unlink(missing_ok=True)
         summary = summarise(rows)
-        low, high = summary["ci95"]
-        metrics = {"eval_accuracy": summary["accuracy"], "eval_ci_low": low, "eval_ci_high": high}
+        metrics: dict[str, float] = {}
+        for name, cell in (("eval", summary), ("eval_open", summary["open"])):
+            if cell and cell["n"]:
+                low, high = cell["ci95"]
+                metrics |= {f"{name}_accuracy": cell["accuracy"], f"{name}_ci_low": low, f"{name}_ci_high": high}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -347,7 +351,7 @@ class RecordTrainer(Trainer):
 class _OneLineProgress(ProgressCallback):
     """The library's progress bar, with the newest numbers on the bar and not a line for each step."""
 
-    SHOWN = ("loss", "reward_accuracy", "format_rate", "kl", "completion_tokens", "eval_accuracy")
+    SHOWN = ("loss", "reward_accuracy", "format_rate", "kl", "completion_tokens", "eval_accuracy", "eval_open_accuracy")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is not None:

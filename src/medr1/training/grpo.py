@@ -20,7 +20,7 @@ import torch
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 
-from medr1.answers import extract_answer
+from medr1.answers import read_answer
 from medr1.config import Config
 from medr1.errors import MedR1Error
 from medr1.grpo import group_advantages, loss_denominator, policy_loss
@@ -212,7 +212,7 @@ class GRPOTrainer(RecordTrainer):
     ) -> list[dict[str, Any]]:
         """Add a rollout's sums to the log; its rows of COMPLETIONS."""
         mode = self.config.rollout.mode
-        answers = [extract_answer(text, owner.options) for text, owner in zip(rollout.texts, owners, strict=True)]
+        answers = [read_answer(text, owner) for text, owner in zip(rollout.texts, owners, strict=True)]
         lengths = rollout.mask_NT.sum(1)
         self.add_to_log(
             {
@@ -223,7 +223,7 @@ class GRPOTrainer(RecordTrainer):
                 "group_std": float(rewards_BG.std(1).sum()),
                 "zero_variance": float((advantages_BG == 0).all(1).sum()),
                 "truncated": float((~rollout.finished_N).sum()),
-                "unparsed": sum(answer.outcome != "letter" for answer in answers),
+                "unparsed": sum(answer.outcome not in ("letter", "text") for answer in answers),
                 "format_ok": sum(format_ok(text, mode) for text in rollout.texts),
                 **{f"reward_{name}": sum(values) for name, values in parts.items()},
             }

@@ -1,8 +1,8 @@
 """The supervised baseline, done right: the loss is on the answer alone, in the same prompts as GRPO and evaluation.
 
-The records hold no rationale, so the target is `<answer> TEXT</answer>` with the right option's text and the end token,
-and the mode is no-think. A step takes `prompts_per_step` examples, as a GRPO step takes that many prompts: at equal
-steps both methods have seen the same questions equally often (GRPO draws G completions of each).
+The records hold no rationale, so the target is `<answer> TEXT</answer>` with the text of the right option or answer,
+and the end token, and the mode is no-think. A step takes `prompts_per_step` examples, as a GRPO step takes that many
+prompts: at equal steps both methods have seen the same questions equally often (GRPO draws G completions of each).
 
     medr1 train --method sft --model tiny --data phantoms --out runs/sft
 """
