@@ -5,10 +5,10 @@
 A job: {"recipe": overrides, "out": folder, "dtype": "float64", "stop": true, "spoil": name of a function here}.
 """
 
+# ruff: noqa: E402 - the tests' folder must be importable first
+
 import json
 import os
-import resource
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from tiny_vlms import tiny_vlm
 
 from medr1.data import load_parts
 from medr1.errors import MedR1Error
-from medr1.processes import agree, is_first, join, leave
+from medr1.processes import agree, join, leave
 from medr1.records import Record
 from medr1.training import GRPOTrainer, SFTTrainer
 from medr1.training.base import RecordTrainer
