@@ -6,8 +6,19 @@ from tiny_vlms import FAMILIES, conversation, picture, plain_logprobs, ragged_pr
 from torch import Tensor
 
 from medr1 import shared_prefix
+from medr1.attention import PackedGroups, Prefill, tree_mask
 from medr1.grpo import policy_loss
-from medr1.models import VLM, PromptBatch, add_lora, encode_prompts, freeze_vision, vision_tower, with_vision_features
+from medr1.models import (
+    VLM,
+    FeatureCache,
+    PromptBatch,
+    add_lora,
+    compile_text_layers,
+    encode_prompts,
+    freeze_vision,
+    vision_tower,
+    with_vision_features,
+)
 from medr1.rollouts import sample
 from medr1.shared_prefix import completion_logprobs, restrict
 
@@ -127,6 +138,111 @@ def test_frozen_tower_runs_once_for_sampling_policy_and_reference(family: str) -
     part, _ = completion_logprobs(vlm, ready.select(order), ids[rows], mask[rows])
     torch.testing.assert_close(part, fresh[rows], atol=1e-5, rtol=0)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_features_are_kept_from_one_epoch_to_the_next(family: str) -> None:
+    vlm = tiny_vlm(family)
+    freeze_vision(vlm)
+    prompts = ragged_prompts(vlm)  # none, one and two images
+    calls: list[int] = []
+    vision_tower(vlm)[0].register_forward_hook(lambda *_: calls.append(1))
+    cache = FeatureCache()
+    first = with_vision_features(vlm, prompts, cache)
+    assert len(calls) == len(cache) == sum(prompts.image_counts)
+    ids, mask = completions(len(prompts) * G)
+    fresh, _ = completion_logprobs(vlm, prompts, ids, mask)
+    calls.clear()
+    again = with_vision_features(vlm, prompts.select([2, 0, 1]), cache)
+    assert not calls
+    rows = torch.tensor([prompt * G + g for prompt in (2, 0, 1) for g in range(G)])
+    for ready, expected, order in ((first, fresh, slice(None)), (again, fresh[rows], rows)):
+        kept, _ = completion_logprobs(vlm, ready, ids[order], mask[order])
+        torch.testing.assert_close(kept, expected, atol=1e-5, rtol=0)
+    two = prompts.image_counts.index(2)
+    alone = with_vision_features(vlm, prompts.select([two]), FeatureCache())  # as after a resume, in another batch
+    place = sum(prompts.image_counts[:two])
+    for one, other in zip(alone.features.pooler_output, first.features.pooler_output[place : place + 2], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_oldest_features_go_first() -> None:
+    vlm = tiny_vlm("qwen2_vl")
+    freeze_vision(vlm)
+    images = [[picture(seed)] for seed in range(3)]
+    prompts = encode_prompts(vlm, [conversation("What is it?", 1)] * 3, images)
+    size = with_vision_features(vlm, prompts).features.pooler_output[0].nbytes
+    cache = FeatureCache(max_bytes=2 * size)
+    with_vision_features(vlm, prompts, cache)
+    assert (len(cache), cache.num_bytes) == (2, 2 * size)
+    calls: list[int] = []
+    vision_tower(vlm)[0].register_forward_hook(lambda *_: calls.append(1))
+    with_vision_features(vlm, prompts.select([1, 2]), cache)
+    assert not calls
+    with_vision_features(vlm, prompts.select([0]), cache)
+    assert len(calls) == 1
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("with_prompt", [True, False])
+def test_flex_attention_of_the_tree_mask(with_prompt: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layout that a GPU takes, on the CPU, where flex_attention has no backward pass."""
+
+    class Tree(PackedGroups):
+        def __init__(self, attention_mask_BP: Tensor, groups: int, length: int, prefill: Prefill | None) -> None:
+            super().__init__(attention_mask_BP, groups, length, prefill)
+            mask = prefill.attention_mask_BP if prefill else attention_mask_BP
+            self.tree = tree_mask(mask.bool(), groups, length, with_prompt=prefill is None)
+
+    vlm = tiny_vlm("qwen2_vl")
+    prompts = ragged_prompts(vlm)
+    rollout = sample(vlm, prompts, num_completions=G, max_new_tokens=T, seed=0, keep_prefill=not with_prompt)
+    prefill = rollout.prefill
+    with torch.no_grad():
+        arguments = (vlm, prompts, rollout.completion_ids_NT, rollout.mask_NT)
+        expected, _ = completion_logprobs(*arguments, prefill=prefill)
+        monkeypatch.setattr(shared_prefix, "PackedGroups", Tree)
+        flex, _ = completion_logprobs(*arguments, prefill=prefill)
+    torch.testing.assert_close(flex, expected, atol=1e-5, rtol=0)
+
+
+def test_tree_mask_by_hand() -> None:
+    """One padded prompt of two tokens, two completions of two: who sees whom."""
+    real = torch.tensor([[False, True, True]])
+    whole = [[0, 0, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0, 0]]
+    completions_see = [[0, 1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 0, 0], [0, 1, 1, 0, 0, 1, 0], [0, 1, 1, 0, 0, 1, 1]]
+    for with_prompt, rows in ((True, whole + completions_see), (False, completions_see)):
+        allowed = tree_mask(real, 2, 2, with_prompt=with_prompt).mask_mod
+        index = torch.tensor(0)
+        seen = [
+            [int(allowed(index, index, torch.tensor(query), torch.tensor(key))) for key in range(7)]
+            for query in range(len(rows))
+        ]
+        assert seen == rows
+
+
+def test_compiled_layers_change_nothing() -> None:
+    """Capture and gradient of the compiled path; the code generator itself is torch's own affair."""
+    vlm = add_lora(tiny_vlm("qwen2_vl"), rank=4, alpha=8)
+    for name, parameter in vlm.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    prompts = ragged_prompts(vlm)
+
+    def results() -> list[Tensor]:
+        rollout = sample(vlm, prompts, num_completions=G, max_new_tokens=T, seed=0)
+        logp, _ = completion_logprobs(vlm, prompts, rollout.completion_ids_NT, rollout.mask_NT)
+        with vlm.model.disable_adapter(), torch.no_grad():  # type: ignore[operator]
+            reference, _ = completion_logprobs(vlm, prompts, rollout.completion_ids_NT, rollout.mask_NT)
+        return [rollout.completion_ids_NT, logp.detach(), reference, gradients(vlm, logp.sum())]
+
+    expected = results()
+    assert (expected[1] - expected[2]).abs().max() > 1e-3
+    compile_text_layers(vlm, backend="aot_eager")
+    before = sum(torch._dynamo.utils.counters["stats"].values())
+    for found, wanted in zip(results(), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+    assert sum(torch._dynamo.utils.counters["stats"].values()) > before, "nothing was compiled"
 
 
 def test_text_alone() -> None:

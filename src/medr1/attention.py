@@ -11,10 +11,13 @@ completion tokens, H query heads, K key-value heads, R = H/K, D head size.
 """
 
 import copy
+import functools
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -89,12 +92,42 @@ def _sdpa(
     return out.transpose(1, 2)
 
 
+@functools.cache
+def _fused_flex_attention() -> Callable[..., Tensor]:
+    """flex_attention as the one kernel that it becomes when compiled; uncompiled it would make the whole matrix."""
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def tree_mask(real_BP: Tensor, num_completions: int, completion_length: int, *, with_prompt: bool) -> BlockMask:
+    """The mask of rows `[prompt | completion 1 | … | completion G]` for `flex_attention`, never made in full.
+
+    Args:
+        real_BP: true at prompt tokens, false at padding.
+        with_prompt: whether the queries begin with the prompt, or are the completions alone.
+    """
+    num_prompts, prompt_length = real_BP.shape
+    packed, device = num_completions * completion_length, real_BP.device
+    # All in tensors: a number in the closure would be compiled in, and each step has other lengths.
+    place = torch.arange(prompt_length + packed, device=device)
+    group = torch.div(place - prompt_length, completion_length, rounding_mode="floor").clamp(min=-1)  # -1: prompt
+    real = torch.cat([real_BP, real_BP.new_ones(num_prompts, packed)], dim=1)
+    start = 0 if with_prompt else prompt_length
+    query_place, query_group = place[start:], group[start:]
+
+    def allowed(row: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        visible = (group[key] < 0) | (group[key] == query_group[query])
+        return real[row, key] & (key <= query_place[query]) & visible
+
+    return create_block_mask(allowed, num_prompts, None, len(query_place), len(place), device=str(device))
+
+
 class PackedGroups:
     """Rows `[prompt | completion 1 | … | completion G]`: each completion sees its prompt and itself.
 
     This is the tree mask of one packed row, computed in two calls so that completions are never compared with
     each other: prompt against prompt, and (N, T) completions against their prompt and themselves. With the prompts'
     keys and values at hand (`prefill`), a row is `[completion 1 | … | completion G]` and only the second is done.
+    On a GPU it is one call of `flex_attention`, which copies no prompt's keys and skips the blocks that are masked.
     """
 
     def __init__(
@@ -110,6 +143,10 @@ class PackedGroups:
         self.prefill = prefill
         self.prompt_length = 0 if prefill else prompt_length
         self.groups = (num_completions, completion_length)
+        self.tree: BlockMask | None = None
+        if attention_mask_BP.is_cuda:
+            self.tree = tree_mask(attention_mask_BP.bool(), *self.groups, with_prompt=prefill is None)
+            return
         self.prompt_mask = None if prefill else prompt_mask(attention_mask_BP, prompt_length)
         # Completions are right-padded, so causality alone keeps real tokens from seeing padding.
         device = attention_mask_BP.device
@@ -119,6 +156,8 @@ class PackedGroups:
         self.completion_mask = torch.cat([prompts, own], dim=-1).flatten(0, 1)[:, None]
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+        if self.tree is not None:
+            return self._attend_tree(module, query, key, value, kwargs["scaling"])
         length, (num_completions, _) = self.prompt_length, self.groups
 
         def completions(states: Tensor) -> Tensor:  # (B, heads, G*T, D) -> (N, heads, T, D)
@@ -145,6 +184,14 @@ class PackedGroups:
             return grouped
         prompt_out = _sdpa(module, query[:, :, :length], prompt_key, prompt_value, self.prompt_mask, **kwargs)
         return torch.cat([prompt_out, grouped], dim=1)
+
+    def _attend_tree(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        if self.prefill:
+            layer: int = module.layer_idx  # type: ignore[assignment]
+            key = torch.cat([self.prefill.keys[layer], key], dim=2)
+            value = torch.cat([self.prefill.values[layer], value], dim=2)
+        attend: Any = _fused_flex_attention() if query.is_cuda else flex_attention
+        return attend(query, key, value, block_mask=self.tree, scale=scaling, enable_gqa=True).transpose(1, 2)
 
 
 class Prefill:

@@ -29,6 +29,9 @@ class ModelConfig(_Section):
     )
     lora_rank: int = Field(0, ge=0, description="rank of a LoRA adapter on the language model; 0: full fine-tuning")
     lora_alpha: int = Field(32, ge=1, description="LoRA scale: the update is multiplied by alpha / rank")
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="torch.compile of the text layers in training; auto: on a GPU"
+    )
     train_vision: bool = Field(True, description="train the vision tower too (full fine-tuning only); false: frozen")
 
 

@@ -9,6 +9,8 @@ Shapes: B prompts, P prompt tokens, A rotary axes (3 with M-RoPE, else 1).
 
 import contextlib
 import copy
+import hashlib
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,6 +22,7 @@ from PIL.Image import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from medr1 import attention
 from medr1.errors import MedR1Error
@@ -367,18 +370,56 @@ def _positions(
     return ((mask.cumsum(-1) - 1) * mask)[None]
 
 
-def with_vision_features(vlm: VLM, prompts: PromptBatch) -> PromptBatch:
+def with_vision_features(vlm: VLM, prompts: PromptBatch, cache: "FeatureCache | None" = None) -> PromptBatch:
     """The prompts with their images already encoded, if the vision tower is frozen; otherwise as they are.
 
-    Sampling, policy pass and reference pass then run the tower once instead of three times.
+    Sampling, policy pass and reference pass then run the tower once instead of three times; with a cache, once a run.
     """
     tower = vision_tower(vlm)
     trained = any(parameter.requires_grad for module in tower for parameter in module.parameters())
     if not tower or trained or not prompts.vision:
         return prompts
     with torch.no_grad():
-        features = vlm.core.get_image_features(**prompts.vision, return_dict=True)
+        if cache is None or "image_grid_thw" not in prompts.vision:
+            return replace(prompts, features=vlm.core.get_image_features(**prompts.vision, return_dict=True))
+        images = [cache(vlm, _select_images(prompts.vision, [image])) for image in range(sum(prompts.image_counts))]
+    tokens, *deeper = zip(*images, strict=True)
+    features: Any = BaseModelOutputWithPooling(pooler_output=tokens)  # type: ignore[arg-type]
+    features.deepstack_features = deeper or None
     return replace(prompts, features=features)
+
+
+class FeatureCache:
+    """A frozen tower's output for each image, in main memory from one epoch to the next; the newest `max_bytes` stay.
+
+    An image is known by its pixels as the processor gives them, and is encoded by itself, so that a run which was
+    resumed with an empty cache computes the same. Idefics3, whose images come as tiles, is not cached.
+    """
+
+    def __init__(self, max_bytes: int = 4 * 2**30) -> None:
+        self.max_bytes, self.num_bytes = max_bytes, 0
+        self._kept: OrderedDict[bytes, list[Tensor]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __call__(self, vlm: VLM, vision: dict[str, Tensor]) -> list[Tensor]:
+        """Features of one image on the model's device: its tokens, then those for deeper text layers (Qwen3-VL)."""
+        key = hashlib.sha256()
+        for name, tensor in sorted(vision.items()):
+            key.update(f"{name} {tuple(tensor.shape)}".encode())
+            key.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        if kept := self._kept.get(key.digest()):
+            self._kept.move_to_end(key.digest())
+            return [part.to(vlm.device) for part in kept]
+        output = vlm.core.get_image_features(**vision, return_dict=True)
+        deeper = getattr(output, "deepstack_features", None) or []
+        parts = [output.pooler_output[0], *(layer[0] for layer in deeper)]
+        self._kept[key.digest()] = [part.cpu() for part in parts]
+        self.num_bytes += sum(part.nbytes for part in parts)
+        while self.num_bytes > self.max_bytes:
+            self.num_bytes -= sum(part.nbytes for part in self._kept.popitem(last=False)[1])
+        return parts
 
 
 def vision_tower(vlm: VLM) -> list[nn.Module]:
@@ -399,6 +440,17 @@ def freeze_vision(vlm: VLM) -> None:
         raise MedR1Error(f"{vlm.name}: its vision tower is not known to medr1; train it, or use a Qwen-VL model")
     for module in tower:
         module.requires_grad_(False)
+
+
+def compile_text_layers(vlm: VLM, backend: str = "inductor") -> None:
+    """Compile each text layer's norms and feed-forward part, on their first call; equal layers share one graph.
+
+    Attention stays out: its layout changes from call to call, and each change would be compiled anew.
+    """
+    for layer in vlm.core.get_decoder().layers:
+        for name, part in layer.named_children():
+            if "attn" not in name:
+                part.compile(backend=backend, dynamic=True)
 
 
 def add_lora(vlm: VLM, *, rank: int, alpha: float, dropout: float = 0.0) -> VLM:

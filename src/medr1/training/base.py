@@ -38,7 +38,7 @@ from medr1.errors import MedR1Error
 from medr1.evaluation import Row, evaluate, weights_fingerprint
 from medr1.images import load_image
 from medr1.metrics import summarise
-from medr1.models import VLM, PromptBatch, add_lora, encode_prompts, freeze_vision
+from medr1.models import VLM, PromptBatch, add_lora, compile_text_layers, encode_prompts, freeze_vision
 from medr1.processes import agree, gather
 from medr1.prompts import build_messages
 from medr1.records import Record, append_jsonl, read_jsonl, write_atomic, write_jsonl
@@ -77,6 +77,8 @@ class RecordTrainer(Trainer):
             vlm = add_lora(vlm, rank=config.model.lora_rank, alpha=config.model.lora_alpha)
         elif not config.model.train_vision:
             freeze_vision(vlm)
+        if config.model.compile == "on" or (config.model.compile == "auto" and vlm.device.type == "cuda"):
+            compile_text_layers(vlm)
         self.vlm, self.config, self.out = vlm, config, output_dir
         self.num_records, self.num_test_records = len(train_records), len(test_records)
         chosen = min(config.log.eval_records, len(test_records))

@@ -24,7 +24,7 @@ from medr1.answers import read_answer
 from medr1.config import Config
 from medr1.errors import MedR1Error
 from medr1.grpo import group_advantages, loss_denominator, policy_loss
-from medr1.models import VLM, PromptBatch, evaluating, with_vision_features
+from medr1.models import VLM, FeatureCache, PromptBatch, evaluating, with_vision_features
 from medr1.processes import agree, gather
 from medr1.records import Record
 from medr1.rewards import format_ok, load_rewards
@@ -76,6 +76,7 @@ class GRPOTrainer(RecordTrainer):
         needs_copy = config.grpo.beta > 0 and not config.model.lora_rank
         self.reference = copy.deepcopy(vlm.model).requires_grad_(False).eval() if needs_copy else None
         super().__init__(vlm, config, train_records, test_records, output_dir)
+        self.features = FeatureCache()
         if self.reference is not None and self.is_fsdp_enabled:
             self.reference = fsdp2_prepare_model(self.accelerator, self.reference)
         # Sampling reads the prompts with gradient, and the policy pass goes on from there, where one backward pass of
@@ -108,7 +109,7 @@ class GRPOTrainer(RecordTrainer):
 
     def _sample(self, records: list[Record]) -> tuple[Experience, list[dict[str, Any]]]:
         config, num_completions = self.config, self.config.rollout.num_completions
-        prompts = with_vision_features(self.vlm, self.encode(records))
+        prompts = with_vision_features(self.vlm, self.encode(records), self.features)
         rollout = sample(
             self.vlm,
             prompts,
