@@ -240,11 +240,11 @@ def test_what_cannot_be_calibrated_is_said(tmp_path: Path) -> None:
 
 def test_command_line(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", drawn(200, temperature=2.0, group_size=2))
-    arguments = ["calibrate", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "c.json"), "--accuracy", "0.7"]
+    arguments = ["calibrate", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "c.json"), "--accuracy", "0.6"]
     said = CliRunner().invoke(app, [*arguments, "--json"])
     assert said.exit_code == 0
     result = json.loads(said.stdout.splitlines()[-1])
     assert result["target"] == "accuracy"
-    assert result["accuracy"] >= 0.7
+    assert result["accuracy"] >= 0.6
     assert read_calibration(tmp_path / "c.json").threshold == result["threshold"]
     assert result["judged"]["after"]["n"] + result["n"] == 200
