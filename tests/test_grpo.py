@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medr1.errors import MedR1Error
-from medr1.grpo import group_advantages, kl_k3, loss_denominator, policy_loss
+from medr1.grpo import group_advantages, kl_k3, loss_denominator, policy_loss, rollout_weights
 
 
 def test_advantages_by_hand() -> None:
@@ -147,3 +147,43 @@ def test_a_row_without_tokens_adds_nothing() -> None:
     mask = torch.tensor([[1, 1], [0, 0]])
     loss, _ = policy_loss(logp, None, torch.tensor([1.0, 5.0]), mask, denominator=2)
     assert loss.item() == -0.5
+
+
+def test_rollout_weights_by_hand() -> None:
+    # π / μ = 0.4 / 0.5, 0.6 / 0.2 and padding: 0.8, 3 cut to 2, 1. |log ratio|: log 1.25 + log 3 = 0.22314 + 1.09861.
+    # k3 of KL(μ ‖ π): 0.8 + 0.22314 - 1 = 0.02314 and 3 - 1.09861 - 1 = 0.90139.
+    policy = torch.tensor([[0.4, 0.6, 0.5]], requires_grad=True)
+    server = torch.tensor([[0.5, 0.2, 0.9]])
+    weights, sums = rollout_weights(policy.log(), server.log(), torch.tensor([[1, 1, 0]]), cap=2.0)
+    assert weights.tolist() == [pytest.approx([0.8, 2.0, 1.0])]
+    assert not weights.requires_grad
+    assert sums == pytest.approx({"mismatch_abs": 1.32176, "mismatch_kl": 0.92453, "capped": 1.0}, abs=1e-5)
+    # The clipped terms of the two tokens, -0.8 and -2, and 0.5 times the reference's k3, 0 and 2 - log 2 - 1 = 0.30685.
+    reference = torch.tensor([[0.4, 1.2, 0.5]])
+    loss, _ = policy_loss(
+        policy.log(),
+        None,
+        torch.tensor([1.0]),
+        torch.tensor([[1, 1, 0]]),
+        denominator=1.0,
+        beta=0.5,
+        ref_logp_NT=reference.log(),
+        weight_NT=weights,
+    )
+    assert loss.item() == pytest.approx((-2.8 + 0.5 * 0.30685) / 2, abs=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**31))
+def test_weighted_samples_of_another_policy_have_the_gradient_of_our_own(seed: int) -> None:
+    """Exactly, by summing over a vocabulary of six: E_μ[w A ∇log π] = ∇ E_π[A] where the cap is out of reach."""
+    generator = torch.Generator().manual_seed(seed)
+    logits, others, rewards = torch.randn(3, 6, generator=generator, dtype=torch.float64)
+    logits.requires_grad_()
+    logp, server_logp = logits.log_softmax(0), others.log_softmax(0)
+    (expected,) = torch.autograd.grad(-(logp.exp() * rewards).sum(), logits, retain_graph=True)
+    mask = torch.ones(6, 1)
+    weights, _ = rollout_weights(logp[:, None], server_logp[:, None], mask, cap=math.inf)
+    loss, _ = policy_loss(logp[:, None], None, server_logp.exp() * rewards, mask, denominator=1.0, weight_NT=weights)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(gradient, expected)

@@ -57,6 +57,8 @@ class RolloutConfig(_Section):
     num_completions: int = Field(8, ge=1, description="G, completions a prompt; at least 2 for GRPO")
     max_new_tokens: int = Field(256, ge=1, description="a completion is cut here and counted as truncated")
     temperature: float = Field(1.0, gt=0, description="sampling temperature; the scored policy has the same")
+    engine: Literal["local", "vllm"] = Field("local", description="who samples: this process, or a vLLM server")
+    vllm_url: str = Field("http://127.0.0.1:8000/v1", description="that server, up to and with /v1")
 
 
 class GRPOConfig(_Section):
@@ -77,6 +79,9 @@ class GRPOConfig(_Section):
     clip_high: float = Field(0.2, ge=0, description="ratio is clipped at 1 + clip_high")
     beta: float = Field(0.04, ge=0, description="weight of the KL to the reference; 0 loads no reference")
     num_iterations: int = Field(1, ge=1, description="updates on each batch of rollouts; 1 is on-policy")
+    rollout_ratio_cap: float = Field(
+        2.0, gt=0, description="cap of the ratio policy / server for each token; only where a server samples"
+    )
 
 
 class OptimizerConfig(_Section):

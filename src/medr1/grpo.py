@@ -48,6 +48,36 @@ def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     return difference.exp() - difference - 1
 
 
+def rollout_weights(
+    logp_NT: Tensor, rollout_logp_NT: Tensor, mask_NT: Tensor, *, cap: float
+) -> tuple[Tensor, dict[str, float]]:
+    """Truncated importance weights of tokens that another engine sampled: min(π / μ, cap), without gradient.
+
+    A server computes the policy π with other kernels and types, so that what it samples from is some μ beside π. The
+    weight puts the expectation right but for the part above the cap, which bounds the variance (Ionides 2008,
+    doi:10.1198/106186008X320456). Each token has its own, as in https://fengyao.notion.site/off-policy-rl, cap 2.
+    A token of π = 2/5 that was sampled with μ = 1/2 gets 0.8; one of π = 3/5, μ = 1/5 gets 2 of its 3.
+
+    Args:
+        logp_NT: of the policy with the weights that the server had.
+        rollout_logp_NT: of the server.
+        mask_NT: 1 at tokens that count.
+
+    Returns:
+        Weights (N, T), and sums over tokens for the log: "mismatch_abs" |log π - log μ|, "mismatch_kl" KL(μ ‖ π)
+        by `kl_k3`, "capped".
+    """
+    mask = mask_NT.to(logp_NT.dtype)
+    difference = (logp_NT.detach() - rollout_logp_NT) * mask
+    ratio = difference.exp()
+    sums = {
+        "mismatch_abs": difference.abs().sum(),
+        "mismatch_kl": (kl_k3(torch.zeros_like(difference), difference) * mask).sum(),
+        "capped": (ratio > cap).to(mask.dtype).mul(mask).sum(),
+    }
+    return ratio.clamp(max=cap), {name: float(value) for name, value in sums.items()}
+
+
 def loss_denominator(mask_NT: Tensor, aggregate: Aggregate, max_tokens: int | None = None) -> float:
     """What `policy_loss` divides by, for the rows of the whole step (add it over processes, micro-batches).
 
@@ -74,6 +104,7 @@ def policy_loss(
     beta: float = 0.0,
     ref_logp_NT: Tensor | None = None,
     kl_by_ratio: bool = False,
+    weight_NT: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """The clipped objective with a KL penalty, to minimise (arXiv:2402.03300, eq. 3).
 
@@ -91,6 +122,7 @@ def policy_loss(
         ref_logp_NT: of the reference; needed if beta > 0.
         kl_by_ratio: weight the KL term by ρ, which makes its gradient that of the true KL (arXiv:2512.02556;
             the default of TRL 1.16); False is GRPO as published.
+        weight_NT: factor of each token's clipped term, not of its KL; see `rollout_weights`.
 
     Returns:
         The loss, and sums over tokens for the log: "tokens", "clipped_low", "clipped_high", "ratio", and "kl"
@@ -102,6 +134,8 @@ def policy_loss(
     advantage = advantage_N.to(logp_NT.dtype)[:, None]
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     loss_NT = -torch.minimum(ratio * advantage, clipped * advantage)
+    if weight_NT is not None:
+        loss_NT = loss_NT * weight_NT
     sums = {
         "tokens": mask.sum(),
         "ratio": (ratio * mask).sum(),

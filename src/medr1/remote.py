@@ -13,7 +13,7 @@ import io
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def evaluate_remote(
             used again.
     """
     model, url = _parse(name)
-    key = _api_key()
+    key = api_key()
     with open_evaluation(
         records,
         name=model,
@@ -139,7 +139,7 @@ class _Server:
             choice = completion.choices[0]
             text = choice.message.content or choice.message.refusal or ""
         except openai.NotFoundError as error:
-            raise self._error(f"no model {self.model} there ({_reason(error)})", await _offer(client)) from error
+            raise self._error(f"no model {self.model} there ({reason_of(error)})", await _offer(client)) from error
         except openai.APIError as error:
             raise self._failure(error, record) from error
         except (AttributeError, IndexError, TypeError, ValueError) as error:  # whatever else speaks HTTP
@@ -153,7 +153,7 @@ class _Server:
         }
 
     def _failure(self, error: openai.APIError, record: Record) -> MedR1Error:
-        reason = _reason(error)
+        reason = reason_of(error)
         match error:
             case openai.APITimeoutError():
                 attempts = f"no reply within {TIMEOUT:g} seconds, {MAX_RETRIES + 1} times"
@@ -189,7 +189,7 @@ def _parse(name: str) -> tuple[str, str]:
     return match[1], match[2]
 
 
-def _api_key() -> str:
+def api_key() -> str:
     key = os.environ.get("OPENAI_API_KEY", "").strip() or NO_KEY
     if not (key.isascii() and key.isprintable()):
         raise MedR1Error("OPENAI_API_KEY: holds a character that no key has; set it anew")
@@ -197,14 +197,18 @@ def _api_key() -> str:
 
 
 def _messages(evaluation: Evaluation, record: Record) -> list[dict[str, Any]]:
+    return api_messages(build_messages(record, evaluation.mode), evaluation.images(record))
+
+
+def api_messages(messages: Sequence[dict[str, Any]], images: Iterable[Image.Image]) -> list[dict[str, Any]]:
     """`build_messages` in the API's form: each image slot holds its image, as a PNG in a data URI."""
-    images = iter(evaluation.images(record))
+    rest = iter(images)
     return [
         {
             "role": turn["role"],
-            "content": [part if part["type"] == "text" else _image_part(next(images)) for part in turn["content"]],
+            "content": [part if part["type"] == "text" else _image_part(next(rest)) for part in turn["content"]],
         }
-        for turn in build_messages(record, evaluation.mode)
+        for turn in messages
     ]
 
 
@@ -215,7 +219,7 @@ def _image_part(image: Image.Image) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}}
 
 
-def _reason(error: openai.APIError) -> str:
+def reason_of(error: openai.APIError) -> str:
     """What the server or the network said, in one line."""
     text = str(error.__cause__ or error)
     if " - " not in text and error.body:  # the client shows a message of the usual form only

@@ -10,11 +10,12 @@ their forward and backward are skipped, and they are counted.
 
 import contextlib
 import copy
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from medr1.answers import read_answer
 from medr1.config import Config
 from medr1.errors import MedR1Error
-from medr1.grpo import group_advantages, loss_denominator, policy_loss
+from medr1.grpo import group_advantages, loss_denominator, policy_loss, rollout_weights
 from medr1.models import VLM, FeatureCache, PromptBatch, evaluating, with_vision_features
 from medr1.processes import agree, gather
 from medr1.records import Record
@@ -32,7 +33,12 @@ from medr1.rollouts import Rollout, sample
 from medr1.shared_prefix import completion_logprobs
 from medr1.training.base import RecordTrainer
 
+if TYPE_CHECKING:
+    from medr1.rollouts_vllm import VLLMServer
+
 COMPLETIONS = "completions.jsonl"
+WEIGHTS = "vllm-weights"
+"""The folder from which a vLLM server reads the policy before each step."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,9 @@ class Experience:
     prompts: PromptBatch
     rollout: Rollout
     advantages_BG: Tensor
+    old_logp_NT: Tensor
+    """Of the policy that sampled: what the local sampler kept. A server's log-probs are not quite the policy's, so
+    there the first update fills them in."""
 
 
 class GRPOTrainer(RecordTrainer):
@@ -88,6 +97,19 @@ class GRPOTrainer(RecordTrainer):
         whole = optimizer.prompts_per_forward in (0, optimizer.prompts_per_step)
         alone = self.args.world_size == 1 and not self.is_sharded and not optimizer.gradient_checkpointing
         self.reads_prompts_once = self.repeats == 1 and whole and alone and not dropout
+        self.server = self._connect() if config.rollout.engine == "vllm" else None
+        self.reads_prompts_once &= self.server is None
+
+    def _connect(self) -> "VLLMServer":
+        from medr1.rollouts_vllm import VLLMServer  # needs the openai client
+
+        rollout, lora = self.config.rollout, self.config.model.lora_rank > 0
+        return VLLMServer(self.vlm, rollout.vllm_url, self.out / WEIGHTS, mode=rollout.mode, lora=lora)
+
+    def run(self) -> None:
+        super().run()
+        if self.server and self.is_world_process_zero():
+            shutil.rmtree(self.out / WEIGHTS, ignore_errors=True)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Sample (every `num_iterations`-th step), then one backward pass; the loss of the whole step, detached."""
@@ -102,6 +124,10 @@ class GRPOTrainer(RecordTrainer):
 
     def collect(self, records: list[Record]) -> Experience:
         """Sample, reward and compare G completions of each record; write those of all processes down."""
+        server, step = self.server, self.state.global_step
+        if server:
+            self._write_folder(self.out / WEIGHTS, training_state=False)
+            agree(lambda: server.push(step, load=self.is_world_process_zero()))
         with self.whole_weights():
             experience, rows = agree(lambda: self._sample(records))
         self.first_appends(COMPLETIONS, [row for part in gather(rows) for row in part])
@@ -110,17 +136,20 @@ class GRPOTrainer(RecordTrainer):
     def _sample(self, records: list[Record]) -> tuple[Experience, list[dict[str, Any]]]:
         config, num_completions = self.config, self.config.rollout.num_completions
         prompts = with_vision_features(self.vlm, self.encode(records), self.features)
-        rollout = sample(
-            self.vlm,
-            prompts,
-            num_completions=num_completions,
-            max_new_tokens=config.rollout.max_new_tokens,
-            temperature=config.rollout.temperature,
+        settings: dict[str, Any] = {
+            "num_completions": num_completions,
+            "max_new_tokens": config.rollout.max_new_tokens,
+            "temperature": config.rollout.temperature,
             # A stream of its own for each step, so that a resumed run samples what it would have sampled.
-            seed=(config.optimizer.seed * 1_000_003 + self.state.global_step) * 1_009,
-            part=(self.args.process_index, self.args.world_size),
-            keep_prefill=self.reads_prompts_once,
-        )
+            "seed": (config.optimizer.seed * 1_000_003 + self.state.global_step) * 1_009,
+            "part": (self.args.process_index, self.args.world_size),
+        }
+        if self.server is None:
+            rollout = sample(self.vlm, prompts, keep_prefill=self.reads_prompts_once, **settings)
+            old_logp_NT = rollout.logp_NT
+        else:
+            rollout = self.server.sample(records, prompts, **settings)
+            old_logp_NT = torch.zeros_like(rollout.logp_NT)
         owners = [record for record in records for _ in range(num_completions)]
         mode = config.rollout.mode
         replies = list(zip(rollout.texts, owners, strict=True))
@@ -130,7 +159,7 @@ class GRPOTrainer(RecordTrainer):
         rewards_BG = rewards_N.view(-1, num_completions)
         advantages_BG = group_advantages(rewards_BG, scale=config.grpo.advantage_scale)
         rows = self._log_rollout(owners, rollout, parts, rewards_BG, advantages_BG)
-        return Experience(prompts, rollout, advantages_BG.to(prompts.input_ids_BP.device)), rows
+        return Experience(prompts, rollout, advantages_BG.to(prompts.input_ids_BP.device), old_logp_NT), rows
 
     def _update(self, model: nn.Module, experience: Experience) -> Tensor:
         config, objective = self.config, self.config.grpo
@@ -173,9 +202,21 @@ class GRPOTrainer(RecordTrainer):
                     model=model,
                     prefill=prefill,
                 )
+                weight_NT = None
+                if self.server:
+                    if self.state.global_step % self.repeats == 0:
+                        experience.old_logp_NT[rows] = logp_NT.detach()
+                    weight_NT, mismatch = rollout_weights(
+                        experience.old_logp_NT[rows],
+                        experience.rollout.logp_NT[rows],
+                        rows_mask_NT,
+                        cap=objective.rollout_ratio_cap,
+                    )
+                    self.server.check(mismatch["mismatch_abs"] / max(1, int(rows_mask_NT.sum())))
+                    self.add_to_log({f"policy_{name}": value for name, value in mismatch.items()})
                 loss, sums = policy_loss(
                     logp_NT,
-                    experience.rollout.logp_NT[rows] if self.repeats > 1 else None,
+                    experience.old_logp_NT[rows] if self.repeats > 1 else None,
                     experience.advantages_BG[chunk].flatten(),
                     rows_mask_NT,
                     denominator=denominator,
@@ -184,6 +225,7 @@ class GRPOTrainer(RecordTrainer):
                     clip_high=objective.clip_high,
                     beta=objective.beta,
                     ref_logp_NT=ref_logp_NT,
+                    weight_NT=weight_NT,
                 )
                 # DDP averages gradients over processes, and the denominator already counts them all.
                 self.accelerator.backward(loss * self.args.world_size)
@@ -268,6 +310,11 @@ class GRPOTrainer(RecordTrainer):
                 "clipped_low": sums["policy_clipped_low"] / tokens,
                 "clipped_high": sums["policy_clipped_high"] / tokens,
             }
-            if "policy_kl" in sums:
-                line["kl"] = sums["policy_kl"] / tokens
+            optional = {
+                "kl": "kl",
+                "rollout_difference": "mismatch_abs",
+                "rollout_kl": "mismatch_kl",
+                "rollout_capped": "capped",
+            }
+            line |= {name: sums[f"policy_{key}"] / tokens for name, key in optional.items() if f"policy_{key}" in sums}
         return line | {"step_seconds": sums["seconds"] / sums["steps"]}

@@ -1,0 +1,141 @@
+"""Does GRPO learn from a vLLM server's rollouts as it does from the local sampler's? Both, side by side, some seeds.
+
+    python benchmarks/vllm_learning.py write MODEL     # the tiny model in a folder, to be served
+    VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --dtype float32 --logprobs-mode processed_logprobs
+    python benchmarks/vllm_learning.py run MODEL --out runs/vllm-learning
+
+Writes table.md and curves.svg into the output folder; stopped, the same command goes on. The model is the tiny one
+with an output head of its own: vLLM's CPU build does not renew a head that is tied to the embeddings.
+"""
+
+import statistics
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib.pyplot as plt
+import torch
+import typer
+
+from medr1.config import Config, load_config
+from medr1.data import load_parts
+from medr1.models import load_vlm
+from medr1.records import read_jsonl, write_atomic
+from medr1.training import GRPOTrainer
+
+ENGINES = ("local", "vllm")
+COLOURS = {"local": "#1b6ca8", "vllm": "#d1495b"}
+WINDOW = 10
+"""Steps that the first and the last reward of a run are averaged over."""
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def write(model: Path) -> None:
+    """Write the tiny model, its head untied from its embeddings, into a folder."""
+    vlm = load_vlm("tiny", dtype="float32")
+    head, embeddings = vlm.core.lm_head, vlm.core.get_input_embeddings()
+    for config in (vlm.core.config, vlm.core.config.get_text_config()):
+        config.tie_word_embeddings = False
+    head.weight = torch.nn.Parameter(embeddings.weight.detach().clone())
+    vlm.core.save_pretrained(model)
+    vlm.processor.save_pretrained(model)
+
+
+def recipe(model: Path, engine: str, seed: int, steps: int, url: str) -> Config:
+    return load_config(
+        overrides={
+            "model.name": str(model),
+            "data.path": "phantoms",
+            "data.num_phantoms": 400,
+            "rollout.num_completions": 8,
+            "rollout.max_new_tokens": 48,
+            "rollout.engine": engine,
+            "rollout.vllm_url": url,
+            "grpo.beta": 0.0,
+            "optimizer.steps": steps,
+            "optimizer.prompts_per_step": 8,
+            "optimizer.learning_rate": 1e-4,
+            "optimizer.schedule": "constant_with_warmup",
+            "optimizer.warmup_steps": 5,
+            "optimizer.seed": seed,
+            "log.save_every": 20,
+        }
+    )
+
+
+@app.command()
+def run(
+    model: Path,
+    out: Annotated[Path, typer.Option()],
+    steps: Annotated[int, typer.Option(min=2 * WINDOW)] = 60,
+    seeds: Annotated[int, typer.Option(min=2)] = 3,
+    url: Annotated[str, typer.Option()] = "http://127.0.0.1:8000/v1",
+) -> None:
+    """Train with both engines and every seed; compare."""
+    logs: dict[str, list[list[dict[str, Any]]]] = {engine: [] for engine in ENGINES}
+    for seed in range(seeds):
+        for engine in ENGINES:
+            folder = out / f"{engine}-{seed}"
+            if not (folder / "model").is_dir():
+                config = recipe(model, engine, seed, steps, url)
+                GRPOTrainer(load_vlm(str(model), dtype="float32"), config, *load_parts(config.data), folder).run()
+            logs[engine].append([row for row in read_jsonl(folder / "log.jsonl") if "reward" in row])
+    table = tabulate(logs)
+    write_atomic(out / "table.md", table)
+    plot(logs, out / "curves.svg")
+    print(table)
+
+
+def mean(rows: list[dict[str, Any]], name: str) -> float:
+    return statistics.mean(row[name] for row in rows if name in row)
+
+
+def tabulate(logs: dict[str, list[list[dict[str, Any]]]]) -> str:
+    """One row a run; then the paired difference of the last rewards, its standard error over seeds in brackets."""
+    lines = [
+        f"| engine | seed | reward, first {WINDOW} steps | last {WINDOW} | accuracy, last {WINDOW} | seconds a step"
+        " | mean abs. difference of log-probs | capped tokens |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for engine in ENGINES:
+        for seed, rows in enumerate(logs[engine]):
+            first, last = rows[:WINDOW], rows[-WINDOW:]
+            mismatch = f"{mean(rows, 'rollout_difference'):.1e}" if engine == "vllm" else "–"
+            capped = f"{mean(rows, 'rollout_capped'):.1e}" if engine == "vllm" else "–"
+            lines.append(
+                f"| {engine} | {seed} | {mean(first, 'reward'):.3f} | {mean(last, 'reward'):.3f}"
+                f" | {mean(last, 'reward_accuracy'):.3f} | {mean(rows, 'step_seconds'):.2f} | {mismatch} | {capped} |"
+            )
+    pairs = zip(logs["vllm"], logs["local"], strict=True)
+    gaps = [mean(vllm[-WINDOW:], "reward") - mean(local[-WINDOW:], "reward") for vllm, local in pairs]
+    error = statistics.stdev(gaps) / len(gaps) ** 0.5
+    return (
+        "\n".join([*lines, "", f"vLLM minus local, last {WINDOW} steps: {statistics.mean(gaps):+.3f} ({error:.3f})"])
+        + "\n"
+    )
+
+
+def plot(logs: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
+    """Reward against step: a thin line a seed, a thick one their mean."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for engine in ENGINES:
+        curves = [[row["reward"] for row in rows] for rows in logs[engine]]
+        for curve in curves:
+            axes.plot(range(1, len(curve) + 1), curve, color=COLOURS[engine], alpha=0.25, linewidth=1)
+        means = [statistics.mean(values) for values in zip(*curves, strict=True)]
+        axes.plot(
+            range(1, len(means) + 1),
+            means,
+            color=COLOURS[engine],
+            linewidth=2,
+            label=f"{engine}, mean of {len(curves)}",
+        )
+    axes.set(xlabel="step", ylabel="mean reward", title="GRPO on phantoms, tiny model: who samples")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    app()
