@@ -35,6 +35,9 @@ ConfigOption = Annotated[Path | None, typer.Option("--config", help="a TOML reci
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="KEY=VALUE for any field of the recipe; may be repeated")
 ]
+CalibrationOption = Annotated[
+    Path | None, typer.Option("--calibration", help="a file of `medr1 calibrate`: abstain below its threshold")
+]
 ModalityOption = Annotated[list[str] | None, typer.Option("--modality", help="keep this modality; may be repeated")]
 TypeOption = Annotated[
     list[str] | None, typer.Option("--question-type", help="keep this question type; may be repeated")
@@ -137,14 +140,17 @@ def evaluate_command(
     samples: Annotated[
         int, typer.Option("--samples", min=0, help="answer by the vote of so many sampled replies; 0: one greedy reply")
     ] = 0,
+    calibration: CalibrationOption = None,
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Answer every held-out question greedily; print accuracy by modality and question type with intervals."""
+    from medr1.calibration import answered, applied, calibrating, read_calibration
     from medr1.data import load_parts
     from medr1.evaluation import evaluate
     from medr1.metrics import summarise
     from medr1.models import load_vlm
+    from medr1.records import write_jsonl
 
     overrides = {"data.path": data, "data.modalities": modality, "data.question_types": question_type}
     resolved = _resolve(None, overrides | {"rollout.mode": mode}, settings)
@@ -152,6 +158,9 @@ def evaluate_command(
     parts = {"test": test_records, "train": train_records, "all": train_records + test_records}
     if part not in parts:
         raise MedR1Error(f"--part {part}: choose {', '.join(parts)}")
+    if calibration and not (score_options or samples):
+        raise MedR1Error("--calibration needs options that are weighed; add --score-options or --samples")
+    thresholds = read_calibration(calibration) if calibration else None
     if score_options and samples:
         raise MedR1Error("--score-options and --samples are two ways to weigh options; give one of them")
     records = parts[part]
@@ -187,6 +196,10 @@ def evaluate_command(
         scoring="votes" if samples else "options" if score_options else "reply",
         num_samples=samples,
     )
+    if thresholds:
+        rows = applied(rows, thresholds)
+        write_jsonl(out, rows)
+        _print_answered(answered(calibrating(rows, thresholds.share, thresholds.seed)[1]))
     _print_summary(summarise(rows), as_json)
 
 
@@ -201,6 +214,43 @@ def score_command(
     from medr1.records import read_jsonl
 
     _print_summary(summarise(score(read_jsonl(answers))), as_json)
+
+
+@app.command("calibrate")
+def calibrate_command(
+    answers: Annotated[Path, typer.Argument(help="a .jsonl file of `medr1 eval --score-options` or `--samples`")],
+    out: Annotated[Path, typer.Option("--out", help="the JSON file to write")] = Path("calibration.json"),
+    coverage: Annotated[float, typer.Option("--coverage", help="share of the questions to answer")] = 0.8,
+    accuracy: Annotated[
+        float | None, typer.Option("--accuracy", help="in place of --coverage: share of the answers to be right")
+    ] = None,
+    share: Annotated[float, typer.Option("--share", help="share of the groups to fit on; the rest judges")] = 0.5,
+    seed: Annotated[int, typer.Option("--seed", help="which groups")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Fit a temperature and a threshold to abstain below on a part of the groups; judge both on the others."""
+    from medr1.calibration import assess, calibrate, write_calibration
+    from medr1.records import read_jsonl
+
+    rows = read_jsonl(answers)
+    target: Any = ("coverage", coverage) if accuracy is None else ("accuracy", accuracy)
+    found = calibrate(rows, target=target[0], target_value=target[1], share=share, seed=seed)
+    judged = assess(rows, found)
+    write_calibration(out, found)
+    table = Table(title=f"temperature {found.temperature:.3f}, abstain below {found.threshold:.3f}")
+    for heading in ("on the groups not fitted on", "before", "after"):
+        table.add_column(heading, justify="right" if table.columns else "left")
+    before, after = judged["before"], judged["after"]
+    if before:
+        for name, words in (("ece", "calibration error (ECE)"), ("brier", "Brier"), ("nll", "NLL"), ("aurc", "AURC")):
+            table.add_row(
+                words, *(f"{side[name]['value']:.3f} ({_numbers(side[name]['ci95'])})" for side in (before, after))
+            )
+        table.add_row("ECE of a perfect model", *(f"{side['ece']['floor']:.3f}" for side in (before, after)))
+        table.add_row("n", str(before["n"]), str(after["n"]))
+        Console().print(table)
+        _print_answered(judged["answered"])
+    _finish({"calibration": str(out), **found.model_dump(), "judged": judged}, as_json)
 
 
 @app.command("report")
@@ -365,6 +415,20 @@ def _print_summary(summary: dict[str, Any], as_json: bool) -> None:
     )
     Console().print(table)
     _finish(summary, as_json)
+
+
+def _print_answered(cell: dict[str, Any]) -> None:
+    Console().print(
+        f"on groups not calibrated on: answers {_percent(cell['coverage'])} % of the questions; "
+        f"accuracy of these {_percent(cell['accuracy'])}, "
+        f"95 % interval {_interval(cell)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _numbers(ci: list[float] | None) -> str:
+    return "–" if ci is None else f"{ci[0]:.3f} to {ci[1]:.3f}"
 
 
 def _percent(value: float | None) -> str:

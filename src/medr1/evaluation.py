@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch.distributed.tensor import DTensor
 
 from medr1.answers import EXTRACTOR_VERSION, Answer, is_correct, read_answer, token_f1
+from medr1.calibration import with_confidence
 from medr1.confidence import option_logprobs, reasoning_of, voted
 from medr1.controls import as_shown, blank_image
 from medr1.errors import MedR1Error
@@ -310,19 +311,18 @@ def score(rows: Iterable[Row]) -> list[Row]:
         if "samples" in row:
             row = {**row, **voted(row["samples"], record.options)}
         answer = read_answer(row["reply"], record)
-        if "option_probs" in row:
-            chosen = row["option_probs"][LETTERS.index(answer.letter)] if answer.letter else None
-            row = {**row, "confidence": chosen}
         scored.append(
-            {
-                **row,
-                "outcome": answer.outcome,
-                "letter": answer.letter,
-                "correct": is_correct(answer, record),
-                "format_ok": format_ok(row["reply"], row["mode"]),
-                "extractor_version": EXTRACTOR_VERSION,
-                **(_open_fields(answer, record) if record.is_open else {}),
-            }
+            with_confidence(
+                {
+                    **row,
+                    "outcome": answer.outcome,
+                    "letter": answer.letter,
+                    "correct": is_correct(answer, record),
+                    "format_ok": format_ok(row["reply"], row["mode"]),
+                    "extractor_version": EXTRACTOR_VERSION,
+                    **(_open_fields(answer, record) if record.is_open else {}),
+                }
+            )
         )
     return scored
 
