@@ -184,6 +184,24 @@ def test_the_server_samples_from_the_policy_that_was_pushed(
         remote.check(0.6)
 
 
+def test_raw_logprobs_are_refused(
+    server: vllm_env.Server, vlm: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --logprobs-mode, a token that only the bias makes certain has the log-prob that it has without."""
+    remote = VLLMServer(vlm, server.url, tmp_path, mode="think", lora=False)
+    vlm.core.save_pretrained(tmp_path)
+    create = remote.client.chat.completions.create
+
+    def raw(**kwargs: Any) -> Any:
+        reply = create(**kwargs)
+        reply.choices[0].logprobs.content[0].logprob = -9.0
+        return reply
+
+    monkeypatch.setattr(remote.client.chat.completions, "create", raw)
+    with pytest.raises(MedR1Error, match="--logprobs-mode processed_logprobs"):
+        remote.push(0)
+
+
 def test_an_adapter_is_pushed_alone(server: vllm_env.Server, vlm: VLM, records: list[Record], tmp_path: Path) -> None:
     """After the weights below it; the adapter before is gone, so that nobody can be answered by it."""
     base = VLLMServer(vlm, server.url, tmp_path / "base", mode="think", lora=False)

@@ -71,6 +71,8 @@ class VLLMServer:
         self.run = hashlib.sha256(str(self.weights).encode()).hexdigest()[:12]
         self.version = ""
         """Name of the weights that the server should have: the run and the step."""
+        self.known = False
+        """Whether the server that answers was seen to give the log-probs of what it draws from."""
 
     def push(self, step: int, *, load: bool = True) -> None:
         """Have the server read `weights` and forget all that it computed with others; waits for a lost server.
@@ -188,6 +190,8 @@ class VLLMServer:
             try:
                 if load:
                     self._load()
+                if not self.known:
+                    self._prove_processed()
                 return work()
             except (openai.APIConnectionError, openai.InternalServerError, _Restarted) as lost:
                 error = lost
@@ -210,7 +214,7 @@ class VLLMServer:
                     " goes on from the last checkpoint"
                 ) from error
             time.sleep(POLL)
-            load = True
+            load, self.known = True, False
 
     def _load(self) -> None:
         if self.lora:
@@ -226,6 +230,23 @@ class VLLMServer:
     def _unload(self, name: str) -> None:
         with contextlib.suppress(openai.NotFoundError):
             self._post("v1/unload_lora_adapter", {"lora_name": name})
+
+    def _prove_processed(self) -> None:
+        """A token that a bias makes certain has log-prob 0, unless log-probs are of the distribution before biases."""
+        certain = {str(self.vlm.stop_token_ids[0]): 100}
+        reply: Any = self.client.chat.completions.create(
+            model=self._model,
+            messages=[{"role": "user", "content": "?"}],
+            max_tokens=1,
+            logprobs=True,
+            logit_bias=certain,
+        )
+        if reply.choices[0].logprobs.content[0].logprob < -0.1:
+            raise MedR1Error(
+                f"{self.url}: gives log-probs before temperature and bans; start vLLM with --logprobs-mode"
+                " processed_logprobs"
+            )
+        self.known = True
 
     def _prove_fresh(self) -> None:
         """An adapter's name is proof enough: a server without it knows no such model."""
