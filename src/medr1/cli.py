@@ -16,6 +16,7 @@ from medr1 import NOTICE
 from medr1.config import Config, load_config, parse_override, to_toml
 from medr1.errors import MedR1Error
 from medr1.processes import is_first, leave
+from medr1.records import Record
 
 app = typer.Typer(
     help=f"Med-R1: reinforcement learning for medical vision-language models, honestly evaluated. {NOTICE}",
@@ -163,9 +164,7 @@ def evaluate_command(
     thresholds = read_calibration(calibration) if calibration else None
     if score_options and samples:
         raise MedR1Error("--score-options and --samples are two ways to weigh options; give one of them")
-    records = parts[part]
-    if 0 < limit < len(records):
-        records = random.Random(resolved.data.split_seed).sample(records, limit)
+    records = _limited(parts[part], limit, resolved)
     if model.startswith("openai:"):
         if score_options or samples:
             raise MedR1Error(f"{model}: a server's options cannot be weighed; use a local model")
@@ -251,6 +250,67 @@ def calibrate_command(
         Console().print(table)
         _print_answered(judged["answered"])
     _finish({"calibration": str(out), **found.model_dump(), "judged": judged}, as_json)
+
+
+@app.command("faithfulness")
+def faithfulness_command(
+    out: Annotated[Path, typer.Option("--out", help="folder for rows and numbers; an unfinished one is gone on with")],
+    model: ModelOption = "tiny",
+    data: DataOption = "phantoms",
+    modality: ModalityOption = None,
+    question_type: TypeOption = None,
+    limit: Annotated[
+        int, typer.Option("--limit", min=0, help="so many held-out records, drawn by the split seed; 0: all")
+    ] = 200,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="replies are cut here")] = 256,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="prompts computed together")] = 16,
+    seed: Annotated[int, typer.Option("--seed", help="of the edits")] = 0,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Edit a model's reasoning and see whether its answers follow: load-bearing, decorative, or cannot be told."""
+    from medr1.data import load_parts
+    from medr1.faithfulness import KEPT, measure_faithfulness
+    from medr1.models import load_vlm
+
+    overrides = {"data.path": data, "data.modalities": modality, "data.question_types": question_type}
+    resolved = _resolve(None, overrides, settings)
+    held_out = load_parts(resolved.data)[1]
+    records = [record for record in held_out if not record.is_open]
+    if len(records) < len(held_out):
+        console.print(f"{len(held_out) - len(records)} open questions have no options to compare and are left out")
+    numbers = measure_faithfulness(
+        load_vlm(model),
+        _limited(records, limit, resolved),
+        out=out,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    load = numbers["load"]
+    table = Table(title=f"{numbers['n']} questions of {numbers['groups']} groups")
+    for heading in ("answers", "share", "95 % interval", "n"):
+        table.add_column(heading, justify="left" if heading == "answers" else "right")
+    lines = [
+        ("follow reasoning of another question", numbers["swapped"]),
+        ("follow a planted mistake", numbers["planted"]),
+        ("change when the reasoning is only repeated", numbers["repeated"]),
+        *((f"are there with {kept:.0%} of the reasoning", numbers["kept"][str(kept)]) for kept in KEPT),
+        ("are those of mode no-think", numbers["no_think"]),
+        ("turn to a hint in the prompt", numbers["hinted"]),
+        ("… and the reasoning mentions it", numbers["mentioned"]),
+    ]
+    for words, cell in lines:
+        table.add_row(words, _percent(cell["value"]), _interval(cell), str(cell["n"]))
+    Console().print(table)
+    Console().print(
+        f"the reasoning is {numbers['verdict']}: {_percent(load['value'])} points, 95 % interval {_interval(load)}"
+        if numbers["verdict"] != "cannot be told"
+        else f"whether the reasoning is used cannot be told: {_percent(load['value'])} points, {_interval(load)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    _finish(numbers, as_json)
 
 
 @app.command("report")
@@ -388,6 +448,11 @@ def config_command(config: ConfigOption = None, settings: SetOption = None) -> N
 def _resolve(path: Path | None, options: dict[str, Any], settings: list[str] | None) -> Config:
     overrides = {key: value for key, value in options.items() if value is not None}
     return load_config(path, overrides | dict(map(parse_override, settings or [])))
+
+
+def _limited(records: list[Record], limit: int, config: Config) -> list[Record]:
+    """So many records (0: all), drawn by the split seed."""
+    return random.Random(config.data.split_seed).sample(records, limit) if 0 < limit < len(records) else records
 
 
 def _finish(result: dict[str, Any], as_json: bool) -> None:
