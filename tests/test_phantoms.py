@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from medr1.controls import text_only_prior
 from medr1.datasets import load_records
 from medr1.phantoms import LOCATIONS, draw_options, draw_phantom, write_phantoms
 from medr1.records import MODALITIES, QUESTION_TYPES
+from medr1.regions import read_regions
 from medr1.splits import split_by_group
 
 
@@ -75,3 +77,14 @@ def test_options_hold_the_answer_once() -> None:
             assert options.count(facts[kind]) == 1
             assert len(set(options)) == len(options) == (3 if kind == "Lesion Grading" else 4)
     assert set(draw_options(rng, facts, "Other Biological Attributes")) == set(LOCATIONS)
+
+
+def test_the_stated_box_holds_the_lesion_and_drawing_is_as_ever(folder: Path) -> None:
+    boxes = read_regions(folder)
+    assert len(boxes) == 160 and {len(group) for group in boxes.values()} == {1}
+    phantom = draw_phantom(np.random.default_rng(7), "CT")
+    x, y, radius = phantom.lesion
+    assert phantom.box == (x - radius, y - radius, x + radius, y + radius)
+    # The tiny checkpoint learned from these very pictures: their mean greys before regions.csv was written.
+    greys = [np.asarray(Image.open(path)).mean() for path in sorted(folder.rglob("*.png"))[:5]]
+    assert greys == pytest.approx([69.39, 71.27, 54.8, 65.9, 57.26], abs=0.05)

@@ -22,11 +22,8 @@ def load_parts(config: DataConfig) -> tuple[list[Record], list[Record]]:
     Raises:
         MedR1Error: bad data, or filters that leave a part empty.
     """
-    if config.path == "phantoms":
-        path, root = phantom_folder(config.num_phantoms), None
-    else:
-        path, root = Path(config.path), Path(config.image_root) if config.image_root else None
-    records = load_records(path, image_root=root, check_images=False)
+    root = Path(config.image_root) if config.image_root else None
+    records = load_records(data_path(config), image_root=root, check_images=False)
     train, test = split_by_group(records, test_fraction=config.test_fraction, seed=config.split_seed)
     filters = {
         "modalities": config.modalities or None,
@@ -38,10 +35,21 @@ def load_parts(config: DataConfig) -> tuple[list[Record], list[Record]]:
     return train, test
 
 
+def data_path(config: DataConfig) -> Path:
+    """The file or folder of questions that a recipe names; phantoms are drawn on first use."""
+    return phantom_folder(config.num_phantoms) if config.path == "phantoms" else Path(config.path)
+
+
+def image_folder(config: DataConfig) -> Path:
+    """The folder that the questions' image paths start from."""
+    path = data_path(config)
+    return Path(config.image_root) if config.image_root else path if path.is_dir() else path.parent
+
+
 def phantom_folder(num_images: int, seed: int = 0) -> Path:
     """Phantoms as an OmniMedVQA folder in the user's cache (MEDR1_CACHE moves it), drawn on first use."""
     cache = Path(os.environ.get("MEDR1_CACHE", Path.home() / ".cache" / "medr1"))
-    folder = cache / f"phantoms-{num_images}-seed{seed}"
+    folder = cache / f"phantoms2-{num_images}-seed{seed}"  # the second layout of this folder: with regions.csv
     if not folder.is_dir():
         drawing = cache / f".{folder.name}.{os.getpid()}"
         try:

@@ -10,6 +10,8 @@ Shapes: B prompts, P prompt tokens, A rotary axes (3 with M-RoPE, else 1).
 import contextlib
 import copy
 import hashlib
+import math
+import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -387,6 +389,71 @@ def with_vision_features(vlm: VLM, prompts: PromptBatch, cache: "FeatureCache | 
     features: Any = BaseModelOutputWithPooling(pooler_output=tokens)  # type: ignore[arg-type]
     features.deepstack_features = deeper or None
     return replace(prompts, features=features)
+
+
+@dataclass(frozen=True)
+class ImageCells:
+    """Where in `pixel_values` each image token looks: a grid of cells an image, one cell a token."""
+
+    grids: list[tuple[int, int]]
+    """Rows and columns of each image."""
+    cell_of: Tensor
+    """Cell of each pixel value, numbered row by row and on from image to image; int64, broadcasts over the pixels."""
+    channel_of: Tensor
+    """Colour channel of each pixel value: 0 red, 1 green, 2 blue; int64, broadcasts over the pixels."""
+
+
+def image_cells(vlm: VLM, prompt: PromptBatch) -> ImageCells:
+    """The grids of the images of a single prompt.
+
+    Raises:
+        MedR1Error: this family lays its pixels out in a way that is unknown here.
+    """
+    assert len(prompt) == 1 and prompt.vision, "one prompt with images"
+    pixels = prompt.vision["pixel_values"]
+    if "image_grid_thw" in prompt.vision:
+        # Qwen's processors put the merge x merge patches of a token side by side, tokens row by row, a patch a line
+        # of values, its channels one after the other.
+        merge = vlm.core.config.vision_config.spatial_merge_size
+        num_patches, num_values = pixels.shape
+        return ImageCells(
+            grids=[(height // merge, width // merge) for _, height, width in prompt.vision["image_grid_thw"].tolist()],
+            cell_of=torch.arange(num_patches, device=pixels.device)[:, None] // merge**2,
+            channel_of=torch.arange(num_values, device=pixels.device) // (num_values // 3),
+        )
+    if "pixel_attention_mask" in prompt.vision:
+        grids, cell_of = _tile_cells(vlm, prompt)
+        channels = torch.arange(3, device=pixels.device)[:, None, None]
+        return ImageCells(grids, cell_of.to(pixels.device)[None, :, None], channels)
+    raise MedR1Error(f"{vlm.name}: which pixels an image token stands for is not known to medr1; use a Qwen-VL model")
+
+
+def _tile_cells(vlm: VLM, prompt: PromptBatch) -> tuple[list[tuple[int, int]], Tensor]:
+    """Grids of images that Idefics3 or SmolVLM cut into tiles, and the cell of each pixel (tiles, side, side).
+
+    The whole image follows its tiles as one more, and shows each of their cells again, smaller.
+    """
+    side = prompt.vision["pixel_values"].shape[-1]
+    tokens = math.isqrt(vlm.processor.image_seq_len)  # of a tile's side
+    start, grids, parts = 0, [], []
+    for before in vlm.tokenizer.decode(prompt.input_ids_BP[0]).split("<global-img>")[:-1]:
+        tiles = [(int(row), int(column)) for row, column in re.findall(r"<row_(\d+)_col_(\d+)>", before)]
+        num_rows, num_columns = max(tiles, default=(1, 1))
+        rows, columns = num_rows * tokens, num_columns * tokens
+        whole = torch.arange(rows * columns).view(rows, columns) + start
+        for row, column in tiles:
+            tile = whole[(row - 1) * tokens : row * tokens, (column - 1) * tokens : column * tokens]
+            parts.append(_stretched(tile, side))
+        parts.append(_stretched(whole, side))
+        grids.append((rows, columns))
+        start += rows * columns
+    return grids, torch.stack(parts)
+
+
+def _stretched(cells: Tensor, side: int) -> Tensor:
+    """Cells (rows, columns) over a square of pixels (side, side)."""
+    rows, columns = (torch.arange(side) * count // side for count in cells.shape)
+    return cells[rows][:, columns]
 
 
 class FeatureCache:

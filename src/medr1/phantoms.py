@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from medr1.records import LETTERS, MODALITIES, QUESTION_TYPES, write_atomic
+from medr1.regions import REGION_COLUMNS, REGIONS
 
 SIZE = 112
 """Default side of a phantom in pixels: sixteen visual tokens of a Qwen2-VL (28 pixels a token side)."""
@@ -87,11 +88,18 @@ class Phantom:
     Attributes:
         facts: question type -> right answer, e.g. {"Modality Recognition": "CT", "Lesion Grading": "Mild", …}.
         lesion: centre x, centre y and radius of the lesion, in pixels.
+        box: left, top, right and bottom of the lesion, in pixels, within the image.
     """
 
     image: Image.Image
     facts: dict[str, str]
     lesion: tuple[float, float, float]
+
+    @property
+    def box(self) -> tuple[float, ...]:
+        x, y, radius = self.lesion
+        edges = zip((x - radius, y - radius, x + radius, y + radius), self.image.size * 2, strict=True)
+        return tuple(min(max(edge, 0.0), float(limit)) for edge, limit in edges)
 
 
 def draw_phantom(rng: Generator, modality: str | None = None, size: int = SIZE, *, lesion: bool = True) -> Phantom:
@@ -139,18 +147,22 @@ def draw_options(rng: Generator, facts: dict[str, str], question_type: str) -> l
 def write_phantoms(folder: Path | str, *, num_images: int, seed: int) -> Path:
     """Write an OmniMedVQA folder of phantoms: five questions an image, modalities in turn. Same seed, same bytes.
 
+    Beside it stands regions.csv with the box of each lesion, see `medr1.regions`.
+
     Returns:
         The folder, for `load_records`.
     """
     folder = Path(folder)
     rng = np.random.default_rng(seed)
     rows: dict[str, list[dict[str, str]]] = {}
+    regions = [",".join(REGION_COLUMNS)]
     for number in range(num_images):
         phantom = draw_phantom(rng, MODALITIES[number % len(MODALITIES)])
         source = f"Phantom {phantom.facts['Modality Recognition']}"
         image_path = f"Images/{source}/{number:05d}.png"
         (folder / image_path).parent.mkdir(parents=True, exist_ok=True)
         phantom.image.save(folder / image_path)
+        regions.append(",".join([image_path, *(f"{edge:.2f}" for edge in phantom.box)]))
         for question_type in QUESTION_TYPES:
             options = draw_options(rng, phantom.facts, question_type)
             rows.setdefault(source, []).append(
@@ -167,6 +179,7 @@ def write_phantoms(folder: Path | str, *, num_images: int, seed: int) -> Path:
             )
     for source, source_rows in rows.items():
         write_atomic(folder / "QA_information" / "Open-access" / f"{source}.json", json.dumps(source_rows, indent=1))
+    write_atomic(folder / REGIONS, "\n".join(regions) + "\n")
     return folder
 
 
