@@ -398,6 +398,31 @@ def plan_command(
     _finish({"settings_added": added, **needs}, as_json)
 
 
+@app.command("export")
+def export_command(
+    model: Annotated[str, typer.Argument(help="a run's folder, a model or adapter folder, or a hub name")],
+    out: Annotated[Path, typer.Option("--out", help="a new folder; one of an earlier export is replaced")],
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16")] = "float32",
+    answers: Annotated[
+        list[Path] | None, typer.Option("--answers", help="a file of `medr1 eval` for the model card; may be repeated")
+    ] = None,
+    push: Annotated[str | None, typer.Option("--push-to-hub", help="OWNER/NAME to upload the folder to")] = None,
+    public: Annotated[bool, typer.Option("--public", help="make that repository public; private otherwise")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Merge an adapter, write a plain Hugging Face folder with its model card, upload it if asked."""
+    from medr1.export import export_model, push_to_hub
+
+    with console.status("exporting"):
+        result = export_model(model, out, dtype=dtype, answers=answers or [], name=push)
+    console.print(f"{out}: {result['bytes'] / 1e9:.2f} GB, {dtype}", highlight=False, soft_wrap=True)
+    if push:
+        with console.status(f"uploading to {push}"):
+            result["commit"] = push_to_hub(out, push, public=public)
+        console.print(result["commit"], highlight=False, soft_wrap=True)
+    _finish(result, as_json)
+
+
 @app.command()
 def ask(
     image: Annotated[list[Path], typer.Argument(help="image file(s), then the question")],

@@ -298,10 +298,10 @@ def _load_adapter(name: str, folder: Path, dtype: str, device: str | torch.devic
     if not base:
         raise MedR1Error(f"{folder}: adapter_config.json names no base model; add base_model_name_or_path")
     vlm = load_vlm(base, dtype=dtype, device=device)
-    return VLM(PeftModel.from_pretrained(_merged(vlm), str(folder)), vlm.processor, name)
+    return VLM(PeftModel.from_pretrained(merged(vlm), str(folder)), vlm.processor, name)
 
 
-def _merged(vlm: VLM) -> Any:
+def merged(vlm: VLM) -> Any:
     """The transformers model with an adapter that it already carries added to its weights."""
     return vlm.core if vlm.core is vlm.model else cast(Any, vlm.model).merge_and_unload()
 
@@ -527,7 +527,7 @@ def add_lora(vlm: VLM, *, rank: int, alpha: float, dropout: float = 0.0) -> VLM:
     """
     from peft import LoraConfig, get_peft_model
 
-    core = _merged(vlm)
+    core = merged(vlm)
     decoder = core.get_decoder()
     linear = {name.rsplit(".", 1)[-1] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
     text_model = next(name for name, module in core.named_modules() if module is decoder).rsplit(".", 1)[-1]
