@@ -119,6 +119,9 @@ class LogConfig(_Section):
     trackers: tuple[str, ...] = Field(
         (), description="integrations of transformers: tensorboard, wandb, mlflow, trackio"
     )
+    completions_every: int = Field(
+        50, ge=0, description="steps between completions with images in the trackers (GRPO); 0: numbers only"
+    )
 
 
 class Config(_Section):

@@ -42,6 +42,7 @@ from medr1.models import VLM, PromptBatch, add_lora, compile_text_layers, encode
 from medr1.processes import agree, gather
 from medr1.prompts import build_messages
 from medr1.records import Record, append_jsonl, read_jsonl, write_atomic, write_jsonl
+from medr1.training.trackers import check_trackers
 
 RECIPE = "recipe.toml"
 LOG = "log.jsonl"
@@ -73,6 +74,7 @@ class RecordTrainer(Trainer):
     ) -> None:
         if not train_records:
             raise MedR1Error("no training records; relax the filters of [data]")
+        check_trackers(config.log.trackers)
         if config.model.lora_rank:
             vlm = add_lora(vlm, rank=config.model.lora_rank, alpha=config.model.lora_alpha)
         elif not config.model.train_vision:

@@ -32,6 +32,7 @@ from medr1.rewards import format_ok, load_rewards
 from medr1.rollouts import Rollout, sample
 from medr1.shared_prefix import completion_logprobs
 from medr1.training.base import RecordTrainer
+from medr1.training.trackers import SendCompletions
 
 if TYPE_CHECKING:
     from medr1.rollouts_vllm import VLLMServer
@@ -86,6 +87,10 @@ class GRPOTrainer(RecordTrainer):
         self.reference = copy.deepcopy(vlm.model).requires_grad_(False).eval() if needs_copy else None
         super().__init__(vlm, config, train_records, test_records, output_dir)
         self.features = FeatureCache()
+        if every := config.log.completions_every:
+            self.add_callback(
+                SendCompletions(every, train_records, lambda: self.completions, self.callback_handler.callbacks)
+            )
         if self.reference is not None and self.is_fsdp_enabled:
             self.reference = fsdp2_prepare_model(self.accelerator, self.reference)
         # Sampling reads the prompts with gradient, and the policy pass goes on from there, where one backward pass of
@@ -130,7 +135,8 @@ class GRPOTrainer(RecordTrainer):
             agree(lambda: server.push(step, load=self.is_world_process_zero()))
         with self.whole_weights():
             experience, rows = agree(lambda: self._sample(records))
-        self.first_appends(COMPLETIONS, [row for part in gather(rows) for row in part])
+        self.completions = [row for part in gather(rows) for row in part]
+        self.first_appends(COMPLETIONS, self.completions)
         return experience
 
     def _sample(self, records: list[Record]) -> tuple[Experience, list[dict[str, Any]]]:
