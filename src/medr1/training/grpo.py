@@ -87,7 +87,7 @@ class GRPOTrainer(RecordTrainer):
         self.reference = copy.deepcopy(vlm.model).requires_grad_(False).eval() if needs_copy else None
         super().__init__(vlm, config, train_records, test_records, output_dir)
         self.features = FeatureCache()
-        if every := config.log.completions_every:
+        if config.log.trackers and (every := config.log.completions_every):
             self.add_callback(
                 SendCompletions(every, train_records, lambda: self.completions, self.callback_handler.callbacks)
             )
