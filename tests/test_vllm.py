@@ -4,7 +4,10 @@ The model is the tiny one after a few steps of training, with an output head of 
 when it starts and, where the head is tied to the embeddings, does not pack it again when weights are read anew.
 """
 
+import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ import vllm_env
 from transformers import TrainerCallback
 
 from medr1 import rollouts_vllm
-from medr1.config import Config, load_config
+from medr1.config import Config, load_config, to_toml
 from medr1.data import load_parts
 from medr1.errors import MedR1Error
 from medr1.evaluation import evaluate
@@ -281,6 +284,28 @@ def test_training_with_the_server(
         row["rollout_difference"] < 1e-4 and row["rollout_kl"] < 1e-6 and not row["rollout_capped"] for row in rows
     )
     assert not (tmp_path / "run" / "vllm-weights").exists()
+
+
+def test_two_processes_share_a_server(server: vllm_env.Server, trained: Path, phantoms: Path, tmp_path: Path) -> None:
+    """The command line as torchrun starts it: one pushes, both ask, and each for its part of the prompts."""
+    model = str(trained / "model")
+    config = recipe(phantoms, **{"rollout.engine": "vllm", "rollout.vllm_url": server.url, "model.name": model})
+    (tmp_path / "recipe.toml").write_text(to_toml(config))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "medr1"]
+    paths = os.pathsep.join(str(Path(__file__).parents[1] / name) for name in ("src", "tests"))
+    done = subprocess.run(
+        [*launcher, "train", "--config", tmp_path / "recipe.toml", "--out", tmp_path / "run"],
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [row for row in read_jsonl(tmp_path / "run" / "log.jsonl") if "rollout_difference" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(row["rollout_difference"] < 1e-4 for row in rows)
+    steps = [row["step"] for row in read_jsonl(tmp_path / "run" / "completions.jsonl")]
+    assert steps == [number for number in (1, 2, 3) for _ in range(16)]
 
 
 class KillServer(TrainerCallback):
