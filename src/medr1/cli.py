@@ -40,6 +40,9 @@ CalibrationOption = Annotated[
     Path | None, typer.Option("--calibration", help="a file of `medr1 calibrate`: abstain below its threshold")
 ]
 ModalityOption = Annotated[list[str] | None, typer.Option("--modality", help="keep this modality; may be repeated")]
+SkipOption = Annotated[
+    bool, typer.Option("--skip-unreadable", help="leave out, count and list records whose images cannot be read")
+]
 TypeOption = Annotated[
     list[str] | None, typer.Option("--question-type", help="keep this question type; may be repeated")
 ]
@@ -88,6 +91,7 @@ def train(
     question_type: TypeOption = None,
     steps: Annotated[int | None, typer.Option("--steps", help="optimizer steps")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="seed of the data order and of sampling")] = None,
+    skip_unreadable: SkipOption = False,
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -101,6 +105,7 @@ def train(
         "rollout.mode": mode or ("no-think" if method == "sft" and config is None else None),
         "data.modalities": modality,
         "data.question_types": question_type,
+        "data.skip_unreadable": skip_unreadable or None,
         "optimizer.steps": steps,
         "optimizer.seed": seed,
     }
@@ -142,19 +147,21 @@ def evaluate_command(
         int, typer.Option("--samples", min=0, help="answer by the vote of so many sampled replies; 0: one greedy reply")
     ] = 0,
     calibration: CalibrationOption = None,
+    skip_unreadable: SkipOption = False,
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Answer every held-out question greedily; print accuracy by modality and question type with intervals."""
     from medr1.calibration import answered, applied, calibrating, read_calibration
-    from medr1.data import load_parts
+    from medr1.data import leave_out_unreadable, load_parts
     from medr1.evaluation import evaluate
     from medr1.metrics import summarise
     from medr1.models import load_vlm
     from medr1.records import write_jsonl
 
     overrides = {"data.path": data, "data.modalities": modality, "data.question_types": question_type}
-    resolved = _resolve(None, overrides | {"rollout.mode": mode}, settings)
+    skip = {"data.skip_unreadable": True} if skip_unreadable else {}
+    resolved = _resolve(None, {**overrides, **skip, "rollout.mode": mode}, settings)
     train_records, test_records = load_parts(resolved.data)
     parts = {"test": test_records, "train": train_records, "all": train_records + test_records}
     if part not in parts:
@@ -165,6 +172,8 @@ def evaluate_command(
     if score_options and samples:
         raise MedR1Error("--score-options and --samples are two ways to weigh options; give one of them")
     records = _limited(parts[part], limit, resolved)
+    if resolved.data.skip_unreadable:
+        records = leave_out_unreadable(records, out)
     if model.startswith("openai:"):
         if score_options or samples:
             raise MedR1Error(f"{model}: a server's options cannot be weighed; use a local model")

@@ -43,6 +43,7 @@ class DataConfig(_Section):
     modalities: tuple[str, ...] = Field((), description="keep these modalities; empty: all")
     question_types: tuple[str, ...] = Field((), description="keep these question types; empty: all")
     sources: tuple[str, ...] = Field((), description="keep these sources; empty: all")
+    skip_unreadable: bool = Field(False, description="leave out and list records whose images cannot be read")
     test_fraction: float = Field(0.2, gt=0, lt=1, description="share of records held out, by image or patient group")
     split_seed: int = Field(0, description="seed of the split")
     num_phantoms: int = Field(1600, ge=16, description="images to draw where path is 'phantoms' (five questions each)")

@@ -6,13 +6,19 @@ which images are held out.
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
 
 from medr1.config import DataConfig
 from medr1.datasets import load_records, require_images, select_records
 from medr1.errors import MedR1Error
+from medr1.images import load_image
 from medr1.phantoms import write_phantoms
-from medr1.records import Record
+from medr1.processes import is_first
+from medr1.records import Record, write_jsonl
 from medr1.splits import split_by_group
 
 
@@ -31,7 +37,8 @@ def load_parts(config: DataConfig) -> tuple[list[Record], list[Record]]:
         "sources": config.sources or None,
     }
     train, test = select_records(train, **filters), select_records(test, **filters)
-    require_images([*train, *test])
+    if not config.skip_unreadable:
+        require_images([*train, *test])
     return train, test
 
 
@@ -44,6 +51,46 @@ def image_folder(config: DataConfig) -> Path:
     """The folder that the questions' image paths start from."""
     path = data_path(config)
     return Path(config.image_root) if config.image_root else path if path.is_dir() else path.parent
+
+
+def leave_out_unreadable(records: Sequence[Record], out: Path) -> list[Record]:
+    """The records all of whose images can be decoded; the others are counted on stderr and listed in a file.
+
+    Every image is decoded once. The file lies beside `out`, the file or folder of the results: NAME.skipped.jsonl with
+    id, image and reason of each record, for NAME or NAME.jsonl. It is there only if a record was left out.
+
+    Raises:
+        MedR1Error: nothing is left, or the list cannot be written.
+    """
+    problems: dict[Path, str | None] = {}
+    skipped = []
+    for record in track(records, "images", console=Console(stderr=True), disable=not is_first()):
+        for image in record.images:
+            if image not in problems:
+                problems[image] = _problem(image)
+            if reason := problems[image]:
+                skipped.append({"id": record.id, "image": str(image), "reason": reason})
+                break
+    listing = out.with_name(f"{out.name.removesuffix('.jsonl')}.skipped.jsonl")
+    left_out = {row["id"] for row in skipped}
+    if is_first():
+        if skipped:
+            write_jsonl(listing, skipped)
+            told = f"{len(skipped)} of {len(records)} records left out: an image cannot be read; see {listing}"
+            Console(stderr=True, soft_wrap=True).print(told, style="yellow", markup=False, highlight=False)
+        else:
+            listing.unlink(missing_ok=True)
+    if len(left_out) == len(records):
+        raise MedR1Error(f"{listing}: of all {len(records)} records an image cannot be read; mend the images")
+    return [record for record in records if record.id not in left_out]
+
+
+def _problem(image: Path) -> str | None:
+    try:
+        load_image(image)
+    except MedR1Error as error:
+        return str(error)
+    return None
 
 
 def phantom_folder(num_images: int, seed: int = 0) -> Path:

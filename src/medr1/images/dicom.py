@@ -4,7 +4,6 @@ Of the header only the elements below are read, and of these nothing but numbers
 pydicom's warnings, log lines and exceptions quote values, perhaps a patient's: they are never passed on.
 """
 
-import io
 import logging
 import re
 import struct
@@ -166,7 +165,6 @@ def _refuse_unsupported(reference: Reference, header: Any) -> None:
     """Raise MedR1Error for what would come out wrong, too large, or not at all."""
     from pydicom import uid
     from pydicom.pixels import get_decoder
-    from pydicom.pixels.utils import get_expected_length
 
     if header.file_meta.get("MediaStorageSOPClassUID") == uid.MediaStorageDirectoryStorage:
         raise MedR1Error(f"{reference}: is a DICOMDIR, an index of other files; name one of those")
@@ -187,9 +185,6 @@ def _refuse_unsupported(reference: Reference, header: Any) -> None:
         raise MedR1Error(f"{reference}: its pixels are {name}, which medr1 does not read; convert it") from None
     if not decoder.is_available:
         raise MedR1Error(f"{reference}: its pixels are {name}, which needs a decoder; pip install 'medr1[images]'")
-    is_plain = not syntax.is_encapsulated and syntax != uid.DeflatedExplicitVRLittleEndian
-    if is_plain and get_expected_length(header) > reference.path.stat().st_size:
-        raise _undecodable(reference, "it is cut off: its header tells of more pixels")
 
 
 def _stored(reference: Reference, header: Any, frame: int, frames: int) -> Any:
@@ -198,24 +193,26 @@ def _stored(reference: Reference, header: Any, frame: int, frames: int) -> Any:
     from pydicom import uid
     from pydicom.encaps import get_frame
     from pydicom.pixels import pixel_array
+    from pydicom.pixels.utils import get_expected_length
 
     syntax, path = header.file_meta.TransferSyntaxUID, reference.path
-    if syntax.is_encapsulated:
-        with path.open("rb") as file:
-            pydicom.dcmread(file, stop_before_pixels=True, specific_tags=["Rows"])
-            file.seek(12, io.SEEK_CUR)  # tag, value representation and length of the pixel data
-            coded = get_frame(file, frame, number_of_frames=frames)
-        size = _coded_size(coded)
-        if size not in (None, (header.Rows, header.Columns)):
-            raise _undecodable(reference, "its header and its compressed pixels differ in size")
-        if syntax == uid.JPEGExtended12Bit and header.BitsStored > 8:  # no plugin of a free licence decodes it
-            return extra("imagecodecs", reference).jpeg8_decode(coded)
-    in_file = syntax != uid.DeflatedExplicitVRLittleEndian and header.preamble is not None
-    if in_file:
-        return pixel_array(path, index=frame)
-    whole = pydicom.dcmread(path, force=True)
-    whole.file_meta.TransferSyntaxUID = syntax
-    return pixel_array(whole, index=frame)
+    if syntax == uid.DeflatedExplicitVRLittleEndian:
+        return pixel_array(pydicom.dcmread(path), index=frame)
+    with path.open("rb") as file:
+        pydicom.dcmread(file, force=True, stop_before_pixels=True, specific_tags=["Rows"])
+        start = file.tell()  # of the pixels' element, whose tag and length take 8 bytes or 12
+        if not syntax.is_encapsulated:
+            if start + 8 + get_expected_length(header) > path.stat().st_size:
+                raise _undecodable(reference, "it is cut off: its header tells of more pixels")
+            return pixel_array(path, index=frame, transfer_syntax_uid=syntax)
+        file.seek(start + 12)
+        coded = get_frame(file, frame, number_of_frames=frames)
+    size = _coded_size(coded)
+    if size not in (None, (header.Rows, header.Columns)):
+        raise _undecodable(reference, "its header and its compressed pixels differ in size")
+    if syntax == uid.JPEGExtended12Bit and header.BitsStored > 8:  # no plugin of a free licence decodes it
+        return extra("imagecodecs", reference).jpeg8_decode(coded)
+    return pixel_array(path, index=frame)
 
 
 def _coded_size(frame: bytes) -> tuple[int, int] | None:
@@ -256,6 +253,8 @@ class _Display:
 
     def colour(self, stored: Any) -> tuple[Any, dict[str, Any]]:
         """Colour of a palette or of three samples as uint8 (rows, columns, 3), and what was decided."""
+        if "window" in self.reference.selector:
+            raise self.reference.wrong("window", "none: this image has colours")
         kind = self.header.PhotometricInterpretation
         if kind == "PALETTE COLOR":
             from pydicom.pixels import apply_color_lut
@@ -266,8 +265,6 @@ class _Display:
             return values.astype(np.uint8), {"scale": "colours of its palette"}
         if kind not in ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"):
             raise _undecodable(self.reference, "its kind of colour is not known here")
-        if "window" in self.reference.selector:
-            raise self.reference.wrong("window", "none: this image has colours")
         bits = self.header.BitsStored
         return stretched(stored, 0, 2**bits - 1), {"scale": f"0 to {2**bits - 1}"}
 
@@ -322,9 +319,10 @@ class _Display:
             number = self.reference.whole("window", 1, 1, len(own))
             words, function = own[number - 1]
             return f"{words}, {number} of {len(own)} in the file", function
-        bits, is_signed = self.header.BitsStored, self.header.get("PixelRepresentation") == 1
-        rescaled = self.get("RescaleSlope") is not None or self.get("ModalityLUTSequence")
-        if self.header.get("PresentationIntentType") == "FOR PRESENTATION" or (bits <= 8 and not rescaled):
+        is_whole = stored.dtype.kind in "iu" and not self.get("ModalityLUTSequence")
+        bits, is_signed = self.header.get("BitsStored"), self.header.get("PixelRepresentation") == 1
+        is_ready = self.header.get("PresentationIntentType") == "FOR PRESENTATION"
+        if is_whole and (is_ready or (bits <= 8 and self.get("RescaleSlope") is None)):
             ends = np.array([-(2 ** (bits - 1)), 2 ** (bits - 1) - 1] if is_signed else [0, 2**bits - 1])
             low, high = (float(value) for value in sorted(to_values(ends)))
             return f"none in the file; all {bits} bits, {low:g} to {high:g}", lambda v: stretched(v, low, high)
@@ -359,7 +357,7 @@ class _Display:
         for keyword in ("PixelSpacing", "ImagerPixelSpacing", "PixelAspectRatio"):
             if len(sides := self.numbers(keyword)) == 2 and all(side > 0 for side in sides):
                 height, width = sides
-                square = square_pixels(image, height, width)
+                square = square_pixels(self.reference, image, height, width)
                 if square.size == image.size:
                     break
                 before, after = f"{image.width} x {image.height}", f"{square.width} x {square.height}"

@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from medr1.errors import MedR1Error
+from medr1.images.limits import MAX_PIXELS
 from medr1.images.reference import Reference
 
 Grey = npt.NDArray[np.uint8]
@@ -99,19 +101,24 @@ def by_table(stored: npt.NDArray[np.integer], function: Callable[[npt.NDArray[np
     low, high = int(stored.min()), int(stored.max())
     if high - low >= min(1 << 16, stored.size):
         return function(stored)
-    return function(np.arange(low, high + 1))[stored.astype(np.int64) - low]
+    return function(np.arange(low, high + 1))[np.subtract(stored, low, dtype=np.int64)]
 
 
-def square_pixels(image: Image.Image, height: float, width: float) -> Image.Image:
+def square_pixels(reference: Reference, image: Image.Image, height: float, width: float) -> Image.Image:
     """The image with its pixels, `height` x `width` in any one unit, made square: the longer side is drawn out.
 
     Pixels that are square to 1 % stay untouched.
+
+    Raises:
+        MedR1Error: the sides cannot be true.
     """
     aspect = height / width
     if abs(aspect - 1) <= 0.01:
         return image
-    size = (image.width, round(image.height * aspect)) if aspect > 1 else (round(image.width / aspect), image.height)
-    return image.resize(size, Image.Resampling.BILINEAR)
+    size = (image.width, image.height * aspect) if aspect > 1 else (image.width / aspect, image.height)
+    if not size[0] * size[1] <= MAX_PIXELS:
+        raise MedR1Error(f"{reference}: its header makes pixels {height:g} high and {width:g} wide; mend the header")
+    return image.resize((round(size[0]), round(size[1])), Image.Resampling.BILINEAR)
 
 
 def _rounded(share: Values) -> Grey:

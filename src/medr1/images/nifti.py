@@ -64,7 +64,7 @@ def read_nifti(reference: Reference) -> tuple[Image.Image, dict[str, Any]]:
     image = Image.fromarray(grey).convert("RGB")
     height, width = sides[up], sides[across]
     if all(math.isfinite(side) and side > 0 for side in (height, width)):
-        image = square_pixels(image, height, width)
+        image = square_pixels(reference, image, height, width)
         decisions["aspect"] = f"voxels {height:g} high, {width:g} wide: {grey.shape[1]} x {grey.shape[0]} became "
         decisions["aspect"] += f"{image.width} x {image.height}"
     return image, {**decisions, "warnings": warnings}
@@ -97,7 +97,7 @@ def _volume(reference: Reference) -> Iterator[Any]:
             file.seek(0)
             volume = (nibabel.Nifti2Image if head[4:7] in (b"n+2", b"ni2") else nibabel.Nifti1Image).from_stream(file)
             header = volume.header
-            if header["magic"].item()[:2] == b"ni":
+            if b"ni" in (head[344:346], head[4:6]):  # in a single file the magic word begins with n+
                 raise ValueError("it is the header of a .hdr and .img pair: join them into one .nii file")
             if 3000 <= header["intent_code"] < 3100:
                 raise ValueError("it is CIFTI, values on a surface, no picture")

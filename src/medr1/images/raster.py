@@ -65,6 +65,9 @@ def _by_pillow(reference: Reference) -> tuple[Image.Image, dict[str, Any]]:
             image.seek(reference.whole("frame", 1, 1, frames) - 1)
             decisions["frame"] = f"{image.tell() + 1} of {frames}"
         _bounded(reference, image.width, image.height)
+        tags = getattr(image, "tag_v2", {})
+        if tags.get(284) == 2 and max(tags.get(258, (8,))) > 8:  # Pillow 12 mistakes uncompressed planes of 16 bits
+            raise ValueError("colours one after the other, of more than 8 bits")
         image.load()
         rgb, decisions["scale"] = _to_rgb(image)
         return ImageOps.exif_transpose(rgb), decisions
@@ -79,6 +82,8 @@ def _by_tifffile(reference: Reference, first: Exception) -> tuple[Image.Image, d
             page = file.pages[number - 1]
             _bounded(reference, page.imagewidth, page.imagelength)
             values = page.asarray()
+            if page.axes == "SYX":  # colours one after the other
+                values = np.moveaxis(values, 0, -1)
             colour = page.photometric.name
             frames = len(file.pages)
         rgb, scale = _array_to_rgb(values, colour)
@@ -100,19 +105,22 @@ def _to_rgb(image: Image.Image) -> tuple[Image.Image, str]:
         white_is_zero = getattr(image, "tag_v2", {}).get(262) == 0  # Pillow heeds it in 8-bit TIFF only
         return _array_to_rgb(np.asarray(image), "MINISWHITE" if white_is_zero else "MINISBLACK")
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB"), "as it is, alpha on white"
+        return _on_white(image), "as it is, alpha on white"
     return image.convert("RGB"), "as it is"
 
 
+def _on_white(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
 def _array_to_rgb(values: np.ndarray, colour: str) -> tuple[Image.Image, str]:
-    """Grey (height, width) or colour (height, width, 3) of any number type."""
-    if values.ndim == 3 and values.shape[2] == 3 and colour in ("RGB", "YCBCR", "PALETTE"):
+    """Grey (height, width) or colour (height, width, 3 or 4 with alpha) of any number type."""
+    if values.shape[2:] in ((3,), (4,)) and colour in ("RGB", "YCBCR", "PALETTE"):
         if values.dtype == np.uint16:
-            return Image.fromarray((values >> 8).astype(np.uint8)), "upper 8 of 16 bits"
+            return _on_white(Image.fromarray((values >> 8).astype(np.uint8))), "upper 8 of 16 bits"
         if values.dtype == np.uint8:
-            return Image.fromarray(values), "as it is"
+            return _on_white(Image.fromarray(values)), "as it is"
     elif values.ndim != 2 or colour not in ("MINISBLACK", "MINISWHITE"):
         raise ValueError(f"{values.ndim} dimensions and colours of kind {colour} are not supported")
     if not np.isfinite(values).all():

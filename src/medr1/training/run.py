@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from medr1.config import Config
-from medr1.data import load_parts
+from medr1.data import leave_out_unreadable, load_parts
 from medr1.models import load_vlm
 from medr1.processes import agree, join
 from medr1.training.base import RecordTrainer
@@ -36,6 +36,10 @@ def train(config: Config, out: Path) -> dict[str, Any]:
 
 def _prepare(config: Config, out: Path, device: Any) -> RecordTrainer:
     train_records, test_records = load_parts(config.data)
+    if config.data.skip_unreadable:
+        left = {record.id for record in leave_out_unreadable([*train_records, *test_records], out)}
+        train_records = [record for record in train_records if record.id in left]
+        test_records = [record for record in test_records if record.id in left]
     dtype = config.model.dtype
     if dtype == "auto" and not config.model.lora_rank:
         dtype = "float32"  # the optimizer needs float32 weights; the computation is bfloat16 where the GPU can

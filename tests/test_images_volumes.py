@@ -1,0 +1,305 @@
+"""NIfTI slices the right way round, whole slides, TIFFs that Pillow refuses."""
+
+import gzip
+import struct
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import skimage
+import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from medr1.errors import MedR1Error
+from medr1.images import expand_reference, load_image, read_image
+
+NIBABEL = Path(nibabel.__file__).parent / "tests" / "data"
+SKIMAGE = Path(skimage.__file__).parent / "data"
+
+
+def grey(reference: Path | str) -> np.ndarray:
+    image = np.asarray(load_image(reference))
+    assert (image == image[..., :1]).all()
+    return image[..., 0]
+
+
+def error_of(reference: Path | str) -> str:
+    with pytest.raises(MedR1Error) as error:
+        read_image(reference)
+    assert "\n" not in str(error.value) and str(reference).partition("#")[0] in str(error.value)
+    return str(error.value)
+
+
+def nifti(path: Path, values: np.ndarray, affine: np.ndarray | None = None, **header: Any) -> Path:
+    volume = nibabel.Nifti1Image(values, np.eye(4) if affine is None else affine)
+    for key, value in header.items():
+        volume.header[key] = value
+    nibabel.save(volume, path)
+    return path
+
+
+# ---- NIfTI
+
+
+def test_radiological_display(tmp_path: Path) -> None:
+    values = np.zeros((5, 6, 7), dtype=np.uint8)  # RAS: x to the right, y to the front, z to the head
+    values[4, 2, 3] = 100  # a mark on the patient's right
+    values[2, 5, 3] = 150  # in front
+    values[2, 2, 6] = 200  # at the top
+    path = nifti(tmp_path / "a.nii", values)
+    axial = grey(f"{path}#slice=4&window=128,256")  # 7 wide would not do: rows are y, columns x
+    assert axial.shape == (6, 5)
+    assert axial[3, 0] == 100 and axial[0, 2] == 149  # right at the left, front at the top
+    coronal = grey(f"{path}#axis=coronal&slice=3&window=128,256")
+    assert coronal.shape == (7, 5)
+    assert coronal[3, 0] == 100 and coronal[0, 2] == 199  # (200 - 128) / 256 + 0.5 is 0.78125, times 255 is 199.2
+    sagittal = grey(f"{path}#axis=sagittal&slice=3&window=128,256")
+    assert sagittal.shape == (7, 6)
+    assert sagittal[3, 0] == 149 and sagittal[0, 3] == 199  # nose to the left
+    decisions = read_image(path).decisions
+    assert decisions["slice"] == "axial 4 of 7" and decisions["kind"] == "NIfTI"
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_orientation_shows_the_same_slice(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    shape = (4, 5, 6)
+    seed = data.draw(st.integers(0, 100))
+    canonical = np.random.default_rng(seed).integers(-500, 500, shape).astype(np.int16)
+    axes = data.draw(st.permutations([0, 1, 2]))
+    flips = data.draw(st.tuples(st.booleans(), st.booleans(), st.booleans()))
+    orientation = nibabel.orientations.axcodes2ornt(
+        ["LPI"[axis] if flip else "RAS"[axis] for axis, flip in zip(axes, flips, strict=True)]
+    )
+    other = nibabel.Nifti1Image(canonical, np.diag([2, 2, 2, 1])).as_reoriented(
+        nibabel.orientations.ornt_transform(nibabel.orientations.axcodes2ornt("RAS"), orientation)
+    )
+    other.header.set_slope_inter(0.5, 10)
+    folder = tmp_path_factory.mktemp("any")
+    path = folder / data.draw(st.sampled_from(["a.nii", "a.nii.gz"]))
+    nibabel.Nifti1Image(np.asarray(other.dataobj).astype(np.int16), other.affine).to_filename(path)
+    axis = data.draw(st.sampled_from(["sagittal", "coronal", "axial"]))
+    number = {"sagittal": 0, "coronal": 1, "axial": 2}[axis]
+    place = data.draw(st.integers(1, shape[number]))
+    whole = nibabel.as_closest_canonical(nibabel.load(path)).get_fdata()  # the plain way: all voxels, turned
+    plane = np.flip(np.take(whole, place - 1, number)).T
+    expected = np.rint(255 * np.clip(plane / 600 + 0.5, 0, 1))
+    assert (grey(f"{path}#axis={axis}&slice={place}&window=0,600") == expected).all()
+    assert (whole == canonical).all()
+
+
+def test_scale_spacing_and_undefined_voxels(tmp_path: Path) -> None:
+    values = np.zeros((4, 4, 3), dtype=np.float32)
+    values[0, 0, 1], values[1, 1, 1], values[2, 2, 1] = np.nan, np.inf, 100
+    reading = read_image(f"{nifti(tmp_path / 'a.nii', values)}#window=50,100")
+    assert reading.decisions["warnings"] == ["undefined or infinite values are black or white"]
+    assert np.asarray(reading.image)[::-1, ::-1, 0].diagonal().tolist() == [0, 255, 255, 0]
+    spaced = nifti(tmp_path / "b.nii", np.ones((10, 20, 5), dtype=np.int16), np.diag([1.0, 1.0, 3.0, 1.0]))
+    assert load_image(spaced).size == (10, 20)
+    assert load_image(f"{spaced}#axis=coronal").size == (10, 15)
+    assert load_image(f"{spaced}#axis=sagittal").size == (20, 15)
+    scaled = nibabel.Nifti1Image(np.arange(8, dtype=np.int16).reshape(2, 2, 2), np.eye(4))
+    scaled.header.set_slope_inter(2, -7)  # a header as written: values on disk stay, 0..7 mean -7..7
+    content = bytearray(scaled.to_bytes())
+    struct.pack_into("<ff", content, 112, 2.0, -7.0)
+    struct.pack_into("<8h", content, 352, *range(8))
+    (tmp_path / "c.nii").write_bytes(content)
+    # On disk x runs fastest; slice 2 holds 4 to 7, which mean 1, 3, 5, 7: v / 20 + 0.5, right to left, front to back.
+    assert grey(f"{tmp_path / 'c.nii'}#slice=2&window=0,20").tolist() == [[217, 191], [166, 140]]
+
+
+def test_several_volumes_expansion_and_real_files() -> None:
+    reading = read_image(NIBABEL / "functional.nii")
+    assert reading.decisions["volume"] == "1 of 20" and reading.image.size == (17, 21)
+    first = nibabel.as_closest_canonical(nibabel.load(NIBABEL / "functional.nii")).get_fdata()[:, :, 1, 0]
+    low, high = np.percentile(first, [0.5, 99.5])
+    assert (
+        np.asarray(reading.image)[..., 0] == np.rint(255 * np.clip((np.flip(first).T - low) / (high - low), 0, 1))
+    ).all()
+    for name, size in {
+        "anatomical.nii": (33, 41),
+        "example4d.nii.gz": (128, 96),
+        "example_nifti2.nii.gz": (32, 20),
+        "reoriented_anat_moved.nii": (21, 26),
+        "standard.nii.gz": (4, 15),  # 3 mm high, 1 mm wide
+    }.items():
+        assert load_image(NIBABEL / name).size == size
+    names = [path.name for path in expand_reference(f"{NIBABEL / 'anatomical.nii'}#slices=4&axis=sagittal")]
+    assert names == [f"anatomical.nii#axis=sagittal&slice={place}" for place in (5, 13, 21, 29)]  # of 33: 4.1, 12.4, …
+    assert "0 of" not in str(expand_reference(f"{NIBABEL / 'anatomical.nii'}#slices=25"))
+    with pytest.raises(MedR1Error, match="slices is '26'; give a whole number from 1 to 25"):
+        expand_reference(f"{NIBABEL / 'anatomical.nii'}#slices=26")
+    for selector, says in {
+        "axis=top": "give sagittal, coronal, axial",
+        "slice=0": "from 1 to 25",
+        "window=2": "CENTRE,WIDTH",
+        "window=5,0": "CENTRE,WIDTH",
+        "frame=1": "use axis, slice, window, redact",
+    }.items():
+        assert says in error_of(f"{NIBABEL / 'anatomical.nii'}#{selector}")
+    lung = read_image(f"{NIBABEL / 'anatomical.nii'}#window=lung").decisions
+    assert "Hounsfield" in lung["warnings"][0] and lung["window"] == "lung: centre -600, width 1500"
+
+
+def test_bad_volumes(tmp_path: Path) -> None:
+    assert "pair" in error_of(NIBABEL / "nifti1.hdr")
+    assert "CIFTI" in error_of(NIBABEL / "row_major.dconn.nii")
+    whole = (NIBABEL / "anatomical.nii").read_bytes()
+    (tmp_path / "a.nii").write_bytes(whole[: len(whole) // 2])
+    assert "cut off" in error_of(tmp_path / "a.nii")
+    packed = gzip.compress(whole)
+    (tmp_path / "b.nii.gz").write_bytes(packed[: len(packed) // 2])
+    assert "cannot be read as NIfTI" in error_of(tmp_path / "b.nii.gz")
+    thick = nifti(tmp_path / "g.nii", np.ones((9, 9, 9), dtype=np.int16), np.diag([1, 1e-9, 1, 1]))
+    assert "mend the header" in error_of(thick)
+    for shape in ((30000, 30000, 30000), (2, 2, 32767)):  # a bomb, and a file that only says that it is long
+        header = nibabel.Nifti1Header()
+        header.set_data_dtype(np.int16)
+        header["dim"][:4] = [3, *shape]
+        header["magic"], header["vox_offset"] = b"n+1", 352
+        header["pixdim"][1:4] = 1
+        for name in ("c.nii", "c.nii.gz"):
+            content = header.binaryblock + b"\0" * 100
+            (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+            assert ("above the limits" in error_of(tmp_path / name)) == (shape[0] == 30000)
+    complex_volume = nifti(tmp_path / "d.nii", np.ones((3, 3, 3), dtype=np.complex64))
+    assert "of type complex64" in error_of(complex_volume)
+    (tmp_path / "e.nii.gz").write_bytes(gzip.compress(b"no volume"))
+    assert "cannot identify image file" in error_of(tmp_path / "e.nii.gz")
+    unplaced = bytearray(nifti(tmp_path / "f.nii", np.arange(27, dtype=np.int16).reshape(3, 3, 3)).read_bytes())
+    struct.pack_into("<hh", unplaced, 252, 0, 0)  # qform_code and sform_code
+    (tmp_path / "f.nii").write_bytes(unplaced)
+    assert "left and right may be exchanged" in read_image(tmp_path / "f.nii").decisions["warnings"][0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(place=st.integers(0, 380), value=st.integers(0, 255))
+def test_a_changed_byte_of_a_header(tmp_path_factory: pytest.TempPathFactory, place: int, value: int) -> None:
+    content = bytearray((NIBABEL / "anatomical.nii").read_bytes())
+    content[place] = value
+    path = tmp_path_factory.mktemp("fuzz") / "a.nii"
+    path.write_bytes(content)
+    try:
+        assert read_image(path).image.mode == "RGB"
+    except MedR1Error as error:
+        assert "\n" not in str(error)
+
+
+# ---- slides
+
+
+def slide(path: Path, *, vendor: str = "Aperio Image Library v11\r\n4096x3072", side: int = 4096) -> np.ndarray:
+    """A pyramid of three levels as a scanner writes it; level 0 has a red mark of 256 pixels at x = 1024, y = 512."""
+    full = np.full((side * 3 // 4, side, 3), 230, dtype=np.uint8)
+    full[512:768, 1024:1280] = (255, 0, 0)
+    options: dict[str, Any] = {"tile": (256, 256), "photometric": "rgb", "compression": "deflate", "metadata": None}
+    with tifffile.TiffWriter(path) as file:
+        file.write(full, description=vendor, **options)
+        for level in (1, 2):
+            file.write(full[:: 4**level, :: 4**level], description=vendor, subfiletype=1, **options)
+    return full
+
+
+def test_overview_and_tiles_of_a_slide(tmp_path: Path) -> None:
+    full = slide(tmp_path / "a.svs")
+    reading = read_image(tmp_path / "a.svs")
+    assert reading.image.size == (1024, 768) and reading.decisions["level"] == "1 of 0 to 2"
+    assert reading.decisions["slide"] == "4096 x 3072 pixels" and reading.decisions["overview"] == "1024 x 768"
+    assert (np.asarray(reading.image) == full[::4, ::4]).all()
+    tile = read_image(f"{tmp_path / 'a.svs'}#x=1000&y=500&size=300x100")
+    assert (np.asarray(tile.image) == full[500:600, 1000:1300]).all()
+    assert tile.decisions["tile"] == "300 x 100 at 1000, 500"
+    small = load_image(f"{tmp_path / 'a.svs'}#level=1&x=1024&y=512&size=64")
+    assert (np.asarray(small) == (255, 0, 0)).all()
+    edge = load_image(f"{tmp_path / 'a.svs'}#x=4000&y=3000&size=500")
+    assert edge.size == (96, 72)  # cut at the slide's edge
+    for selector, says in {
+        "level=3": "from 0 to 2",
+        "x=4096": "from 0 to 4095",
+        "size=0": "SIDE or WIDTHxHEIGHT",
+        "slice=1": "use level, x, y, size, redact",
+    }.items():
+        assert says in error_of(f"{tmp_path / 'a.svs'}#{selector}")
+
+
+def test_a_slide_without_small_levels_is_not_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    big = np.lib.stride_tricks.as_strided(np.zeros(1, dtype=np.uint8), (10240, 10240), (0, 0))
+    tifffile.imwrite(path, big, tile=(1024, 1024), photometric="minisblack", compression="deflate")
+    assert "above the limit of 80000000; select a tile" in error_of(path)
+    assert load_image(f"{path}#x=9000&y=9000&size=256").size == (256, 256)
+    # OpenSlide wants tiles; the others go through tifffile, by level.
+    pages = tmp_path / "b.ome.tif"
+    with tifffile.TiffWriter(pages) as file:
+        file.write(big, subifds=1, photometric="minisblack", compression="deflate", rowsperstrip=1024)
+        half = np.full((5120, 5120), 90, dtype=np.uint8)
+        file.write(half, subfiletype=1, photometric="minisblack", compression="deflate", rowsperstrip=1024)
+    reading = read_image(pages)
+    assert reading.image.size == (1024, 1024) and (np.asarray(reading.image) == 90).all()
+    assert load_image(f"{pages}#level=1&x=5120&y=0&size=9000x20").size == (2560, 20)
+    assert "has too many pixels for this kind of TIFF" in error_of(f"{pages}#level=0&size=10")
+
+
+def test_a_broken_slide(tmp_path: Path) -> None:
+    slide(tmp_path / "a.svs", side=1024)
+    content = (tmp_path / "a.svs").read_bytes()
+    for length in (8, 200, len(content) // 2):
+        (tmp_path / "b.svs").write_bytes(content[:length])
+        error_of(tmp_path / "b.svs")
+
+
+# ---- pictures that Pillow does not read
+
+
+@pytest.mark.parametrize("options", [{"compression": "lzw", "predictor": 2}, {"compression": "deflate"}, {}])
+def test_16_bit_colour_keeps_its_upper_8(tmp_path: Path, options: dict[str, Any]) -> None:
+    colour = np.random.default_rng(0).integers(0, 65536, (20, 30, 3)).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", colour, photometric="rgb", **options)
+    assert (np.asarray(load_image(tmp_path / "a.tif")) == colour >> 8).all()
+    tifffile.imwrite(
+        tmp_path / "b.tif", np.moveaxis(colour, -1, 0), photometric="rgb", planarconfig="separate", **options
+    )
+    assert (np.asarray(load_image(tmp_path / "b.tif")) == colour >> 8).all()
+
+
+@pytest.mark.parametrize("kind", ["uint16", "int16", "uint32", "int32", "float32", "float64"])
+@pytest.mark.parametrize("options", [{}, {"compression": "zstd"}, {"compression": "deflate", "predictor": True}])
+def test_grey_tiff_of_any_number_type(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
+    values = np.array([[1000, 2000, 3000, 6100]], dtype=kind).repeat(4, 0)
+    tifffile.imwrite(tmp_path / "a.tif", values, photometric="minisblack", **options)
+    assert grey(tmp_path / "a.tif")[0].tolist() == [0, 50, 100, 255]  # (v - 1000) * 255 / 5100
+    tifffile.imwrite(tmp_path / "b.tif", values, photometric="miniswhite", **options)
+    assert grey(tmp_path / "b.tif")[0].tolist() == [255, 205, 155, 0]
+
+
+def test_pages_of_a_compressed_stack(tmp_path: Path) -> None:
+    stack = np.stack([np.full((8, 8, 3), value, dtype=np.uint16) for value in (0, 25600, 65535)])
+    tifffile.imwrite(tmp_path / "a.tif", stack, photometric="rgb", compression="zstd")
+    assert load_image(f"{tmp_path / 'a.tif'}#frame=2").getpixel((0, 0)) == (100, 100, 100)
+    assert [path.name for path in expand_reference(f"{tmp_path / 'a.tif'}#frames=3")][2] == "a.tif#frame=3"
+    assert "from 1 to 3" in error_of(f"{tmp_path / 'a.tif'}#frame=4")
+
+
+def test_cmyk_as_adobe_writes_it(tmp_path: Path) -> None:
+    """Photoshop stores CMYK in JPEG inverted and says so by an APP14 marker; so does Pillow when it writes."""
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=100)
+    assert b"Adobe" in (tmp_path / "a.jpg").read_bytes()
+    assert (np.abs(np.asarray(load_image(tmp_path / "a.jpg")).astype(int) - (255, 0, 0)) < 6).all()
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "b.tif")
+    assert (np.asarray(load_image(tmp_path / "b.tif")) == (255, 0, 0)).all()
+
+
+def test_every_picture_of_scikit_image() -> None:
+    files = [path for path in sorted(SKIMAGE.glob("*")) if path.suffix in (".png", ".jpg", ".tif", ".gif", ".bmp")]
+    assert len(files) > 20
+    for path in files:
+        reading = read_image(path)
+        plain = skimage.io.imread(path)
+        if plain.dtype == np.uint8 and plain.ndim == 3 and plain.shape[2] == 3:
+            assert np.abs(np.asarray(reading.image).astype(int) - plain).max() <= 2, path.name
+        elif plain.dtype == np.uint8 and plain.ndim == 2:
+            assert (np.asarray(reading.image)[..., 0] == plain).all(), path.name
