@@ -16,7 +16,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom import uid
-from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
@@ -630,4 +629,5 @@ def test_content_decides(tmp_path: Path) -> None:
     assert (grey(tmp_path / "b") == grey(TEST_FILES / "CT_small.dcm")).all()
     (tmp_path / "c.dcm").write_bytes(zlib.compress(b"no DICOM"))
     assert "cannot identify image file" in error_of(tmp_path / "c.dcm")
-    assert get_testdata_file("MR_small.dcm", download=False)
+    assert (TEST_FILES / "693_J2KI.dcm").read_bytes()[:4] == b"II*\0"  # DICOM whose preamble is a TIFF header
+    assert kind_of(TEST_FILES / "693_J2KI.dcm") == "dicom"

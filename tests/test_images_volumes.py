@@ -1,12 +1,14 @@
 """NIfTI slices the right way round, whole slides, TIFFs that Pillow refuses."""
 
 import gzip
+import io
 import struct
 from pathlib import Path
 from typing import Any
 
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 import skimage
 import tifffile
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from medr1.errors import MedR1Error
-from medr1.images import expand_reference, load_image, read_image
+from medr1.images import expand_reference, group_of, load_image, read_image
 
 NIBABEL = Path(nibabel.__file__).parent / "tests" / "data"
 SKIMAGE = Path(skimage.__file__).parent / "data"
@@ -242,6 +244,64 @@ def test_a_slide_without_small_levels_is_not_read_whole(tmp_path: Path) -> None:
     assert reading.image.size == (1024, 1024) and (np.asarray(reading.image) == 90).all()
     assert load_image(f"{pages}#level=1&x=5120&y=0&size=9000x20").size == (2560, 20)
     assert "has too many pixels for this kind of TIFF" in error_of(f"{pages}#level=0&size=10")
+
+
+def test_a_slide_in_dicom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = np.full((1000, 1500, 3), 230, dtype=np.uint8)
+    full[300:600, 400:800] = (255, 0, 0)
+    path, tiles = tmp_path / "a.dcm", []
+    for y, x in np.ndindex(4, 6):
+        tile = np.full((256, 256, 3), 255, dtype=np.uint8)
+        part = full[256 * y : 256 * (y + 1), 256 * x : 256 * (x + 1)]
+        tile[: part.shape[0], : part.shape[1]] = part
+        file = io.BytesIO()
+        Image.fromarray(tile).save(file, "JPEG", quality=95, subsampling=0)
+        tiles.append(file.getvalue())
+    dataset, spacing, measures, path_item = (pydicom.Dataset() for _ in range(4))
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.JPEGBaseline8Bit
+    spacing.PixelSpacing, spacing.SliceThickness, path_item.OpticalPathIdentifier = [0.001, 0.001], 0.001, "1"
+    measures.PixelMeasuresSequence = pydicom.Sequence([spacing])
+    for keyword, value in {
+        "SOPClassUID": pydicom.uid.VLWholeSlideMicroscopyImageStorage,
+        "SOPInstanceUID": "1.2.3.4",
+        "SeriesInstanceUID": "1.2.3.5",
+        "StudyInstanceUID": "1.2.3.6",
+        "FrameOfReferenceUID": "1.2.3.7",
+        "PatientID": "ZZMARKER",
+        "Modality": "SM",
+        "ImageType": ["ORIGINAL", "PRIMARY", "VOLUME", "NONE"],
+        "DimensionOrganizationType": "TILED_FULL",
+        "TotalPixelMatrixColumns": 1500,
+        "TotalPixelMatrixRows": 1000,
+        "TotalPixelMatrixFocalPlanes": 1,
+        "NumberOfOpticalPaths": 1,
+        "Rows": 256,
+        "Columns": 256,
+        "NumberOfFrames": 24,
+        "SamplesPerPixel": 3,
+        "PhotometricInterpretation": "YBR_FULL_422",
+        "PlanarConfiguration": 0,
+        "BitsAllocated": 8,
+        "BitsStored": 8,
+        "HighBit": 7,
+        "PixelRepresentation": 0,
+        "SharedFunctionalGroupsSequence": pydicom.Sequence([measures]),
+        "OpticalPathSequence": pydicom.Sequence([path_item]),
+        "PixelData": pydicom.encaps.encapsulate(tiles),
+    }.items():
+        setattr(dataset, keyword, value)
+    dataset["PixelData"].is_undefined_length = True
+    dataset.save_as(path, enforce_file_format=True)
+    reading = read_image(path)
+    assert reading.decisions["kind"] == "slide" and reading.image.size == (1024, 683)
+    tile = np.asarray(load_image(f"{path}#x=350&y=250&size=200x100")).astype(int)
+    assert (np.abs(tile[:40, :40] - 230) <= 4).all() and (np.abs(tile[60:, 60:] - (255, 0, 0)) <= 4).all()
+    monkeypatch.setenv("MEDR1_SALT", "salt")
+    assert group_of(path).startswith("patient-")
+    path.write_bytes(path.read_bytes()[:3000])
+    message = error_of(path)
+    assert "ZZMARKER" not in message
 
 
 def test_a_broken_slide(tmp_path: Path) -> None:

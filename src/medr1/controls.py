@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image, ImageStat
 
 from medr1.errors import MedR1Error
+from medr1.images import file_of
 from medr1.metrics import accuracy_table
 from medr1.records import LETTERS, Record, normalise_option
 
@@ -153,9 +154,9 @@ def shuffled_partners(
 
 
 def image_disjoint(train: Sequence[Record], test: Sequence[Record]) -> list[Record]:
-    """The test records none of whose images (by path) is in training: what is left of a split drawn by question."""
-    seen = {image for record in train for image in record.images}
-    return [record for record in test if seen.isdisjoint(record.images)]
+    """The test records none of whose image files (by path) is in training: what is left of a split by question."""
+    seen = {file_of(image) for record in train for image in record.images}
+    return [record for record in test if seen.isdisjoint(map(file_of, record.images))]
 
 
 def group_disjoint(train: Sequence[Record], test: Sequence[Record]) -> list[Record]:

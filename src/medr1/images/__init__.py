@@ -8,10 +8,7 @@ Content decides, not a file's name. Nothing that identifies a patient is ever re
 `group_of`, which hashes it.
 """
 
-import gzip
 import re
-import struct
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +17,9 @@ from PIL import Image, ImageDraw
 
 from medr1.errors import MedR1Error
 from medr1.images.identity import group_of
+from medr1.images.kinds import kind_of
 from medr1.images.limits import MAX_ASPECT, MAX_PIXELS
-from medr1.images.raster import is_tiff, num_pages, read_raster
+from medr1.images.raster import num_pages, read_raster
 from medr1.images.reference import Reference, content_digest, file_of, resolve_inside
 
 __all__ = [
@@ -119,46 +117,6 @@ def expand_reference(reference: Path | str) -> list[Path]:
     number = parsed.whole(key, 1, 1, total)
     places = [(2 * place + 1) * total // (2 * number) + 1 for place in range(number)]
     return [Path(str(Reference(parsed.path, others | {one: str(place)}))) for place in places]
-
-
-def kind_of(path: Path) -> str:
-    """ "dicom", "nifti", "slide" or "picture", by the first bytes of a file.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
-    with path.open("rb") as file:
-        head = file.read(600)
-    if head[:2] == b"\x1f\x8b":
-        try:
-            with gzip.open(path) as file:
-                head = file.read(600)
-        except (EOFError, gzip.BadGzipFile, zlib.error):
-            return "picture"
-        return "nifti" if _is_nifti(head) else "picture"
-    if head[128:132] == b"DICM" or _is_bare_dicom(head):
-        return "dicom"
-    if _is_nifti(head):
-        return "nifti"
-    if is_tiff(Reference(path)) or path.suffix.lower() == ".mrxs":
-        from medr1.images.slide import is_slide
-
-        return "slide" if is_slide(path) else "picture"
-    return "picture"
-
-
-def _is_nifti(head: bytes) -> bool:
-    return head[344:348] in (b"n+1\0", b"ni1\0") or head[4:8] in (b"n+2\0", b"ni2\0")
-
-
-def _is_bare_dicom(head: bytes) -> bool:
-    """A data set without preamble begins with a small element of group 2 or 8, little or big endian."""
-    if len(head) < 8:
-        return False
-    little, big = struct.unpack("<HH", head[:4]), struct.unpack(">HH", head[:4])
-    if not any(group in (2, 8) and element <= 0x20 for group, element in (little, big)):
-        return False
-    return (head[4:6].isalpha() and head[4:6].isupper()) or struct.unpack("<I", head[4:8])[0] <= 64
 
 
 def _existing(reference: Path | str) -> Reference:

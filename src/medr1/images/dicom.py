@@ -7,6 +7,7 @@ pydicom's warnings, log lines and exceptions quote values, perhaps a patient's: 
 import logging
 import re
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -54,6 +55,8 @@ _BURNED_IN = {
     "XA": "angiography",
 }
 """Modalities whose images often carry a name in the pixels."""
+
+_ONE_AT_A_TIME = threading.RLock()
 
 _JPEG_FRAMES = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF, 0xF7}
 """Second byte of the markers that start a frame (ITU-T T.81 table B.1; F7: JPEG-LS)."""
@@ -110,6 +113,7 @@ def _nothing_told(reference: Reference) -> Iterator[None]:
     """Neither warning nor log line nor exception of pydicom's leaves the block, since they quote the header."""
     extra("pydicom", reference)
     logger = logging.getLogger("pydicom")
+    _ONE_AT_A_TIME.acquire()  # what silences is of the whole process
     disabled, logger.disabled = logger.disabled, True
     try:
         with warnings.catch_warnings():
@@ -121,6 +125,7 @@ def _nothing_told(reference: Reference) -> Iterator[None]:
         raise _undecodable(reference, type(error).__name__) from None
     finally:
         logger.disabled = disabled
+        _ONE_AT_A_TIME.release()
 
 
 def _undecodable(reference: Reference, why: str) -> MedR1Error:

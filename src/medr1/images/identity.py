@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from medr1.errors import MedR1Error
+from medr1.images.kinds import is_dicom
 from medr1.images.reference import content_digest, file_of
 
 SALT = "MEDR1_SALT"
@@ -33,9 +34,7 @@ def group_of(reference: Path | str) -> str:
 
 
 def _identity(path: Path) -> tuple[str, str]:
-    from medr1.images import kind_of
-
-    if kind_of(path) == "dicom":
+    if is_dicom(path):
         from medr1.images.dicom import identifiers
 
         for kind, identity in identifiers(path).items():

@@ -1,10 +1,13 @@
 """What no reader decodes, and how a failure is told."""
 
 import importlib
+import logging
 from types import ModuleType
 
 from medr1.errors import MedR1Error
 from medr1.images.reference import Reference
+
+logging.getLogger("tifffile").disabled = True  # it would tell on stderr, in its words, what our one line tells
 
 MAX_PIXELS = 80_000_000
 """Largest image that is decoded, in pixels: a mammogram has 30 million, a small bomb billions."""

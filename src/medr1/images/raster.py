@@ -8,6 +8,7 @@ from PIL import Image, ImageOps
 
 from medr1.errors import MedR1Error
 from medr1.images.display import stretched
+from medr1.images.kinds import is_tiff
 from medr1.images.limits import MAX_PIXELS, extra, reason
 from medr1.images.reference import Reference
 
@@ -29,7 +30,7 @@ def read_raster(reference: Reference) -> tuple[Image.Image, dict[str, Any]]:
     except MedR1Error:
         raise
     except Exception as error:  # at bad bytes decoders raise nearly anything, not OSError alone
-        if is_tiff(reference):
+        if is_tiff(reference.path):
             return _by_tifffile(reference, error)
         raise undecodable(reference, error) from error
 
@@ -39,12 +40,6 @@ def undecodable(reference: Reference, error: Exception) -> MedR1Error:
     return MedR1Error(
         f"{reference}: cannot be decoded as an image ({reason(error)}); fetch it again or convert it to PNG"
     )
-
-
-def is_tiff(reference: Reference) -> bool:
-    """Whether the file begins as a TIFF or BigTIFF."""
-    with reference.path.open("rb") as file:
-        return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 def num_pages(reference: Reference) -> int:

@@ -1,4 +1,7 @@
-"""Whole-slide images: an overview by default, or a tile. OpenSlide, and tifffile for pyramids that it does not know."""
+"""Whole-slide images: an overview by default, or a tile. OpenSlide, and tifffile for pyramids that it does not know.
+
+A slide's label and its photograph of the glass, which bear names, are never read.
+"""
 
 import math
 import re
@@ -9,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from medr1.errors import MedR1Error
+from medr1.images.kinds import is_dicom
 from medr1.images.limits import MAX_PIXELS, extra, reason
 from medr1.images.reference import Reference
 
@@ -44,7 +48,8 @@ def read_slide(reference: Reference) -> tuple[Image.Image, dict[str, Any]]:
     except MedR1Error:
         raise
     except Exception as error:  # OpenSlide and tifffile raise many kinds at bad bytes
-        raise MedR1Error(f"{reference}: cannot be read as a slide ({reason(error)}); fetch it again") from error
+        why = type(error).__name__ if is_dicom(reference.path) else reason(error)  # as in dicom.py, no value is quoted
+        raise MedR1Error(f"{reference}: cannot be read as a slide ({why}); fetch it again") from None
 
 
 def _vendor(path: Path) -> str | None:
