@@ -1,10 +1,12 @@
 """DICOM: every file that pydicom carries, pixels by hand, any depth against the plain definition, identity."""
 
 import io
+import json
 import logging
 import math
 import struct
 import traceback
+import tracemalloc
 import warnings
 import zlib
 from pathlib import Path
@@ -15,6 +17,7 @@ import pydicom
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
@@ -22,6 +25,7 @@ from pydicom.sequence import Sequence
 
 from medr1.errors import MedR1Error
 from medr1.images import Reading, expand_reference, group_of, kind_of, load_image, read_image
+from medr1.images.display import by_table, windowed
 from medr1.images.limits import MAX_PIXELS
 
 TEST_FILES = Path(pydicom.__file__).parent / "data" / "test_files"
@@ -120,7 +124,9 @@ def test_every_file_of_pydicom_gives_an_image_or_one_clear_line() -> None:
     files = [path for path in sorted(TEST_FILES.rglob("*")) if path.is_file() and path.suffix != ".py"]
     for path in files:
         try:
-            told[path.relative_to(TEST_FILES).as_posix()] = read_image(path).image.size
+            reading = read_image(path)
+            told[path.relative_to(TEST_FILES).as_posix()] = reading.image.size
+            assert json.loads(json.dumps(reading.decisions)) == reading.decisions
         except MedR1Error as error:
             assert "\n" not in str(error) and str(path) in str(error)
             told[path.relative_to(TEST_FILES).as_posix()] = str(error)
@@ -255,6 +261,20 @@ def test_any_depth_sign_window_and_polarity(tmp_path_factory: pytest.TempPathFac
     assert (grey(path) == expected).mean() > 0.9 or len(set(values.ravel())) < 4
 
 
+@given(
+    st.sampled_from([np.int8, np.uint8, np.int16, np.uint16, np.int32]).flatmap(
+        lambda kind: arrays(
+            kind, (9, 90), elements=st.integers(np.iinfo(kind).min, np.iinfo(kind).max) | st.integers(0, 9)
+        )
+    )
+)
+def test_the_table_is_the_function(stored: np.ndarray) -> None:
+    def function(values: np.ndarray) -> np.ndarray:
+        return windowed(values * 1.5 - 3, 40, 400)
+
+    assert (by_table(stored, function) == function(stored)).all()
+
+
 def test_no_window_full_range_or_percentiles(tmp_path: Path) -> None:
     ramp = np.arange(1000, dtype=np.uint16).reshape(20, 50)
     ramp[0, 0] = 60000  # a hot pixel
@@ -365,7 +385,10 @@ def test_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with large.open("r+b") as file:
         file.seek(length)
         file.write(struct.pack("<I", 200_000_000))
+    tracemalloc.start()
     assert grey(large).tolist() == [[7] * 5] * 4
+    assert tracemalloc.get_traced_memory()[1] < 10e6
+    tracemalloc.stop()
 
 
 def test_functional_groups_of_an_enhanced_file(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import gzip
 import io
 import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,21 @@ def test_several_volumes_expansion_and_real_files() -> None:
         assert says in error_of(f"{NIBABEL / 'anatomical.nii'}#{selector}")
     lung = read_image(f"{NIBABEL / 'anatomical.nii'}#window=lung").decisions
     assert "Hounsfield" in lung["warnings"][0] and lung["window"] == "lung: centre -600, width 1500"
+
+
+def test_only_the_slice_is_read(tmp_path: Path) -> None:
+    small = nifti(tmp_path / "a.nii", np.zeros((512, 512, 2), dtype=np.int16)).read_bytes()
+    content = bytearray(small[:352])
+    struct.pack_into("<h", content, 46, 400)  # dim[3]
+    with (tmp_path / "a.nii").open("wb") as file:  # 210 MB, of which the disk holds nothing
+        file.write(content)
+        file.truncate(352 + 512 * 512 * 400 * 2)
+        file.seek(352 + 512 * 512 * 299 * 2)
+        file.write(b"\x07\x00" * 512 * 512)
+    tracemalloc.start()
+    assert (grey(f"{tmp_path / 'a.nii'}#slice=300&window=7,2") == 128).all()
+    assert tracemalloc.get_traced_memory()[1] < 30e6
+    tracemalloc.stop()
 
 
 def test_bad_volumes(tmp_path: Path) -> None:

@@ -113,19 +113,17 @@ def _nothing_told(reference: Reference) -> Iterator[None]:
     """Neither warning nor log line nor exception of pydicom's leaves the block, since they quote the header."""
     extra("pydicom", reference)
     logger = logging.getLogger("pydicom")
-    _ONE_AT_A_TIME.acquire()  # what silences is of the whole process
-    disabled, logger.disabled = logger.disabled, True
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with _ONE_AT_A_TIME, warnings.catch_warnings():  # both silences are of the whole process
+        warnings.simplefilter("ignore")
+        disabled, logger.disabled = logger.disabled, True
+        try:
             yield
-    except MedR1Error:
-        raise
-    except Exception as error:  # at bad bytes pydicom and its plugins raise nearly anything
-        raise _undecodable(reference, type(error).__name__) from None
-    finally:
-        logger.disabled = disabled
-        _ONE_AT_A_TIME.release()
+        except MedR1Error:
+            raise
+        except Exception as error:  # at bad bytes pydicom and its plugins raise nearly anything
+            raise _undecodable(reference, type(error).__name__) from None
+        finally:
+            logger.disabled = disabled
 
 
 def _undecodable(reference: Reference, why: str) -> MedR1Error:
