@@ -26,6 +26,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look into a data set before training on it.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+build_app = typer.Typer(help="Make a base model from parts.", no_args_is_help=True)
+app.add_typer(build_app, name="build")
 console = Console(stderr=True)
 
 ModelOption = Annotated[str, typer.Option("--model", help="hub name, local folder, or 'tiny'")]
@@ -453,6 +455,22 @@ def ask(
             f"answer: {reply['letter']}) {reply['option']}" if reply["letter"] else f"no answer: {reply['outcome']}"
         )
     _finish(reply, as_json)
+
+
+@build_app.command("small")
+def build_small(
+    data: DataOption,
+    out: Annotated[Path, typer.Option("--out", help="folder for the state, the learning curve and the model")],
+    seed: Annotated[int, typer.Option("--seed", help="of weights, batches and crops")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """SmolLM2-135M given eyes, from the training part of a data set: hours on two cores; the same command resumes."""
+    from medr1.small.build import build
+
+    folder = build(load_config(overrides={"data.path": data}).data, out, seed=seed)
+    if not as_json:
+        typer.echo(f"{folder}: a model folder; medr1 train --model {folder} …")
+    _finish({"model": str(folder)}, as_json)
 
 
 @data_app.command("check")
