@@ -24,11 +24,20 @@ from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
 
 from medr1.errors import MedR1Error
+from medr1.evaluation import evaluate
 from medr1.images import Reading, expand_reference, group_of, kind_of, load_image, read_image
 from medr1.images.display import by_table, windowed
 from medr1.images.limits import MAX_PIXELS
+from medr1.models import load_vlm
+from medr1.records import Record
+from medr1.report import report_from_files
 
 TEST_FILES = Path(pydicom.__file__).parent / "data" / "test_files"
+
+
+@pytest.fixture(autouse=True)
+def _salt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEDR1_SALT", "salt")  # and nothing is written into the user's cache
 
 
 def dicom(path: Path, pixels: np.ndarray, *, bits: int = 16, **elements: Any) -> Path:
@@ -624,8 +633,40 @@ def _all_that_is_told(reference: Path | str, caplog: pytest.LogCaptureFixture) -
     return " ".join([*told, *(str(warning.message) for warning in caught)])
 
 
+def test_identity_reaches_neither_prompt_nor_rows_nor_report(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = marked(tmp_path / "a.dcm")
+    records = [
+        Record(
+            id=f"r{number}",
+            images=(path,),
+            question="Which modality?",
+            options=("CT", "MRI"),
+            answer="A",
+            modality="CT",
+            question_type="Modality Recognition",
+            source="s",
+            group=group_of(path),
+        )
+        for number in range(2)
+    ]
+    capfd.readouterr()
+    caplog.clear()
+    vlm = load_vlm("tiny")
+    for name in ("base", "trained"):
+        evaluate(vlm, records, mode="no-think", out=tmp_path / f"{name}.jsonl", max_new_tokens=8)
+    report_from_files(
+        tmp_path / "base.jsonl", tmp_path / "trained.jsonl", run=None, controls=[], out=tmp_path / "r.html"
+    )
+    told = str(capfd.readouterr()) + caplog.text
+    for file in ("base.jsonl", "trained.jsonl", "r.html"):
+        told += (tmp_path / file).read_text()
+    assert "patient-" in told and "data:image/webp" in told
+    assert MARK not in told and "19777777" not in told
+
+
 def test_groups_by_patient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MEDR1_SALT", "salt")
     values = np.zeros((2, 2), dtype=np.uint8)
     patients = ["P1", "P1", "P2", "", ""]
     studies = ["1.2.1", "1.2.2", "1.2.3", "1.2.4", ""]

@@ -96,6 +96,18 @@ def test_frames_of_a_picture(tmp_path: Path) -> None:
             expand_reference(f"{tmp_path}/a.tif#{wrong}")
 
 
+def test_what_a_camera_wrote_stays_behind(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x010E], exif[0x013B] = "ZZMARKER", "ZZMARKER"  # description and artist
+    image = Image.new("RGB", (8, 8))
+    image.save(tmp_path / "a.jpg", exif=exif, comment="ZZMARKER", xmp=b"<x>ZZMARKER</x>")
+    assert (tmp_path / "a.jpg").read_bytes().count(b"ZZMARKER") == 4
+    loaded = load_image(tmp_path / "a.jpg")
+    for kind in ("png", "webp", "jpg"):
+        loaded.save(tmp_path / f"b.{kind}")
+        assert b"ZZMARKER" not in (tmp_path / f"b.{kind}").read_bytes()
+
+
 def test_no_processor_meets_an_image_that_it_refuses(tmp_path: Path) -> None:
     assert "2010 x 10 pixels are more than 200 times as long as wide" in error_of(
         picture(tmp_path / "a.png", size=(2010, 10))

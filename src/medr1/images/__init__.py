@@ -75,6 +75,7 @@ def read_image(reference: Path | str) -> Reading:
         image, decisions = read(parsed)
     except OSError as error:
         raise MedR1Error(f"{parsed}: cannot be read ({error.strerror}); check its permissions") from error
+    image.info.clear()  # EXIF, XMP and comments, which a copy that is saved would carry on
     decisions.setdefault("warnings", [])
     if "redact" in parsed.selector:
         decisions["redacted"] = _redact(image, parsed)
