@@ -2,13 +2,15 @@
 
     torchrun --nproc-per-node 2 tests/processes_worker.py JOBS.json
 
-A job: {"recipe": overrides, "out": folder, "dtype": "float64", "stop": true, "spoil": name of a function here}.
+A job: {"recipe": overrides, "data": folder, "out": folder}, and where wanted "stop": true (after step 3) and "spoil":
+the name of a function here that is given the trainer.
 """
 
-# ruff: noqa: E402 - the tests' folder must be importable first
-
+import contextlib
 import json
 import os
+import resource
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,50 +21,94 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from test_training import StopAfter, recipe
-from tiny_vlms import tiny_vlm
+from tiny_vlms import picture, tiny_vlm
+from transformers import TrainerCallback
 
 from medr1.data import load_parts
 from medr1.errors import MedR1Error
+from medr1.models import VLM
 from medr1.processes import agree, join, leave
 from medr1.records import Record
 from medr1.training import GRPOTrainer, SFTTrainer
 from medr1.training.base import RecordTrainer
 
 
-def shard_on_cpu() -> None:
-    """Accelerate shards (FSDP2) on GPUs only; told that these processes are such, it does the same with gloo."""
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        torch.distributed.init_process_group("gloo")
-        PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+def is_second() -> bool:
+    return os.environ.get("RANK") == "1"
+
+
+def only_second_learns(reply: str, record: Record, mode: str) -> float:
+    """A reward that differs within groups of rank 1 alone."""
+    return len(reply) % 7 * 0.1 if is_second() else 0.5
+
+
+def small_beside_large_image(trainer: RecordTrainer) -> None:
+    """Rank 0 gets an image of 4 tokens and replies of one token, rank 1 an image of 1,024 tokens."""
+    trainer.vlm.processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 896 * 896}
+    side = 896 if is_second() else 56
+    path = trainer.out / f"side-{side}.png"
+    picture(side, side, side).save(path)
+    encode = trainer.encode
+    trainer.encode = lambda records: encode(  # type: ignore[method-assign]
+        [record.model_copy(update={"images": (path,)}) for record in records]
+    )
+    if not is_second():
+        trainer.vlm.stop_token_ids = list(range(300))
+
+
+def killed_in_step_3(trainer: RecordTrainer) -> None:
+    class Kill(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2 and is_second():
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer.add_callback(Kill)
+
+
+def first_has_a_full_disk(trainer: RecordTrainer) -> None:
+    """Files may grow to 300 kB, less than the weights: the first checkpoint fails inside a library."""
+    if not is_second():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+
+def second_cannot_read_an_image(trainer: RecordTrainer) -> None:
+    encode = trainer.encode
+    if is_second():
+        trainer.encode = lambda records: encode(  # type: ignore[method-assign]
+            [record.model_copy(update={"images": (Path("gone.png"),)}) for record in records]
+        )
 
 
 def make(job: dict[str, Any]) -> RecordTrainer:
     config = recipe(Path(job["data"]), **job["recipe"])
     train, test = load_parts(config.data)
-    vlm = tiny_vlm("qwen2_vl", dtype=getattr(torch, job.get("dtype", "float64")))
+    base, folder = tiny_vlm("qwen2_vl", dtype=torch.float64), Path(job["data"]) / f"base-{os.getpid()}"
+    base.core.save_pretrained(folder)
+    vlm = VLM(type(base.core).from_pretrained(folder, dtype=torch.float64), base.processor, "tiny")
     trainer = (GRPOTrainer if config.method == "grpo" else SFTTrainer)(vlm, config, train, test, Path(job["out"]))
     if job.get("stop"):
         trainer.add_callback(StopAfter)
+    if "spoil" in job:
+        globals()[job["spoil"]](trainer)
     return trainer
 
 
 def run(job: dict[str, Any]) -> None:
-    if "spoil" in job:
-        globals()[job["spoil"]]()
     trainer = agree(lambda: make(job))
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         trainer.run()
-    except KeyboardInterrupt:
-        assert job.get("stop")
 
 
-def only_second_learns(reply: str, record: Record, mode: str) -> float:
-    """A reward that differs within the groups of rank 1 alone."""
-    return len(reply) % 7 * 0.1 if os.environ.get("RANK") == "1" else 0.5
+def shard_on_cpu() -> None:
+    """Accelerate shards (FSDP2) on GPUs only; told that these processes have one each, it does the same with gloo."""
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    torch.distributed.init_process_group("gloo")
+    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
 
 
 def main() -> None:
-    shard_on_cpu()
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        shard_on_cpu()
     join()
     try:
         for job in json.loads(Path(sys.argv[1]).read_text()):

@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from peft import load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -147,12 +147,18 @@ class RecordTrainer(Trainer):
 
     def run(self) -> None:
         """Train to the end, from the last whole checkpoint in the output folder where there is one; save the model."""
-        last = agree(lambda: get_last_checkpoint(str(self.out)))
+        last = self._last_checkpoint()
         if last:
             agree(lambda: self._load_weights(last))
         agree(lambda: self._forget_after(int(last.rsplit("-", 1)[1]) if last else 0))
         self.train(resume_from_checkpoint=last)
         self._write_folder(self.out / "model", training_state=False)
+
+    def _last_checkpoint(self) -> str | None:
+        last = get_last_checkpoint(str(self.out))
+        if len(set(gather(last))) > 1:
+            agree(partial(_refuse, f"{self.out}: not all processes see the same checkpoints; choose a shared folder"))
+        return last
 
     def encode(self, records: list[Record]) -> PromptBatch:
         """Prompts of records in the recipe's mode, with their images."""
@@ -228,6 +234,8 @@ class RecordTrainer(Trainer):
         computing precision.
         """
         layers = [module for module in cast(nn.Module, self.vlm.model).modules() if isinstance(module, FSDPModule)]
+        if layers:  # else the first part that is called by itself, such as the vision tower, is taken for the whole
+            layers[0]._get_fsdp_state()._lazy_init()
         for layer in layers:
             layer.set_reshard_after_forward(False, recurse=False)
             layer.unshard()
@@ -291,7 +299,7 @@ class RecordTrainer(Trainer):
         Written aside and renamed when every process has written its part: a full disk or a kill leaves older folders
         as they are.
         """
-        weights = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
+        weights = self._gathered_weights() if self.is_fsdp_enabled else None
         optimizer = self._optimizer_state() if training_state else None
         first, hidden = self.is_world_process_zero(), folder.parent / f".{folder.name}.saving"
         staging = hidden / folder.name
@@ -323,6 +331,16 @@ class RecordTrainer(Trainer):
             agree(partial(_or_disk_error, folder, put_in_place))
         finally:
             clean()
+
+    def _gathered_weights(self) -> dict[str, Tensor]:
+        """Whole weights of a sharded model by name, in process 0."""
+        weights = self.accelerator.get_state_dict(self.model)
+        names: dict[nn.Parameter, str] = {}
+        for name, parameter in cast(nn.Module, self.model).named_parameters(remove_duplicate=False):
+            first = names.setdefault(parameter, name)
+            if first in weights:  # one tensor, such as a head that is also the embedding, is saved once
+                weights[name] = weights[first]
+        return weights
 
     def _optimizer_state(self) -> dict[str, Any]:
         """The optimizer's whole state by parameter name, in process 0; whatever holds it, one process or many."""
@@ -360,6 +378,10 @@ class _OneLineProgress(ProgressCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is not None:
             self.training_bar.set_postfix({name: f"{logs[name]:.3g}" for name in self.SHOWN if name in logs})
+
+
+def _refuse(message: str) -> None:
+    raise MedR1Error(message)
 
 
 def _or_disk_error(folder: Path, write: Callable[[], None]) -> None:
