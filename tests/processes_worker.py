@@ -15,8 +15,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "src")]
-
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
@@ -82,9 +80,9 @@ def second_cannot_read_an_image(trainer: RecordTrainer) -> None:
 def make(job: dict[str, Any]) -> RecordTrainer:
     config = recipe(Path(job["data"]), **job["recipe"])
     train, test = load_parts(config.data)
-    base, folder = tiny_vlm("qwen2_vl", dtype=torch.float64), Path(job["data"]) / f"base-{os.getpid()}"
-    base.core.save_pretrained(folder)
-    vlm = VLM(type(base.core).from_pretrained(folder, dtype=torch.float64), base.processor, "tiny")
+    base = tiny_vlm("qwen2_vl", dtype=torch.float64)
+    core = type(base.core).from_pretrained(Path(job["data"]).with_name("base"), dtype=torch.float64)
+    vlm = VLM(core, base.processor, "tiny")
     trainer = (GRPOTrainer if config.method == "grpo" else SFTTrainer)(vlm, config, train, test, Path(job["out"]))
     if job.get("stop"):
         trainer.add_callback(StopAfter)

@@ -66,7 +66,7 @@ def test_memory_and_time_by_hand() -> None:
     frozen = load_config(overrides=changes | {"model.train_vision": False, "grpo.beta": 0.0})
     memory = plan(big, frozen, text_tokens=6, **machine(image_side=56))["memory_gb"]
     assert (memory["weights"], memory["gradients and AdamW"], memory["reference"]) == (8.0, 12.0, 0.0)
-    lora = load_config(overrides=changes | {"model.lora_rank": 10**8})
+    lora = load_config(overrides=changes | {"model.lora_rank": 10**8, "optimizer.prompts_per_step": 2})
     memory = plan(big, lora, text_tokens=6, **machine(image_side=56, gpus=2, sharded=True))["memory_gb"]
     assert (memory["weights"], memory["gradients and AdamW"]) == (4.0, 6.0)
 
@@ -87,5 +87,7 @@ def test_command_and_mistakes(model_2b: str) -> None:
     assert result.exit_code == 0 and json.loads(result.stdout.splitlines()[-1])["fits"]
     with pytest.raises(MedR1Error, match="--gpu tpu: is not known; choose rtx4090"):
         plan(count("tiny"), load_config(), **machine(gpu="tpu"))
+    with pytest.raises(MedR1Error, match="8 cannot be divided among 3 GPUs; add --set optimizer.prompts_per_step=9"):
+        plan(count("tiny"), load_config(), **machine(gpus=3))
     with pytest.raises(MedR1Error, match="cannot be counted"):
         count(str(Path(model_2b) / "nowhere"))

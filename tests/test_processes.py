@@ -6,6 +6,7 @@ Models are float64, so that rounding of another order of sums cannot change a sa
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from test_training import LETTERS
+from tiny_vlms import tiny_vlm
 
 from medr1.errors import MedR1Error
 from medr1.phantoms import write_phantoms
@@ -54,7 +56,10 @@ SHARDED = {
 
 @pytest.fixture(scope="module")
 def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_phantoms(tmp_path_factory.mktemp("data") / "phantoms", num_images=24, seed=1)
+    """Folder of images and questions; the model to start from lies beside it, since loaded models are saved alike."""
+    folder = tmp_path_factory.mktemp("data")
+    tiny_vlm("qwen2_vl", dtype=torch.float64).core.save_pretrained(folder / "base")
+    return write_phantoms(folder / "phantoms", num_images=24, seed=1)
 
 
 def launch(*command: str | Path, sharded: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -62,7 +67,7 @@ def launch(*command: str | Path, sharded: bool = False, **environment: str) -> s
     settings = {
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT / "src"),
+        "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'tests'}",
         "PYTHONWARNINGS": "ignore",
     }
     return subprocess.run(
@@ -81,7 +86,7 @@ def launch_jobs(jobs: list[dict[str, Any]], folder: Path, **options: Any) -> sub
 
 
 def said(done: subprocess.CompletedProcess[str]) -> list[str]:
-    return [line for line in done.stderr.splitlines() if line.startswith("medr1:")]
+    return re.findall("medr1: .*", done.stderr)
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +109,11 @@ def two(request: pytest.FixtureRequest, phantoms: Path, tmp_path_factory: pytest
         left = {"data": str(phantoms), "recipe": BASE | RECIPES[name], "out": str(folder / f"one-left-{name}")}
         processes_worker.run(left | {"stop": True})
         jobs += [left, left | {"stop": True, "out": str(folder / f"two-left-{name}")}]
-    recipe = {"grpo.rewards": {"processes_worker:only_second_learns": 1.0}, "grpo.beta": 0.0}
-    jobs.append({"data": str(phantoms), "recipe": BASE | recipe, "out": str(folder / "only-second-learns")})
+    short = BASE | {"grpo.beta": 0.0, "optimizer.steps": 2, "log.eval_every": 0}
+    recipe = short | {"grpo.rewards": {"processes_worker:only_second_learns": 1.0}}
+    jobs.append({"data": str(phantoms), "recipe": recipe, "out": str(folder / "only-second-learns")})
     spoil = {"spoil": "small_beside_large_image", "out": str(folder / "ragged")}
-    jobs.append({"data": str(phantoms), "recipe": BASE | RECIPES["grpo"] | {"log.eval_every": 0}} | spoil)
+    jobs.append({"data": str(phantoms), "recipe": short | LETTERS} | spoil)
     done = launch_jobs(jobs, folder, sharded=request.param == "fsdp2")
     assert done.returncode == 0, done.stderr[-4000:]
     yield folder
@@ -118,17 +124,15 @@ def assert_same_run(expected: Path, run: Path, bound: float = 1e-5) -> None:
     rows, expected_rows = read_jsonl(run / "log.jsonl"), read_jsonl(expected / "log.jsonl")
     assert len(rows) == len(expected_rows)
     for row, expected_row in zip(rows, expected_rows, strict=True):
-        timeless = [name for name in row if "second" not in name and "runtime" not in name and name != "total_flos"]
+        timeless = [name for name in row if not re.search("second|runtime|flos|train_loss", name)]
         assert [row[name] for name in timeless] == pytest.approx([expected_row[name] for name in timeless], abs=bound)
         assert row.keys() == expected_row.keys()
     if (expected / "completions.jsonl").exists():
         assert read_jsonl(run / "completions.jsonl") == read_jsonl(expected / "completions.jsonl")
     for step in (2, 4):
-        replies = [
-            [(row["id"], row["reply"]) for row in read_jsonl(path / f"eval-step-{step}.jsonl")]
-            for path in (run, expected)
-        ]
-        assert replies[0] == replies[1]
+        answers, expected_answers = (read_jsonl(path / f"eval-step-{step}.jsonl") for path in (run, expected))
+        assert {row["id"]: row["reply"] for row in answers} == {row["id"]: row["reply"] for row in expected_answers}
+        assert len(answers) == len(expected_answers)
     weights, expected_weights = (load_file(next((path / "model").glob("*.safetensors"))) for path in (run, expected))
     assert weights.keys() == expected_weights.keys()
     for name, weight in weights.items():
@@ -157,14 +161,14 @@ def test_a_run_that_two_left_is_ended_by_one(name: str, one: Path, two: Path, ph
 
 def test_groups_that_learn_in_one_process_only(two: Path) -> None:
     rows = [row for row in read_jsonl(two / "only-second-learns" / "log.jsonl") if "reward" in row]
-    assert len(rows) == 4
+    assert len(rows) == 2
     assert all(0.5 <= row["zero_variance_groups"] < 1 for row in rows)
     assert all(math.isfinite(row["loss"]) and 0 < row["grad_norm"] < math.inf for row in rows)
 
 
 def test_one_token_beside_many_and_a_small_beside_a_large_image(two: Path) -> None:
     rows = [row for row in read_jsonl(two / "ragged" / "log.jsonl") if "reward" in row]
-    assert len(rows) == 4
+    assert len(rows) == 2
     assert all(math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) for row in rows)
     lengths = [row["tokens"] for row in read_jsonl(two / "ragged" / "completions.jsonl") if row["step"] == 1]
     assert lengths[:6] == [1] * 6 and max(lengths[6:]) > 1  # two prompts with three completions in each process
@@ -196,7 +200,7 @@ def test_a_mistake_of_one_process_ends_all_with_one_line(spoil: str, line: str, 
 
 def test_the_command_in_two_processes(tmp_path: Path) -> None:
     train = ["-m", "medr1", "train", "--mode", "no-think", "--steps", "1", "--out", str(tmp_path / "run"), "--json"]
-    for setting in ("data.num_phantoms=16", "rollout.max_new_tokens=4", "rollout.num_completions=2"):
+    for setting in ("data.num_phantoms=40", "rollout.max_new_tokens=4", "rollout.num_completions=2"):
         train += ["--set", setting]
     cache = {"MEDR1_CACHE": str(tmp_path / "cache")}
     refused = launch(*train, "--set", "optimizer.prompts_per_step=3", **cache)

@@ -8,6 +8,7 @@ takes no less than EAGER_LAYER a layer. Both constants are assumptions; no GPU w
 counted as it is computed: P prompt tokens once and G*T completion tokens for a group.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,7 +112,7 @@ def plan(
     """Memory of a GPU and time of a step.
 
     Args:
-        config: a GRPO recipe; `prompts_per_step` is of each GPU.
+        config: a GRPO recipe; the GPUs divide its `prompts_per_step`.
         image_side: pixels of a square image's side.
         gpu: a key of GPUS.
         sharded: weights, gradients, optimizer and reference are divided over the GPUs (FSDP2, ZeRO-3).
@@ -121,7 +122,7 @@ def plan(
         step_seconds; prompt_tokens; hours_per_epoch (of OMNIMEDVQA questions, over all GPUs).
 
     Raises:
-        MedR1Error: an unknown GPU.
+        MedR1Error: an unknown GPU, or prompts that the GPUs cannot divide evenly.
     """
     if gpu not in GPUS:
         raise MedR1Error(f"--gpu {gpu}: is not known; choose {', '.join(GPUS)}")
@@ -132,7 +133,12 @@ def plan(
     prompt = image_tokens + text_tokens
     completions = group * new_tokens
     tokens = prompt + completions
-    num_prompts = optimizer.prompts_per_step
+    num_prompts, rest = divmod(optimizer.prompts_per_step, gpus)
+    if rest:
+        raise MedR1Error(
+            f"optimizer.prompts_per_step = {optimizer.prompts_per_step} cannot be divided among {gpus} GPUs;"
+            f" add --set optimizer.prompts_per_step={math.ceil(optimizer.prompts_per_step / gpus) * gpus}"
+        )
     in_forward = min(optimizer.prompts_per_forward or num_prompts, num_prompts)
     whole = not optimizer.gradient_checkpointing and in_forward == num_prompts and gpus == 1
     trains_vision = config.model.train_vision and not lora
@@ -189,7 +195,7 @@ def plan(
         "fits": needed <= memory * USABLE,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "step_seconds": round(step, 2),
-        "hours_per_epoch": round(OMNIMEDVQA / (num_prompts * gpus) * step / 3600, 1),
+        "hours_per_epoch": round(OMNIMEDVQA / optimizer.prompts_per_step * step / 3600, 1),
     }
 
 
