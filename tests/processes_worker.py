@@ -44,6 +44,7 @@ def small_beside_large_image(trainer: RecordTrainer) -> None:
     """Rank 0 gets an image of 4 tokens and replies of one token, rank 1 an image of 1,024 tokens."""
     trainer.vlm.processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 896 * 896}
     side = 896 if is_second() else 56
+    trainer.out.mkdir(parents=True, exist_ok=True)
     path = trainer.out / f"side-{side}.png"
     picture(side, side, side).save(path)
     encode = trainer.encode
