@@ -307,7 +307,7 @@ def test_a_linked_data_folder_is_fine(tmp_path: Path) -> None:
 
 def test_bad_files(tmp_path: Path) -> None:
     assert "nowhere: no such file or folder" in error_of(tmp_path / "nowhere")
-    assert "neither QA_information nor" in error_of(tmp_path)
+    assert "no known layout. Looked for QA_information (OmniMedVQA), *_train.json" in error_of(tmp_path)
     file = tmp_path / "X-Ray_train.json"
     file.write_text('[\n{"image": 1},\n{"image" 2}]', encoding="utf-8")
     assert "X-Ray_train.json: line 3 is not JSON" in error_of(file)

@@ -29,9 +29,12 @@ app.add_typer(data_app, name="data")
 build_app = typer.Typer(help="Make a base model from parts.", no_args_is_help=True)
 app.add_typer(build_app, name="build")
 console = Console(stderr=True)
+LISTED = 20
+"""Lines of a list that are printed; --json has all."""
 
 ModelOption = Annotated[str, typer.Option("--model", help="hub name, local folder, or 'tiny'")]
-DataOption = Annotated[str, typer.Option("--data", help="OmniMedVQA folder, Med-R1 split JSON, or 'phantoms'")]
+DATA_HELP = "a data set's folder or table, hub:OWNER/NAME, or 'phantoms'"
+DataOption = Annotated[str, typer.Option("--data", help=DATA_HELP)]
 ModeOption = Annotated[str, typer.Option("--mode", help="think, no-think or think-after")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line of stdout")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="a TOML recipe; `medr1 config` prints one")]
@@ -87,7 +90,7 @@ def train(
     config: ConfigOption = None,
     method: Annotated[str | None, typer.Option("--method", help="grpo or sft")] = None,
     model: Annotated[str | None, typer.Option("--model", help="hub name, local folder, or 'tiny'")] = None,
-    data: Annotated[str | None, typer.Option("--data", help="OmniMedVQA folder, Med-R1 JSON, or 'phantoms'")] = None,
+    data: Annotated[str | None, typer.Option("--data", help=DATA_HELP)] = None,
     mode: Annotated[str | None, typer.Option("--mode", help="think, no-think or think-after")] = None,
     modality: ModalityOption = None,
     question_type: TypeOption = None,
@@ -473,22 +476,83 @@ def build_small(
     _finish({"model": str(folder)}, as_json)
 
 
+PathArgument = Annotated[str, typer.Argument(help=DATA_HELP)]
+ImageRootOption = Annotated[
+    Path | None, typer.Option("--image-root", help="folder that image paths start from, where it is not the data's own")
+]
+LanguageOption = Annotated[str, typer.Option("--language", help="of rows that say theirs (SLAKE); 'all' keeps each")]
+
+
 @data_app.command("check")
 def data_check(
-    path: Annotated[str, typer.Argument(help="OmniMedVQA folder, Med-R1 split JSON, or 'phantoms'")],
+    path: PathArgument,
     out: Annotated[Path | None, typer.Option("--out", help="folder for check.json and check.html")] = None,
+    image_root: ImageRootOption = None,
+    language: LanguageOption = "en",
     as_json: JsonOption = False,
 ) -> None:
-    """Find copies and look-alikes of images, what train and test share, defects of questions, options, spellings."""
+    """Find copies and look-alikes of images, what train and test share, refused rows, defects of questions."""
     from medr1.checks import check_data, print_check, write_check
-    from medr1.data import phantom_folder
 
-    report = check_data(phantom_folder(400) if path == "phantoms" else Path(path))
+    report = check_data(_data_path(path), image_root=image_root, language=language)
     if not as_json:
         print_check(report, Console())
     if out:
         write_check(report, out)
     _finish(report, as_json)
+
+
+@data_app.command("convert")
+def data_convert(
+    path: PathArgument,
+    to: Annotated[str, typer.Option("--to", help="omnimedvqa, csv or jsonl")],
+    out: Annotated[Path, typer.Option("--out", help="a new folder for the questions and their images")],
+    image_root: ImageRootOption = None,
+    language: LanguageOption = "en",
+    as_json: JsonOption = False,
+) -> None:
+    """Write a data set anew, in OmniMedVQA's layout or as a table, with its images."""
+    from medr1.datasets import load_records
+    from medr1.datasets.convert import convert
+
+    refused: list[str] = []
+    records = load_records(_data_path(path), image_root=image_root, language=language, refused=refused)
+    result = convert(records, to, out)
+    result["refused"] = [*refused, *result["refused"]]
+    if not as_json:
+        typer.echo(f"{out}: {result['records']:,} questions, {result['images']:,} images")
+        for line in result["refused"][:LISTED]:
+            typer.echo(f"left out: {line}")
+        if (more := len(result["refused"]) - LISTED) > 0:
+            typer.echo(f"left out: {more:,} more; --json lists all")
+    _finish(result, as_json)
+
+
+@data_app.command("show")
+def data_show(
+    path: PathArgument,
+    out: Annotated[Path, typer.Option("--out", help="the HTML file to write")],
+    num: Annotated[int, typer.Option("--n", min=1, help="questions to draw")] = 24,
+    seed: Annotated[int, typer.Option("--seed", help="of the draw")] = 0,
+    image_root: ImageRootOption = None,
+    language: LanguageOption = "en",
+    as_json: JsonOption = False,
+) -> None:
+    """Draw questions at random into one self-contained HTML page, the right answer marked."""
+    from medr1.datasets import load_records
+    from medr1.report.show import write_samples
+
+    refused: list[str] = []
+    records = load_records(
+        _data_path(path), image_root=image_root, language=language, refused=refused, check_images=False
+    )
+    _finish(write_samples(records, out, name=path, num=num, seed=seed, refused=refused), as_json)
+
+
+def _data_path(path: str) -> str:
+    from medr1.data import phantom_folder
+
+    return str(phantom_folder(400)) if path == "phantoms" else path
 
 
 @app.command("config")
@@ -530,7 +594,10 @@ def _print_summary(summary: dict[str, Any], as_json: bool) -> None:
         _percent(summary["chance"]),
         str(summary["n"]),
     )
-    Console().print(table)
+    if summary["n"]:
+        Console().print(table)
+    if summary["open"]:
+        Console().print(_open_table(summary["open"]))
     _finish(summary, as_json)
 
 
@@ -546,6 +613,18 @@ def _print_answered(cell: dict[str, Any]) -> None:
 
 def _numbers(ci: list[float] | None) -> str:
     return "–" if ci is None else f"{ci[0]:.3f} to {ci[1]:.3f}"
+
+
+def _open_table(found: dict[str, Any]) -> Table:
+    table = Table("", title=f"open questions, n = {found['n']}")
+    for heading in ("score", "95 % interval", "chance", "n"):
+        table.add_column(heading, justify="right")
+    f1 = found["token_f1"]
+    cells = {"yes or no, right": found["yes_no"], "a text, exactly right": found["text"]}
+    for name, cell in (cells | {"a text, token F1": {"accuracy": f1["mean"], "chance": None, **f1}}).items():
+        if cell["n"]:
+            table.add_row(name, _percent(cell["accuracy"]), _interval(cell), _percent(cell["chance"]), str(cell["n"]))
+    return table
 
 
 def _percent(value: float | None) -> str:

@@ -38,8 +38,9 @@ class ModelConfig(_Section):
 class DataConfig(_Section):
     """Which records, and how they are divided."""
 
-    path: str = Field("phantoms", description="an OmniMedVQA folder, Med-R1 split JSON, or 'phantoms'")
-    image_root: str = Field("", description="folder that holds Images/, for split JSON stored apart from it")
+    path: str = Field("phantoms", description="a data set's folder or table, hub:OWNER/NAME, or 'phantoms'")
+    image_root: str = Field("", description="folder that image paths start from, where it is not the data's own")
+    language: str = Field("en", description="keep rows in this language where rows say theirs (SLAKE); 'all': each")
     modalities: tuple[str, ...] = Field((), description="keep these modalities; empty: all")
     question_types: tuple[str, ...] = Field((), description="keep these question types; empty: all")
     sources: tuple[str, ...] = Field((), description="keep these sources; empty: all")

@@ -7,6 +7,7 @@ which images are held out.
 import os
 import shutil
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from rich.console import Console
@@ -14,6 +15,7 @@ from rich.progress import track
 
 from medr1.config import DataConfig
 from medr1.datasets import load_records, require_images, select_records
+from medr1.datasets.embedded import cache_folder
 from medr1.errors import MedR1Error
 from medr1.images import load_image
 from medr1.phantoms import write_phantoms
@@ -25,11 +27,17 @@ from medr1.splits import split_by_group
 def load_parts(config: DataConfig) -> tuple[list[Record], list[Record]]:
     """(training records, held-out records), divided by group with the recipe's seed, then filtered.
 
+    Rows that could not be read are left out, and told on stderr.
+
     Raises:
         MedR1Error: bad data, or filters that leave a part empty.
     """
     root = Path(config.image_root) if config.image_root else None
-    records = load_records(data_path(config), image_root=root, check_images=False)
+    refused: list[str] = []
+    records = load_records(
+        data_path(config), image_root=root, check_images=False, language=config.language, refused=refused
+    )
+    tell_refused(config.path, len(records), tuple(refused))
     train, test = split_by_group(records, test_fraction=config.test_fraction, seed=config.split_seed)
     filters = {
         "modalities": config.modalities or None,
@@ -93,9 +101,18 @@ def _problem(image: Path) -> str | None:
     return None
 
 
+@lru_cache  # a study reads its data again and again
+def tell_refused(path: str, num_records: int, refused: tuple[str, ...]) -> None:
+    """Say on stderr, once and in the first process alone, how many rows of a data set were left out."""
+    if refused and is_first():
+        line = f"{path}: {len(refused)} of {num_records + len(refused)} rows left out, first {refused[0]}"
+        console = Console(stderr=True, soft_wrap=True)
+        console.print(f"{line}; `medr1 data check {path}` lists them", style="yellow", markup=False, highlight=False)
+
+
 def phantom_folder(num_images: int, seed: int = 0) -> Path:
     """Phantoms as an OmniMedVQA folder in the user's cache (MEDR1_CACHE moves it), drawn on first use."""
-    cache = Path(os.environ.get("MEDR1_CACHE", Path.home() / ".cache" / "medr1"))
+    cache = cache_folder()
     folder = cache / f"phantoms2-{num_images}-seed{seed}"  # the second layout of this folder: with regions.csv
     if not folder.is_dir():
         drawing = cache / f".{folder.name}.{os.getpid()}"

@@ -4,7 +4,7 @@
 
 counts, looks for copies among the images (the same bytes, the same pixels, nearly the same look), compares the
 published parts and our own, and names defects of questions, options and spellings. They are findings, not
-errors: an error is only what `load_records` refuses.
+errors: rows that the reader refuses are listed, and an error is only where all of them are.
 """
 
 from collections import Counter
@@ -27,12 +27,15 @@ LISTED = 1000
 """Items listed for a finding; its number is of all."""
 
 
-def check_data(path: Path | str) -> dict[str, Any]:
+def check_data(path: Path | str, *, image_root: Path | None = None, language: str = "en") -> dict[str, Any]:
     """Counts and findings for a data set, ready for JSON. A finding is {"num", "listed"}.
 
+    Args:
+        path, image_root, language: as `load_records` takes them.
+
     Returns:
-        path, folder (which image names start from), records, groups, open (number of open questions),
-        chance (mean expected accuracy of a guess at multiple choice; None without any).
+        path, folder (which image names start from), records, refused (a line for each row that was left out), groups,
+        open (number of open questions), chance (mean accuracy of a guess at multiple choice; None without any).
         counts: of records by modality, question_type, num_options.
         sources: of each, its records, images and licences.
         images: `image_findings`. questions, options, spellings, letters (None without multiple
@@ -40,12 +43,13 @@ def check_data(path: Path | str) -> dict[str, Any]:
         parts: for each published pair of files, and last for our own split, its name and `compare_parts`.
 
     Raises:
-        MedR1Error: as `load_records`, which refuses bad rows; missing and undecodable images are findings.
+        MedR1Error: as `load_records`; refused rows, missing and undecodable images are findings.
     """
+    refused: list[str] = []
+    records = load_records(path, check_images=False, image_root=image_root, language=language, refused=refused)
     path = Path(path)
-    records = load_records(path, check_images=False)
     choice = [record for record in records if not record.is_open]
-    folder = path if path.is_dir() else path.parent
+    folder = image_root or (path if path.is_dir() else path.parent)
     files = {"": records} if is_omnimedvqa(path) else by_file(records)
     pictures = look_at(sorted({image for record in records for image in record.images}))
     parts = published_parts(files)
@@ -56,6 +60,7 @@ def check_data(path: Path | str) -> dict[str, Any]:
         "path": str(path),
         "folder": str(folder),
         "records": len(records),
+        "refused": {"num": len(refused), "listed": refused[:LISTED]},
         "groups": len({record.group for record in records}),
         "open": len(records) - len(choice),
         "chance": mean_chance(choice) if choice else None,

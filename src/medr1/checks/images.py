@@ -181,7 +181,7 @@ def image_findings(
                 sides[pictures.content[image]].add(side)
 
     def name(image: Path) -> str:
-        return image.relative_to(folder).as_posix()
+        return image.relative_to(folder).as_posix() if image.is_relative_to(folder) else str(image)
 
     pairs: list[dict[str, Any]] = []
     for pair in pictures.near:

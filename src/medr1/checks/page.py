@@ -93,6 +93,10 @@ def _parts(parts: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 def _words(report: dict[str, Any]) -> list[tuple[str, str]]:
     found, story = report["questions"], []
+    if num := report["refused"]["num"]:
+        story.append(("bad", f"{_count(num, 'row')} left out, first {report['refused']['listed'][0]}"))
+    else:
+        story.append(("good", "Every row could be read."))
     if found["conflicting"]["num"]:
         again = _count(found["conflicting"]["num"], "question")
         story.append(("bad", f"{again} asked again about the same picture with another right answer."))
@@ -138,6 +142,8 @@ def print_check(report: dict[str, Any], console: Console) -> None:
         line = Table.grid(padding=(0, 1))
         line.add_row(MARKS[worth], Text(sentence))
         console.print(line)
+    for line in report["refused"]["listed"][:MAX_EXAMPLES]:
+        console.print(f"left out: {line}", markup=False, highlight=False)
     for name, counts in report["counts"].items():
         listed = ", ".join(f"{value} {num:,}" for value, num in counts.items())
         console.print(f"{name.replace('_', ' ')}: {listed}", markup=False, highlight=False)

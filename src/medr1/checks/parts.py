@@ -1,5 +1,6 @@
 """What train and test share: the published pairs of files, and our own split, which must share nothing."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,9 +15,12 @@ from medr1.splits import split_by_group
 
 Parts = tuple[Sequence[Record], Sequence[Record]]
 
+_PART = re.compile(r"(?P<name>.*[_\- ]|)(?P<part>train|test)")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}(-\w+)?$")
+
 
 def by_file(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """Records of Med-R1 split files, which number their rows "<file>/<row>", by file."""
+    """Records of files whose rows are numbered "<file>/<row>", by file."""
     files: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         files[record.id.rpartition("/")[0]].append(record)
@@ -24,9 +28,14 @@ def by_file(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 
 def published_parts(files: Mapping[str, Sequence[Record]]) -> dict[str, Parts]:
-    """(train, test) of each "<name>_test" file that has a "<name>_train" beside it."""
-    names = sorted(file.removesuffix("_test") for file in files if file.endswith("_test"))
-    return {name: (files[f"{name}_train"], files[f"{name}_test"]) for name in names if f"{name}_train" in files}
+    """(train, test) of each pair of files that differ in the word train or test: "CT_train" and "CT_test", "train" and
+    "test"; of several shards ("train-00000-of-00002-…") as one.
+    """
+    found: dict[str, dict[str, list[Record]]] = defaultdict(lambda: {"train": [], "test": []})
+    for file, records in sorted(files.items()):
+        if match := _PART.fullmatch(_SHARD.sub("", file)):
+            found[match["name"].strip("_- ") or "the published split"][match["part"]] += records
+    return {name: (parts["train"], parts["test"]) for name, parts in found.items() if all(parts.values())}
 
 
 def own_parts(records: Sequence[Record]) -> Parts | None:

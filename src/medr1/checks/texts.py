@@ -11,9 +11,10 @@ from typing import Any
 
 from scipy import stats
 
-from medr1.datasets import canonical_modality, canonical_question_type, is_omnimedvqa
-from medr1.datasets.medr1_splits import split_files
-from medr1.datasets.rows import letter_of, read_rows
+from medr1.datasets import canonical_modality, canonical_question_type, is_omnimedvqa, question_tables
+from medr1.datasets.medr1_splits import is_medr1_splits, split_files
+from medr1.datasets.rows import letter_of
+from medr1.datasets.tables import Table, read_table
 from medr1.metrics import NOT_STATED
 from medr1.records import LETTERS, MODALITIES, QUESTION_TYPES, Record, normalise_option
 
@@ -84,16 +85,18 @@ def spellings(path: Path) -> dict[str, Any]:
     seen: Counter[tuple[str, str, str]] = Counter()
     spaces = []
     omnimedvqa = is_omnimedvqa(path)
-    for file in sorted((path / "QA_information" / "Open-access").glob("*.json")) if omnimedvqa else split_files(path):
-        rows = read_rows(file)
-        if not omnimedvqa:
-            seen["file name", file.stem, _file_read_as(file.stem)] += len(rows)
-        for number, row in enumerate(rows, start=1):
+    for table in _tables(path):
+        for number, row in enumerate(table.rows, start=1):
+            if not isinstance(row, dict):
+                continue  # refused by the reader, and told there
             if omnimedvqa:
-                seen.update(_canonicalised(row))
+                with contextlib.suppress(AttributeError, KeyError, ValueError):  # refused likewise
+                    seen.update([*_canonicalised(row)])
+            elif "problem" in table.columns:
+                seen["file name", table.stem, _file_read_as(table.stem)] += 1
             texts = [text for key, text in row.items() if isinstance(text, str) and not key.startswith("image")]
             if any(text != " ".join(text.split()) for text in texts):
-                spaces.append(f"{file.name}: row {number}")
+                spaces.append(f"{Path(table.name).name}: row {number}")
     canonicalised = [
         {"field": field, "written": written, "read_as": read_as, "rows": rows}
         for (field, written, read_as), rows in seen.most_common()
@@ -179,6 +182,17 @@ def _variants(texts: Iterable[str]) -> list[dict[str, int]]:
         by_key[re.sub(r"[\W_]", "", text.casefold())][text] = times
     sets = [dict(sorted(same.items(), key=lambda item: -item[1])) for same in by_key.values() if len(same) > 1]
     return sorted(sets, key=lambda same: -sum(same.values()))
+
+
+def _tables(path: Path) -> Iterable[Table]:
+    """The tables that a data set's records come from; those of the hub are not read a second time."""
+    if is_omnimedvqa(path):
+        return map(read_table, sorted((path / "QA_information" / "Open-access").glob("*.json")))
+    if not path.exists():
+        return []
+    return (
+        map(read_table, split_files(path)) if is_medr1_splits(path) else [table for table, _ in question_tables(path)]
+    )
 
 
 def _canonicalised(row: dict[str, Any]) -> Iterable[tuple[str, str, str]]:

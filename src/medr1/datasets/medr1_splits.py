@@ -24,6 +24,7 @@ from medr1.datasets.rows import (
     read_records,
     text_field,
 )
+from medr1.datasets.tables import Table, read_table
 from medr1.errors import MedR1Error
 from medr1.records import LETTERS, Record
 
@@ -96,22 +97,44 @@ def split_files(path: Path) -> list[Path]:
     return sorted(file for file in path.rglob("*.json") if re.search(r"_(train|test)$", file.stem))
 
 
-def read_medr1_splits(path: Path, image_root: Path | None = None) -> list[Record]:
+def is_medr1_splits(path: Path) -> bool:
+    """Whether a file, or a split file below a folder, has rows as Med-R1's; one without rows is told by its name.
+
+    Raises:
+        MedR1Error: the file cannot be read.
+    """
+    if path.is_file():
+        columns = read_table(path).columns if path.suffix == ".json" else frozenset()
+        named = path.suffix == ".json" and re.search(r"_(train|test)$", path.stem) is not None
+        return "problem" in columns or (not columns and named)
+    return any(_readable(file) and is_medr1_splits(file) for file in split_files(path))
+
+
+def _readable(file: Path) -> bool:
+    try:
+        read_table(file)
+    except MedR1Error:
+        return False  # of another kind, or broken: then it is told where no layout fits
+    return True
+
+
+def read_medr1_splits(path: Path, image_root: Path | None = None, refused: list[str] | None = None) -> list[Record]:
     """Every row of one split file, or of all below a folder. Ids are "<file stem>/<row, from 1>".
 
     Args:
         path: a split file or a folder with such files.
         image_root: the folder that holds Images/; without it the given folder or the file's folder.
+        refused: gets a line for each bad row, see `read_records`.
 
     Raises:
         MedR1Error: a bad row, a file that is not JSON, or one whose name says neither modality nor type.
     """
     files = split_files(path)
     folder = ImageFolder(image_root or (path if path.is_dir() else path.parent))
-    named = {file: _named(file) for file in files}
+    named = {str(file): _named(file) for file in files}
 
-    def record(file: Path, number: int, row: dict[str, Any]) -> Record:
-        modality, question_type = named[file]
+    def record(table: Table, number: int, row: dict[str, Any]) -> Record:
+        modality, question_type = named[table.name]
         question, options, answer = _question(text_field(row, "problem"), text_field(row, "solution"))
         image = text_field(row, "image")
         file_path = folder.locate(image)
@@ -123,7 +146,7 @@ def read_medr1_splits(path: Path, image_root: Path | None = None) -> list[Record
         if modality is None and question_type is None:
             raise ValueError(f"the modality is unknown for source {parts[1]!r}; move the row to a modality's file")
         return Record(
-            id=f"{file.stem}/{number}",
+            id=f"{table.stem}/{number}",
             images=(file_path,),
             question=question,
             options=options,
@@ -134,7 +157,7 @@ def read_medr1_splits(path: Path, image_root: Path | None = None) -> list[Record
             group=folder.group(image),
         )
 
-    return read_records(files, record)
+    return read_records(map(read_table, files), record, refused)
 
 
 def modality_of_image(image: str) -> str | None:

@@ -20,12 +20,16 @@ from medr1.datasets.rows import (
     read_records,
     text_field,
 )
+from medr1.datasets.tables import read_table
 from medr1.errors import MedR1Error
 from medr1.records import LETTERS, Record
 
 
-def read_omnimedvqa(root: Path) -> list[Record]:
+def read_omnimedvqa(root: Path, refused: list[str] | None = None) -> list[Record]:
     """Every question of the open-access part below a folder that holds QA_information and Images.
+
+    Args:
+        refused: gets a line for each bad row, see `read_records`.
 
     Raises:
         MedR1Error: no question file, a file that is not JSON, or a bad row.
@@ -34,7 +38,7 @@ def read_omnimedvqa(root: Path) -> list[Record]:
     if not files:
         raise MedR1Error(f"{root}: no QA_information/Open-access/*.json; unpack OmniMedVQA.zip here")
     folder = ImageFolder(root)
-    return read_records(files, lambda file, number, row: _record(folder, row))
+    return read_records(map(read_table, files), lambda table, number, row: _record(folder, row), refused)
 
 
 def _record(folder: ImageFolder, row: dict[str, Any]) -> Record:

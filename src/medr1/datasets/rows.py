@@ -1,13 +1,12 @@
 """What every reader shares: spellings of modality and question type, safe image paths, one line for bad rows.
 
-A reader turns one row of a file into a `Record` and raises `ValueError` where it cannot; `read_records` runs
-it over all rows of all files, and names the first bad row and the number of all of them. No row is ever left
-out silently.
+A reader turns one row of a table into a `Record` and raises `ValueError` where it cannot; `read_records` runs
+it over all rows of all tables and lists the rows that it refused. No row is ever left out silently.
 """
 
 import csv
 import io
-import json
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -15,8 +14,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from medr1.datasets.tables import Table, read_text
 from medr1.errors import MedR1Error
-from medr1.images import resolve_inside
+from medr1.images import expand_reference, file_of, group_of, resolve_inside
 from medr1.records import LETTERS, MODALITIES, QUESTION_TYPES, Record, normalise_option
 
 # Keys are lower-case letters only, without what follows an opening bracket: the public files spell
@@ -100,22 +100,50 @@ def letter_of(gold: str, options: Sequence[str]) -> str:
 class ImageFolder:
     """The folder that image paths are relative to, and its groups.csv (image_path,group) where there is one.
 
+    Args:
+        root: None where a table has no folder (one of the hub): every path in it is then refused.
+
     Raises:
         MedR1Error: groups.csv lacks a column or a value, or gives one image two groups.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path | None) -> None:
         self.root = root
-        self._groups_file = root / "groups.csv"
+        self._groups_file = root / "groups.csv" if root else Path()
         self._groups = _read_groups(self._groups_file) if self._groups_file.is_file() else None
 
     def locate(self, relative: str) -> Path:
-        """Path of an image, which need not exist.
+        """Path of an image (or reference, see `medr1.images`), which need not exist.
 
         Raises:
             ValueError: the path is empty or absolute, or leads out of the folder by ".." or a symbolic link.
         """
+        if self.root is None:
+            raise ValueError(f"image {relative!r} is a file of its own; download the images and give --image-root")
         return resolve_inside(self.root, relative)
+
+    def find(self, name: str, *folders: str) -> Path:
+        """Path of an image that lies in the root or in one of these folders of it; in the first where it is nowhere.
+
+        Raises:
+            ValueError: as `locate`.
+        """
+        places = [self.locate(relative) for relative in (name, *(f"{folder}/{name}" for folder in folders))]
+        return next((place for place in places if os.path.isfile(place)), places[1])
+
+    def expand(self, relative: str) -> list[Path]:
+        """Paths of the images that a reference names: several where it asks for several slices or frames.
+
+        Raises:
+            ValueError: as `locate`; or the reference asks for what the file does not have.
+        """
+        path = self.locate(relative)
+        if "#" not in relative:
+            return [path]
+        try:
+            return [Path(one) for one in expand_reference(path)]
+        except MedR1Error as error:
+            raise ValueError(str(error)) from error
 
     def group(self, relative: str) -> str:
         """Group of an image: its line in groups.csv, or without that file the path itself.
@@ -129,10 +157,24 @@ class ImageFolder:
             raise ValueError(f"image {relative!r} is not in {self._groups_file}; add a line for it")
         return self._groups[relative]
 
+    def group_by_content(self, relative: str) -> str:
+        """As `group`; without groups.csv the image's patient (DICOM) or content, or the path of an absent file.
+
+        Raises:
+            ValueError: as `group`; or the file cannot be read.
+        """
+        path = self.locate(relative)
+        if self._groups is not None or not os.path.isfile(file_of(path)):
+            return self.group(relative)
+        try:
+            return group_of(path)
+        except MedR1Error as error:
+            raise ValueError(str(error)) from error
+
 
 def _read_groups(path: Path) -> dict[str, str]:
     groups: dict[str, str] = {}
-    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""))
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
     if not {"image_path", "group"} <= set(reader.fieldnames or ()):
         raise MedR1Error(f"{path}: the first line must name the columns image_path and group")
     for row in reader:
@@ -144,56 +186,48 @@ def _read_groups(path: Path) -> dict[str, str]:
     return groups
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise MedR1Error(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise MedR1Error(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
+class NotAsked(ValueError):
+    """A row that is sound and filtered out (another language): told among the refused rows, never an error."""
 
 
-def read_rows(path: Path) -> list[Any]:
-    """The list in a JSON file.
+def read_records(
+    tables: Iterable[Table], read: Callable[[Table, int, dict[str, Any]], Record], refused: list[str] | None = None
+) -> list[Record]:
+    """All rows of all tables as records. `read(table, number, row)` makes one, with rows counted from 1.
 
-    Raises:
-        MedR1Error: the file cannot be read, is not JSON (the line is named), or holds no list.
-    """
-    try:
-        rows = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise MedR1Error(f"{path}: line {error.lineno} is not JSON ({error.msg}); repair the file") from error
-    except (ValueError, RecursionError) as error:  # a number of too many digits, lists nested too deep
-        raise MedR1Error(f"{path}: cannot be read as JSON ({error}); repair the file") from error
-    if not isinstance(rows, list):
-        raise MedR1Error(f"{path}: expected a list of questions, found a {type(rows).__name__}")
-    return rows
-
-
-def read_records(files: Iterable[Path], read: Callable[[Path, int, dict[str, Any]], Record]) -> list[Record]:
-    """All rows of all files as records. `read(file, number, row)` makes one, with rows counted from 1.
+    Args:
+        refused: gets one line for each row that is left out; None: no bad row is tolerated.
 
     Raises:
-        MedR1Error: a file is not a JSON list, or rows are bad: names the first, with the number of all.
+        MedR1Error: a table cannot be read, or no row is good, or rows are bad and `refused` is None: names the first
+            bad one, with the number of all.
     """
     records: list[Record] = []
     places: dict[str, str] = {}
     bad: list[str] = []
-    for file in files:
-        for number, row in enumerate(read_rows(file), start=1):
-            place = f"{file}: row {number}"
+    not_asked: list[str] = []
+    for table in tables:
+        for number, row in enumerate(table.rows, start=1):
+            place = f"{table.name}: row {number}"
             try:
+                if isinstance(row, ValueError):
+                    raise row
                 if not isinstance(row, dict):
                     raise ValueError(f"not an object but {row!r:.40}")
-                record = read(file, number, row)
+                record = read(table, number, row)
                 if record.id in places:
                     raise ValueError(f"id {record.id!r} was used before, at {places[record.id]}; make ids unique")
+            except NotAsked as reason:
+                not_asked.append(f"{place}: {reason}")
             except ValueError as error:
                 bad.append(f"{place}: {_reason(error)}")
             else:
                 places[record.id] = place
                 records.append(record)
-    refuse(bad)
+    if refused is None or not records:
+        refuse(bad or (not_asked if not records else []))
+    else:
+        refused += [*bad, *not_asked]
     return records
 
 

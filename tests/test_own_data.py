@@ -1,0 +1,424 @@
+"""One's own data: the documented format with all it takes and refuses, conversion there and back, and the page."""
+
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from typer.testing import CliRunner
+
+from medr1.checks import check_data
+from medr1.cli import app
+from medr1.datasets import load_records
+from medr1.datasets.convert import convert
+from medr1.errors import MedR1Error
+from medr1.phantoms import write_phantoms
+from medr1.records import MODALITIES, QUESTION_TYPES, Record, read_jsonl
+from medr1.report.show import write_samples
+
+HEADER = "image,question,option_a,option_b,option_c,answer,modality,question_type,group,source\n"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEDR1_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def pictures(root: Path, *names: str) -> Path:
+    for number, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (number, 0, 0)).save(root / name)
+    return root
+
+
+def table(root: Path, text: str, name: str = "mine.csv") -> Path:
+    (root / name).write_text(text, encoding="utf-8")
+    return root / name
+
+
+def load(path: Path, **arguments) -> tuple[list[Record], list[str]]:
+    refused: list[str] = []
+    return load_records(path, refused=refused, **arguments), refused
+
+
+def error_of(path: Path, **arguments) -> str:
+    with pytest.raises(MedR1Error) as error:
+        load(path, **arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# -- what the format takes -----------------------------------------------------------------------------------
+
+
+def test_a_csv_with_everything(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png", "b 1.png")
+    rows = (
+        "a.png,Which?,Cyst,Tumour,,B,ct,disease_diagnosis,p1,Clinic\n"
+        'a.png;b 1.png,"Two views, which?",Cyst,Tumour,Scar,scar,,,,\n'
+        "b 1.png,Is it broken?,,,,Yes,X-Ray,,p2,\n"
+    )
+    for name, text in (
+        ("mine.csv", HEADER + rows),
+        ("mine.tsv", (HEADER + rows).replace('"Two views, which?"', "Two views; which?").replace(",", "\t")),
+    ):
+        first, second, third = load_records(table(tmp_path, text, name))
+        assert (first.answer, first.options, first.modality) == ("B", ("Cyst", "Tumour"), "CT")
+        assert (first.question_type, first.group, first.source) == ("Disease Diagnosis", "p1", "Clinic")
+        assert (first.id, first.images, first.licence) == ("mine/1", (tmp_path / "a.png",), "follows the source")
+        assert second.images == (tmp_path / "a.png", tmp_path / "b 1.png")
+        assert (second.answer, second.modality, second.source) == ("C", None, "mine")
+        assert second.group == load_records(table(tmp_path, "image,question,answer\na.png,q?,x\n", "o.csv"))[0].group
+        assert (third.options, third.answer, third.is_yes_no, third.group) == ((), "Yes", True, "p2")
+
+
+@pytest.mark.parametrize(
+    ("header", "row"),
+    [
+        ("image,question,options,answer", "a.png,Which?,Cyst;Tumour,B"),
+        ("image,question,options,answer", 'a.png,Which?,"[""Cyst"", ""Tumour""]",Tumour'),
+        ("Image,Question,Option A,OPTION_B,Answer", "a.png,Which?,Cyst,Tumour,(B)"),
+        ("image;question;option_a;option_b;answer", "a.png;Which?;Cyst;Tumour;b"),  # a spreadsheet's semicolons
+        ("\ufeffimage,question,option_a,option_b,answer,note", "a.png,Which?,Cyst,Tumour,B),ignored"),
+        ("images,question,option_a,option_b,answer", '"[""a.png""]",Which?, Cyst , Tumour ,B.'),
+    ],
+)
+def test_ways_to_write_the_same(tmp_path: Path, header: str, row: str) -> None:
+    pictures(tmp_path, "a.png")
+    (record,) = load_records(table(tmp_path, f"{header}\r\n{row}\r\n"))
+    assert (record.options, record.answer, record.images) == (("Cyst", "Tumour"), "B", (tmp_path / "a.png",))
+
+
+def test_json_and_json_lines(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png", "b.png")
+    rows = [
+        {"image": ["a.png", "b.png"], "question": "Which?", "options": ["Cyst", 12], "answer": 12},
+        {"image": "a.png", "question": "Is it?", "answer": True},
+        {"image": [], "question": "No image?", "answer": "none", "alternatives": ["nothing"]},
+    ]
+    lines = "\n".join(map(json.dumps, rows))
+    for name, text in (("own.json", json.dumps(rows)), ("own.jsonl", lines)):
+        first, second, third = load_records(table(tmp_path, text, name))
+        assert (first.options, first.answer, len(first.images)) == (("Cyst", "12"), "B", 2)
+        assert (second.answer, second.is_yes_no) == ("yes", True)
+        assert (third.images, third.alternatives, third.group) == ((), ("nothing",), "own/3")
+    records, refused = load(table(tmp_path, lines + '\n{"image": \n', "own.jsonl"))
+    assert len(records) == 3
+    assert "own.jsonl: row 4: is not JSON" in refused[0]
+
+
+def test_a_folder_with_tables_and_groups(tmp_path: Path) -> None:
+    pictures(tmp_path, "Images/a.png", "Images/b.png")
+    table(tmp_path, "image,question,answer\nImages/a.png,What?,heart\n", "first.csv")
+    table(tmp_path, "image,question,answer\nImages/b.png,What?,lung\n", "second.csv")
+    table(tmp_path, "name,age\nx,3\n", "people.csv")
+    records = load_records(tmp_path)
+    assert [record.id for record in records] == ["first/1", "second/1"]
+    assert len({record.group for record in records}) == 2
+    table(tmp_path, "image_path,group\nImages/a.png,patient\nImages/b.png,patient\n", "groups.csv")
+    assert {record.group for record in load_records(tmp_path)} == {"patient"}
+    (tmp_path / "first.csv").rename(tmp_path / "moved.csv")
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    shutil.move(tmp_path / "moved.csv", other / "first.csv")
+    (record,) = load_records(other / "first.csv", image_root=tmp_path)
+    assert record.images == (tmp_path / "Images" / "a.png",)
+
+
+def test_a_copied_picture_is_one_group(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png", "b.png")
+    shutil.copyfile(tmp_path / "a.png", tmp_path / "copy.png")
+    text = "image,question,answer\na.png,What?,x\nb.png,What?,x\ncopy.png,What?,x\n"
+    first, other, copy = load_records(table(tmp_path, text))
+    assert first.group == copy.group != other.group
+
+
+def test_a_record_dumped_is_a_row(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png")
+    record = Record(id="1", images=(Path("a.png"),), question="Which?", options=("x", "y"), answer="B", modality="CT",
+                    question_type=None, source="s", group="g", licence="CC0")  # fmt: skip
+    (again,) = load_records(table(tmp_path, record.model_dump_json() + "\n", "dump.jsonl"))
+    assert again == record.model_copy(update={"images": (tmp_path / "a.png",)})
+
+
+def test_a_name_with_a_semicolon(tmp_path: Path) -> None:
+    pictures(tmp_path, "a;b.png")
+    (record,) = load_records(table(tmp_path, 'image,question,answer\n"a;b.png",What?,x\n'))
+    assert record.images == (tmp_path / "a;b.png",)
+
+
+# -- what it refuses -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("a.png,Which?,Cyst,Tumour,,,,,,", "'answer' is missing"),
+        ("a.png,Which?,Cyst,Tumour,,C,,,,", "the answer 'C' is not among the options"),
+        ("a.png,Which?,Cyst,Tumour,,Wart,,,,", "the answer 'Wart' is not among the options"),
+        ("a.png,Which?,Cyst,Cyst,,Cyst,,,,", "duplicate options A and B both read as the answer, 'Cyst'"),
+        ("a.png,Which?,B,A,,B,,,,", "the answer 'B' is the letter of one option and the text of another; write (B)"),
+        ("a.png,Which?,Cyst,,Scar,A,,,,", "option columns option a, option c are not a, b, … without a gap"),
+        ("a.png,Which?,Cyst,,,A,,,,", "1 options, expected 2 to 26"),
+        ("a.png,,Cyst,Tumour,,A,,,,", "'question' is missing"),
+        (",Which?,Cyst,Tumour,,A,,,,", "'image' is missing; write [] where a question has no image"),
+        ("../a.png,Which?,Cyst,Tumour,,A,,,,", "image path '../a.png' leads out of the data folder"),
+        ("/a.png,Which?,Cyst,Tumour,,A,,,,", "image path '/a.png' leads out of the data folder"),
+        ("a.png;,Which?,Cyst,Tumour,,A,,,,", "'image' is missing"),
+        ("[a.png],Which?,Cyst,Tumour,,A,,,,", "'image' begins like a JSON list and is none"),
+        ("a.png,Which?,Cyst,Tumour,,A,PET,,,", "unknown modality 'PET', expected one of CT"),
+        ("a.png,Which?,Cyst,Tumour,,A,,Prognosis,,", "unknown question type 'Prognosis'"),
+        ("a.png,Which, then?,Cyst,Tumour,,A,,,,", "has more cells than there are columns; quote the text"),
+    ],
+)
+def test_bad_rows_are_refused_one_by_one(tmp_path: Path, row: str, reason: str) -> None:
+    pictures(tmp_path, "a.png")
+    good = "a.png,Which?,Cyst,Tumour,,A,,,,\n"
+    file = table(tmp_path, HEADER + good + row + "\n" + good)
+    records, refused = load(file)
+    assert [record.id for record in records] == ["mine/1", "mine/3"]
+    (line,) = refused
+    assert line.startswith(f"{file}: row 2: {reason}")
+    with pytest.raises(MedR1Error, match=re.escape(reason)):  # who gives no list wants no bad row
+        load_records(file)
+
+
+def test_only_bad_rows_are_an_error(tmp_path: Path) -> None:
+    file = table(tmp_path, HEADER + "a.png,Which?,Cyst,Tumour,,C,,,,\n" * 3)
+    assert error_of(file).endswith("mine.csv: row 1: the answer 'C' is not among the options ['Cyst', 'Tumour'] "
+                                   "(the first of 3 bad rows)")  # fmt: skip
+
+
+def test_json_rows_of_the_wrong_kind(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png")
+    rows = [
+        {"image": "a.png", "question": "q", "answer": "x"},
+        {"image": 3, "question": "q", "answer": "x"},
+        {"image": "a.png", "question": ["q"], "answer": "x"},
+        {"image": "a.png", "question": "q", "answer": "x", "options": {"A": "x"}},
+        {"image": "a.png", "question": "q", "answer": "A", "options": ["x", "y"], "option_a": "x"},
+        {"image": "a.png", "images": ["a.png"], "question": "q", "answer": "x"},
+        {"image": "a.png", "Image": "a.png", "question": "q", "answer": "x"},
+        {"image": {"path": "a.png"}, "question": "q", "answer": "x"},
+        {"image": "a.png", "question": "\ud800", "answer": "x"},
+        ["a.png"],
+    ]
+    records, refused = load(table(tmp_path, json.dumps(rows), "own.json"))
+    assert len(records) == 1
+    reasons = ("'image' is neither a path nor a picture but 3", "'question' is not a text but ['q']",
+               "'options' is neither a list nor a text", "options stand in 'options' and in 'option a'; keep one",
+               "images stand in 'image' and in 'images'; keep one", "have the same name; rename one",
+               "'image' is neither a path nor a picture", "can't encode character", "not an object but ['a.png']")  # fmt: skip
+    for line, reason in zip(refused, reasons, strict=True):
+        assert reason in line
+
+
+def test_bad_tables(tmp_path: Path) -> None:
+    assert "two columns are named 'answer'; rename one" in error_of(table(tmp_path, "image,question,answer,Answer\n"))
+    assert "no questions in it" in error_of(table(tmp_path, "image,question,answer\n"))
+    open_quote = table(tmp_path, 'image,question,answer\na.png,"What?,x\na.png,What?,x\n')
+    assert "mine.csv: near line 4 is no CSV" in error_of(open_quote)
+    (tmp_path / "mine.csv").write_bytes(b"image,question,answer\na.png,caf\xe9?,x\n")
+    assert "mine.csv: not UTF-8 text (byte 29); save it as UTF-8" in error_of(tmp_path / "mine.csv")
+    unknown = error_of(table(tmp_path, "picture,text,label\na,b,c\n"))
+    assert "no known layout" in unknown
+    assert "your own (image or images, question, answer)" in unknown
+    assert "Found mine.csv (columns label, picture, text)" in unknown
+    (tmp_path / "mine.parquet").write_bytes(b"PAR1 no")
+    assert "cannot be read as Parquet" in error_of(tmp_path / "mine.parquet")
+    assert "no known layout" in error_of(table(tmp_path, "x", "notes.txt"))
+
+
+# -- conversion ----------------------------------------------------------------------------------------------
+
+words = (
+    st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=8)
+    .map(str.strip)
+    .filter(bool)
+)
+names = st.sampled_from(["a.png", "b.JPG", "c d.nii.gz", "e;f.png", "[g].png", "h#1.png", "x/i"])
+
+
+@st.composite
+def record_lists(draw: st.DrawFn) -> list[Record]:
+    records = []
+    for number in range(draw(st.integers(1, 4))):
+        options = (
+            tuple(draw(st.lists(words, min_size=2, max_size=5, unique_by=str.casefold))) if draw(st.booleans()) else ()
+        )
+        records.append(
+            Record(
+                id=f"{draw(words)}{number}",
+                images=tuple(map(Path, draw(st.lists(names, max_size=3)))),
+                question=draw(words),
+                options=options,
+                answer=draw(st.sampled_from("ABCDE"[: len(options)])) if options else draw(words),
+                modality=draw(st.sampled_from([None, *MODALITIES])),
+                question_type=draw(st.sampled_from([None, *QUESTION_TYPES])),
+                source=draw(words),
+                group=draw(words),
+                licence=draw(words),
+                alternatives=() if options else tuple(draw(st.lists(words, max_size=2))),
+            )
+        )
+    return records
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(record_lists(), st.sampled_from(["csv", "jsonl", "omnimedvqa"]))
+def test_round_trip(records: list[Record], to: str) -> None:
+    """What is written reads back as the same records, picture by picture; what is not written is told."""
+    with tempfile.TemporaryDirectory() as name:
+        root, out = Path(name) / "in", Path(name) / "out"
+        for number, image in enumerate(sorted({image for record in records for image in record.images})):
+            (root / image).parent.mkdir(parents=True, exist_ok=True)
+            (root / image).write_bytes(bytes([number]) * 9)
+        given_records = [
+            record.model_copy(update={"images": tuple(root / image for image in record.images)}) for record in records
+        ]
+        try:
+            result = convert(given_records, to, out)
+        except MedR1Error as error:
+            assert f"none of {len(records)} records can be written so" in str(error)
+            return
+        again = {record.id: record for record in load_records(out)}
+        left_out = {line.partition(": ")[0].removeprefix("record ") for line in result["refused"]}
+        assert len(again) == result["records"] == len(records) - len(result["refused"])
+        lost = {"licence"} if to == "omnimedvqa" else set()
+        for record in given_records:
+            if record.id in left_out and record.id not in again:
+                continue
+            other = again[record.id]
+            assert other.model_dump(exclude={"images", *lost}) == record.model_dump(exclude={"images", *lost})
+            assert [p.read_bytes() for p in other.images] == [p.read_bytes() for p in record.images]
+            assert all(path.is_relative_to(out) for path in other.images)
+
+
+def test_conversion_of_an_omnimedvqa_folder_there_and_back(tmp_path: Path) -> None:
+    root = write_phantoms(tmp_path / "phantoms", num_images=8, seed=0)
+    first = load_records(root)
+    convert(first, "csv", tmp_path / "csv")
+    convert(load_records(tmp_path / "csv"), "jsonl", tmp_path / "jsonl")
+    result = convert(load_records(tmp_path / "jsonl"), "omnimedvqa", tmp_path / "back")
+    assert (result["records"], result["images"], result["refused"]) == (40, 8, [])
+    back = {record.id: record for record in load_records(tmp_path / "back")}
+    for record in first:
+        other = back[record.id]
+        assert other.model_dump(exclude={"images"}) == record.model_dump(exclude={"images"})
+        assert other.images[0].read_bytes() == record.images[0].read_bytes()
+
+
+def test_what_a_layout_cannot_hold_is_told(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png", "b.png")
+    rows = [
+        "a.png,Which?,Cyst,Tumour,,B,CT,Disease Diagnosis,p1,s",
+        "a.png;b.png,Which?,Cyst,Tumour,,B,CT,Disease Diagnosis,p1,s",
+        "a.png,Which?,,,,Cyst,CT,Disease Diagnosis,p1,s",
+        "a.png,Which?,Cyst,Tumour,,B,,Disease Diagnosis,p1,s",
+        "a.png,Which?,Cyst,Tumour,,B,CT,,p1,s",
+        "a.png,Which?,Cyst,Tumour,,B,CT,Disease Diagnosis,p2,s",
+    ]
+    records = load_records(table(tmp_path, HEADER + "\n".join(rows) + "\n"))
+    result = convert(records, "omnimedvqa", tmp_path / "out")
+    assert result["records"] == 1
+    reasons = ("it has 2 images", "an open question has no options", "it states no modality",
+               "it states no question type", "its image has the group 'p1' too")  # fmt: skip
+    for number, (line, reason) in enumerate(zip(result["refused"], reasons, strict=True), start=2):
+        assert line.startswith(f"record mine/{number}: ")
+        assert reason in line
+    with pytest.raises(MedR1Error, match="holds something already; name a new folder"):
+        convert(records, "csv", tmp_path / "out")
+    with pytest.raises(MedR1Error, match="--to xml: choose omnimedvqa, csv, jsonl"):
+        convert(records, "xml", tmp_path / "other")
+    with pytest.raises(MedR1Error, match="none of 1 records can be written so; first record mine/2: it has 2 images"):
+        convert(records[1:2], "omnimedvqa", tmp_path / "other")
+    (tmp_path / "b.png").unlink()
+    with pytest.raises(MedR1Error, match=r"b\.png: no such image, wanted by record mine/2"):
+        convert(records, "csv", tmp_path / "other")
+
+
+# -- check, show, command line -------------------------------------------------------------------------------
+
+
+def mixed(root: Path) -> Path:
+    pictures(root, *(f"{letter}.png" for letter in "abcdef"))
+    rows = [f"{letter}.png,Which?,Cyst,Tumour,,{'AB'[i % 2]},CT,,g{i},s" for i, letter in enumerate("abcdef")]
+    rows += ["a.png;b.png,Is <b>it</b> broken?,,,,yes,X-Ray,,g0,s", "c.png,Where is it?,,,,left lung,CT,,g2,s",
+             "a.png,Which?,Cyst,Tumour,,E,CT,,g0,s"]  # fmt: skip
+    return table(root, HEADER + "\n".join(rows) + "\n")
+
+
+def test_check_lists_refused_rows_and_open_questions(tmp_path: Path) -> None:
+    file = mixed(tmp_path)
+    report = check_data(file)
+    assert (report["records"], report["open"], report["chance"]) == (8, 2, 0.5)
+    assert report["refused"] == {
+        "num": 1,
+        "listed": [f"{file}: row 9: the answer 'E' is not among the options ['Cyst', 'Tumour']"],
+    }
+    assert report["counts"]["num_options"] == {"2": 6, "open": 2}
+    assert report["answers"]["open, yes or no"]["chance"] == 0.5
+    assert report["answers"]["open, a text"]["chance"] is None
+    runner = CliRunner()
+    done = runner.invoke(app, ["data", "check", str(file), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert "left out" in done.output
+    assert "row 9: the answer" in (tmp_path / "out" / "check.html").read_text()
+    only_open = table(tmp_path, "image,question,answer\na.png,What?,x\nb.png,Is it?,no\n", "open.csv")
+    done = runner.invoke(app, ["data", "check", str(only_open), "--out", str(tmp_path / "open")])
+    assert done.exit_code == 0, done.output
+
+
+def test_page_of_samples(tmp_path: Path) -> None:
+    file = mixed(tmp_path)
+    records, refused = load(file)
+    result = write_samples(records, tmp_path / "page.html", name="mine", num=20, refused=refused)
+    assert result == {"page": str(tmp_path / "page.html"), "records": 8, "shown": 8, "lost_images": 0}
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<article") == 8 and page.count("data:image/webp") == 9
+    assert page.count('class="gold"') == 8
+    assert "&lt;b&gt;it&lt;/b&gt;" in page and "<b>it</b>" not in page
+    assert "1 rows were left out" in page and "Research use only" in page
+    assert "http://" not in page and "https://" not in page
+    (tmp_path / "a.png").unlink()
+    again = write_samples(records, tmp_path / "page.html", name="mine", num=3, seed=1)
+    assert again["shown"] == 3
+    same = write_samples(list(records), tmp_path / "other.html", name="mine", num=3, seed=1)
+    assert (tmp_path / "other.html").read_text() == (tmp_path / "page.html").read_text() and same["shown"] == 3
+
+
+def test_show_and_convert_from_the_command_line(tmp_path: Path) -> None:
+    file, runner = mixed(tmp_path), CliRunner()
+    done = runner.invoke(app, ["data", "show", str(file), "--out", str(tmp_path / "p.html"), "--n", "2", "--json"])
+    assert done.exit_code == 0 and json.loads(done.stdout.splitlines()[-1])["shown"] == 2
+    done = runner.invoke(app, ["data", "convert", str(file), "--to", "jsonl", "--out", str(tmp_path / "o"), "--json"])
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["records"], len(result["refused"])) == (8, 1)
+    assert len(load_records(tmp_path / "o")) == 8
+
+
+def test_training_and_evaluation_on_ones_own_csv(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Two GRPO steps and an evaluation of multiple choice, open questions and an item with two images."""
+    file, runner = mixed(tmp_path), CliRunner()
+    sizes = ["rollout.num_completions=2", "rollout.max_new_tokens=4", "optimizer.prompts_per_step=3",
+             "data.test_fraction=0.4", "grpo.rewards={accuracy=1.0, token_f1=0.5}", "grpo.beta=0.0"]  # fmt: skip
+    options = [part for size in sizes for part in ("--set", size)]
+    done = runner.invoke(app, ["train", "--data", str(file), "--model", "tiny", "--mode", "no-think", "--steps", "2",
+                               "--out", str(tmp_path / "run"), *options])  # fmt: skip
+    assert done.exit_code == 0, done.output
+    told = capfd.readouterr().err
+    assert "1 of 9 rows left out, first" in told.replace("\n", "") + done.output.replace("\n", "")
+    replies = read_jsonl(tmp_path / "run" / "completions.jsonl")
+    assert len(replies) == 2 * 3 * 2
+    done = runner.invoke(app, ["eval", "--data", str(file), "--model", str(tmp_path / "run" / "model"), "--part", "all",
+                               "--mode", "no-think", "--max-new-tokens", "4", "--out", str(tmp_path / "r.jsonl"),
+                               "--json"])  # fmt: skip
+    assert done.exit_code == 0, done.output
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert (summary["n"], summary["open"]["n"]) == (6, 2)
+    assert "open questions, n = 2" in done.stdout
