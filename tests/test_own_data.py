@@ -169,7 +169,7 @@ def test_a_name_with_a_semicolon(tmp_path: Path) -> None:
         (",Which?,Cyst,Tumour,,A,,,,", "'image' is missing; write [] where a question has no image"),
         ("../a.png,Which?,Cyst,Tumour,,A,,,,", "image path '../a.png' leads out of the data folder"),
         ("/a.png,Which?,Cyst,Tumour,,A,,,,", "image path '/a.png' leads out of the data folder"),
-        ("a.png;,Which?,Cyst,Tumour,,A,,,,", "'image' is missing"),
+        ("a.png;,Which?,Cyst,Tumour,,A,,,,", "image path '' is not a file name"),
         ("[a.png],Which?,Cyst,Tumour,,A,,,,", "'image' begins like a JSON list and is none"),
         ("a.png,Which?,Cyst,Tumour,,A,PET,,,", "unknown modality 'PET', expected one of CT"),
         ("a.png,Which?,Cyst,Tumour,,A,,Prognosis,,", "unknown question type 'Prognosis'"),
@@ -213,7 +213,8 @@ def test_json_rows_of_the_wrong_kind(tmp_path: Path) -> None:
     reasons = ("'image' is neither a path nor a picture but 3", "'question' is not a text but ['q']",
                "'options' is neither a list nor a text", "options stand in 'options' and in 'option a'; keep one",
                "images stand in 'image' and in 'images'; keep one", "have the same name; rename one",
-               "'image' is neither a path nor a picture", "can't encode character", "not an object but ['a.png']")  # fmt: skip
+               "'image' is neither a path nor a picture", "can't encode character",
+               "not an object but ['a.png']")  # fmt: skip
     for line, reason in zip(refused, reasons, strict=True):
         assert reason in line
 
@@ -222,7 +223,7 @@ def test_bad_tables(tmp_path: Path) -> None:
     assert "two columns are named 'answer'; rename one" in error_of(table(tmp_path, "image,question,answer,Answer\n"))
     assert "no questions in it" in error_of(table(tmp_path, "image,question,answer\n"))
     open_quote = table(tmp_path, 'image,question,answer\na.png,"What?,x\na.png,What?,x\n')
-    assert "mine.csv: near line 4 is no CSV" in error_of(open_quote)
+    assert "mine.csv: row 1 is no CSV" in error_of(open_quote)
     (tmp_path / "mine.csv").write_bytes(b"image,question,answer\na.png,caf\xe9?,x\n")
     assert "mine.csv: not UTF-8 text (byte 29); save it as UTF-8" in error_of(tmp_path / "mine.csv")
     unknown = error_of(table(tmp_path, "picture,text,label\na,b,c\n"))

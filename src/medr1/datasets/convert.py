@@ -65,7 +65,7 @@ def convert(records: Sequence[Record], to: str, out: Path) -> dict[str, Any]:
         write(kept, names, out)
     except OSError as error:
         raise MedR1Error(f"{out}: cannot be written ({error.strerror}); free space and use a new folder") from error
-    num_images = len({file_of(Path(name)) for name in names.values()})
+    num_images = len({file_of(image) for image in names})
     return {"out": str(out), "records": len(kept), "images": num_images, "refused": refused}
 
 

@@ -130,7 +130,7 @@ def _header(path: Path) -> tuple[list[str], str]:
             line = file.readline()
             headers = {sign: next(csv.reader([line], delimiter=sign), []) for sign in ",;\t"}
         except (UnicodeDecodeError, csv.Error) as error:
-            raise _bad_csv(path, 1, error) from error
+            raise _bad_csv(path, "its first line", error) from error
     delimiter = "\t" if path.suffix.lower() == ".tsv" else max(headers, key=lambda sign: len(headers[sign]))
     header = headers[delimiter]
     names = [column(name) for name in header]
@@ -144,14 +144,15 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[dict[str, str] | ValueErro
     with _opened(path) as file:
         # Strict: a quotation mark that is never closed would swallow the rest of the file without a word.
         reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+        number = 0
         try:
-            for row in reader:
+            for number, row in enumerate(reader, start=1):
                 if None in row:
                     yield ValueError("has more cells than there are columns; quote the text that holds the delimiter")
                 else:
                     yield row
         except (UnicodeDecodeError, csv.Error) as error:
-            raise _bad_csv(path, reader.line_num, error) from error
+            raise _bad_csv(path, f"row {number + 1}", error) from error
 
 
 def _opened(path: Path) -> Any:
@@ -161,10 +162,10 @@ def _opened(path: Path) -> Any:
         raise MedR1Error(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
 
 
-def _bad_csv(path: Path, line: int, error: Exception) -> MedR1Error:
+def _bad_csv(path: Path, place: str, error: Exception) -> MedR1Error:
     if isinstance(error, UnicodeDecodeError):
         return _not_utf_8(path, error)
-    return MedR1Error(f"{path}: near line {line} is no CSV ({error}); close its quotation marks, double those in texts")
+    return MedR1Error(f"{path}: {place} is no CSV ({error}); close its quotation marks, double those in texts")
 
 
 def _not_utf_8(path: Path, error: UnicodeDecodeError) -> MedR1Error:
