@@ -144,15 +144,16 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[dict[str, str] | ValueErro
     with _opened(path) as file:
         # Strict: a quotation mark that is never closed would swallow the rest of the file without a word.
         reader = csv.DictReader(file, delimiter=delimiter, strict=True)
-        number = 0
+        number = 1  # of the row that is being read
         try:
-            for number, row in enumerate(reader, start=1):
+            for row in reader:
+                number += 1
                 if None in row:
                     yield ValueError("has more cells than there are columns; quote the text that holds the delimiter")
                 else:
                     yield row
         except (UnicodeDecodeError, csv.Error) as error:
-            raise _bad_csv(path, f"row {number + 1}", error) from error
+            raise _bad_csv(path, f"row {number}", error) from error
 
 
 def _opened(path: Path) -> Any:
