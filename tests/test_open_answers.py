@@ -14,6 +14,7 @@ from medr1.evaluation import evaluate, score
 from medr1.metrics import accuracy_table, compare, flip_rate, open_table, summarise
 from medr1.prompts import build_messages
 from medr1.records import Record, normalise_answer
+from medr1.report import ReportData, write_report
 from medr1.rewards import load_rewards
 
 
@@ -228,7 +229,7 @@ def test_open_questions_are_summed_up_apart() -> None:
     assert (found["n"], found["accuracy"], found["chance"]) == (5, 2 / 5, None)
     assert (found["yes_no"]["n"], found["yes_no"]["accuracy"], found["yes_no"]["chance"]) == (2, 1 / 2, 1 / 2)
     assert (found["text"]["n"], found["text"]["accuracy"], found["text"]["chance"]) == (3, 1 / 3, None)
-    assert found["token_f1"]["mean"] == pytest.approx((1 + 4 / 5 + 0) / 3)  # 2*2/(2+3)
+    assert found["token_f1"]["accuracy"] == pytest.approx((1 + 4 / 5 + 0) / 3)  # 2*2/(2+3)
     assert (found["outcomes"], found["unparsed"]) == ({"text": 4, "unparsed": 1}, 1)
     assert summarise(rows[:2])["open"] is None
     only_open = summarise(rows[2:])
@@ -272,3 +273,16 @@ def test_evaluation_of_a_mixed_set_resumes_and_scores_again(tmp_path: Path) -> N
     assert out.read_text() == text
     replied = [one | {"reply": "<answer>Cardiac shadow</answer>"} for one in map(json.loads, text.splitlines())]
     assert {one["id"]: one["correct"] for one in score(replied)} == {"1": True, "2": False, "3": False}
+
+
+def test_report_has_a_table_of_its_own(tmp_path: Path) -> None:
+    rows = mixed_rows("liver"), mixed_rows("heart")
+    write_report(ReportData(base=rows[0], trained=rows[1], image_root=tmp_path), tmp_path / "mixed.html")
+    page = (tmp_path / "mixed.html").read_text()
+    assert "5 questions without options are counted apart" in page
+    assert "a text, token F1" in page and "+20.0 points" in page
+    write_report(ReportData(base=rows[0][2:], trained=rows[1][2:], image_root=tmp_path), tmp_path / "open.html")
+    page = (tmp_path / "open.html").read_text()
+    assert "Open questions" in page and "Accuracy in numbers" not in page
+    write_report(ReportData(base=rows[0][:2], trained=rows[1][:2], image_root=tmp_path), tmp_path / "choice.html")
+    assert "Open questions" not in (tmp_path / "choice.html").read_text()

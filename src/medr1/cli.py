@@ -616,13 +616,13 @@ def _numbers(ci: list[float] | None) -> str:
 
 
 def _open_table(found: dict[str, Any]) -> Table:
+    from medr1.metrics import OPEN_SCORES
+
     table = Table("", title=f"open questions, n = {found['n']}")
     for heading in ("score", "95 % interval", "chance", "n"):
         table.add_column(heading, justify="right")
-    f1 = found["token_f1"]
-    cells = {"yes or no, right": found["yes_no"], "a text, exactly right": found["text"]}
-    for name, cell in (cells | {"a text, token F1": {"accuracy": f1["mean"], "chance": None, **f1}}).items():
-        if cell["n"]:
+    for name, part in OPEN_SCORES.items():
+        if (cell := found[part])["n"]:
             table.add_row(name, _percent(cell["accuracy"]), _interval(cell), _percent(cell["chance"]), str(cell["n"]))
     return table
 

@@ -27,6 +27,8 @@ AXES = {"modality": MODALITIES, "question_type": QUESTION_TYPES}
 """Fields of a row that divide an evaluation, with their values in order."""
 NOT_STATED = "not stated"
 """Cell of the rows whose file names no modality or no question type; it is no part of the macro average."""
+OPEN_SCORES = {"yes or no, right": "yes_no", "a text, exactly right": "text", "a text, token F1": "token_f1"}
+"""What open questions are scored by, in words, and the parts of `open_table`."""
 MIN_N = 30
 """Records below which a cell of a matrix is "too few": it keeps its interval, and is never marked."""
 ALPHA = 0.05
@@ -266,7 +268,7 @@ def open_table(rows: Sequence[Row]) -> dict[str, Any]:
         accuracy, ci95, n, chance (None where an item has none): of all rows.
         yes_no, text: the same four, of each kind. An answer is right if it says the right one of yes and no, or is
             the right text up to case, punctuation and articles.
-        token_f1: mean, ci95 and n over the rows of "text"; see `medr1.answers.token_f1`.
+        token_f1: the same four, with the mean of `medr1.answers.token_f1` for accuracy, over the rows of "text".
         outcomes, unparsed, truncated, format_rate, mean_tokens: of all rows, see `summarise`.
     """
     yes_no = [row for row in rows if row["chance"] is not None]
@@ -276,7 +278,12 @@ def open_table(rows: Sequence[Row]) -> dict[str, Any]:
         **_cell(rows),
         "yes_no": _cell(yes_no),
         "text": _cell(text),
-        "token_f1": {"mean": _mean(scores), "ci95": _list(interval(scores, _groups(text))), "n": len(text)},
+        "token_f1": {
+            "accuracy": _mean(scores),
+            "ci95": _list(interval(scores, _groups(text))),
+            "n": len(text),
+            "chance": None,
+        },
         **_replies(rows),
     }
 

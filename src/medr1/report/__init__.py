@@ -24,7 +24,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from medr1.config import Config, load_config, to_toml
 from medr1.errors import MedR1Error
 from medr1.images import load_image
-from medr1.metrics import Row, compare, summarise
+from medr1.metrics import OPEN_SCORES, Row, compare, summarise
 from medr1.records import read_jsonl, write_atomic
 from medr1.report.plots import AFTER, BEFORE, CHANCE, CONTROL, change_plot, learning_curves, story_plot
 
@@ -133,6 +133,7 @@ def write_report(data: ReportData, out: Path, *, max_samples: int = MAX_SAMPLES)
             scores=scores,
             models=(data.base[0]["model"], data.trained[0]["model"]),
             table=_table(base, trained, change, data.controls),
+            open_table=_open_table(base, trained),
             story=tell(scores, trained),
             story_plot=story_plot(_story_lines(scores)),
             modality_plot=_change_plot(base, trained, "by_modality"),
@@ -180,7 +181,8 @@ def tell(scores: dict[str, Any], trained: dict[str, Any]) -> list[tuple[str, str
     else:
         story.append(("open", "No blank-image control was run: whether the image is used is not known."))
 
-    if text := scores["controls"].get("text_only"):
+    text = scores["controls"].get("text_only")
+    if text and text["n"]:
         alone = f"Option texts alone, without image or question, score {percent(text['accuracy'])}"
         guessing = f"guessing {percent(text['chance'])}"
         if not text["ci95"] or text["ci95"][0] <= text["chance"]:
@@ -290,8 +292,12 @@ def _control_table(path: Path) -> dict[str, Any]:
 
 
 def _overall(table: dict[str, Any]) -> dict[str, Any]:
-    """The headline cell: the average over modalities, or over rows where no file states a modality."""
-    return table["macro"] if table["macro"]["n"] else table
+    """The headline cell: the average over modalities, or over rows where no file states a modality; of open questions
+    where there are no others.
+    """
+    if table["macro"]["n"]:
+        return table["macro"]
+    return table if table["n"] else table.get("open") or table
 
 
 def _above(cell: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -301,16 +307,19 @@ def _above(cell: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def _story_lines(scores: dict[str, Any]) -> list[tuple[str, dict[str, Any], Any]]:
     chance = {"accuracy": scores["trained"]["chance"], "ci95": None}
-    return [
+    lines = [
         ("guessing", chance, CHANCE),
         *((label(name), cell, CONTROL) for name, cell in scores["controls"].items()),
         ("before training", scores["base"], BEFORE),
         ("after training", scores["trained"], AFTER),
     ]
+    return [line for line in lines if line[1]["accuracy"] is not None]
 
 
 def _change_plot(base: dict[str, Any], trained: dict[str, Any], part: str) -> str:
     title = f"Accuracy {part.replace('_', ' ')} before and after training"
+    if not base[part]:
+        return ""
     return change_plot([(name, cell, trained[part][name]) for name, cell in base[part].items()], title)
 
 
@@ -338,10 +347,18 @@ def _table(
         (title, [line(name, cell["n"], part, name) for name, cell in base[part].items()])
         for title, part in (("Modality", "by_modality"), ("Question type", "by_question_type"))
     ]
-    together = [line("all questions", base["n"])]
+    together = [line("all questions", base["n"])] if base["n"] else []
     if base["macro"]["n"]:
         together.insert(0, line(f"average of {base['macro']['n']} modalities", "", "macro"))
     return [*parts, ("Together", together)]
+
+
+def _open_table(base: dict[str, Any], trained: dict[str, Any]) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """(score, cell before, cell after) of open questions; none where there are none."""
+    if not (base["open"] and trained["open"]):
+        return []
+    cells = [(name, base["open"][part], trained["open"][part]) for name, part in OPEN_SCORES.items()]
+    return [line for line in cells if line[1]["n"]]
 
 
 def _inside(table: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ function changed(before, after) {
 }
 
 function verdict(reply) {
-  if (reply.outcome === "letter") return reply.correct ? "right" : "wrong";
+  if (reply.outcome === "letter" || reply.outcome === "text") return reply.correct ? "right" : "wrong";
   return { ambiguous: "several options", refusal: "declined", truncated: "cut off", invalid: "no such option",
            unparsed: "no answer found" }[reply.outcome] ?? reply.outcome;
 }
@@ -57,6 +57,11 @@ function card(s) {
     item.append(element("span", LETTERS[index] === s.gold ? "gold" : "", LETTERS[index] + ") " + option));
     options.append(item);
   });
+  if (!s.options.length) {  // an open question: the right text
+    const item = element("li");
+    item.append(element("span", "gold", s.gold));
+    options.append(item);
+  }
   const replies = element("div", "replies");
   replies.append(replyBox("Before", s.before), replyBox("After", s.after));
   body.append(options, replies);
