@@ -225,7 +225,7 @@ def test_bad_tables(tmp_path: Path) -> None:
     open_quote = table(tmp_path, 'image,question,answer\na.png,"What?,x\na.png,What?,x\n')
     assert "mine.csv: row 1 is no CSV" in error_of(open_quote)
     (tmp_path / "mine.csv").write_bytes(b"image,question,answer\na.png,caf\xe9?,x\n")
-    assert "mine.csv: not UTF-8 text (byte 29); save it as UTF-8" in error_of(tmp_path / "mine.csv")
+    assert "mine.csv: not UTF-8 text, near row 1; save it as UTF-8" in error_of(tmp_path / "mine.csv")
     unknown = error_of(table(tmp_path, "picture,text,label\na,b,c\n"))
     assert "no known layout" in unknown
     assert "your own (image or images, question, answer)" in unknown

@@ -87,7 +87,7 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise _not_utf_8(path, error) from error
+        raise MedR1Error(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
         raise MedR1Error(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
 
@@ -165,12 +165,8 @@ def _opened(path: Path) -> Any:
 
 def _bad_csv(path: Path, place: str, error: Exception) -> MedR1Error:
     if isinstance(error, UnicodeDecodeError):
-        return _not_utf_8(path, error)
+        return MedR1Error(f"{path}: not UTF-8 text, near {place}; save it as UTF-8 (spreadsheets: CSV UTF-8)")
     return MedR1Error(f"{path}: {place} is no CSV ({error}); close its quotation marks, double those in texts")
-
-
-def _not_utf_8(path: Path, error: UnicodeDecodeError) -> MedR1Error:
-    return MedR1Error(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8")
 
 
 def _parquet_table(path: Path) -> Table:
