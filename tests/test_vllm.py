@@ -33,7 +33,7 @@ from medr1.rollouts_vllm import VLLMServer
 from medr1.shared_prefix import completion_logprobs
 from medr1.training import GRPOTrainer
 
-SAMPLING: dict[str, Any] = {"num_completions": 4, "max_new_tokens": 24, "temperature": 0.7, "seed": 3}
+SAMPLING: dict[str, Any] = {"num_completions": 8, "max_new_tokens": 24, "temperature": 0.7, "seed": 3}
 
 
 @pytest.fixture(scope="module")
@@ -358,3 +358,17 @@ def test_without_a_server(trained: Path, tmp_path: Path, monkeypatch: pytest.Mon
         VLLMServer(vlm, "http://127.0.0.1:9", tmp_path, mode="think", lora=False)
     with pytest.raises(MedR1Error, match="no vLLM for 0 seconds"):
         VLLMServer(vlm, "http://127.0.0.1:9/v1", tmp_path, mode="think", lora=False).push(0)
+
+
+def test_the_benchmark_of_both_engines_compares_last_rewards_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 20 steps; differences 0.2 and 0.1 at the end: mean 0.15, standard error 0.0707 / sqrt 2 = 0.05."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import vllm_learning
+
+    def rows(last: float) -> list[dict[str, Any]]:
+        shared = {"reward_accuracy": 0.5, "step_seconds": 1.0, "rollout_difference": 1e-5, "rollout_capped": 0.0}
+        return [shared | {"reward": 0.25 if step < 10 else last} for step in range(20)]
+
+    table = vllm_learning.tabulate({"local": [rows(0.5), rows(0.7)], "vllm": [rows(0.7), rows(0.8)]})
+    assert "| vllm | 1 | 0.250 | 0.800 | 0.500 | 1.00 | 1.0e-05 | 0.0e+00 |" in table
+    assert table.endswith("vLLM minus local, last 10 steps: +0.150 (0.050)\n")

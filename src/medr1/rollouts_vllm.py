@@ -48,8 +48,8 @@ MAX_MISMATCH = 0.5
 T = TypeVar("T")
 
 
-class _Restarted(Exception):
-    """The server answers, but has not the weights that it was given: it was started anew."""
+class _Unready(Exception):
+    """The server answers, but not by the weights that it was given: it was started anew, or is not done with others."""
 
 
 class VLLMServer:
@@ -139,7 +139,7 @@ class VLLMServer:
                     model=self._model, messages=asked[place], seed=seeds[place], **settings
                 )
             except openai.NotFoundError as error:
-                raise _Restarted(reason_of(error)) from error
+                raise _Unready(reason_of(error)) from error
             except openai.BadRequestError as error:
                 raise MedR1Error(
                     f"{self.url}: refuses record {records[place].id} ({reason_of(error)}); raise the server's limits,"
@@ -193,7 +193,7 @@ class VLLMServer:
                 if not self.known:
                     self._prove_processed()
                 return work()
-            except (openai.APIConnectionError, openai.InternalServerError, _Restarted) as lost:
+            except (openai.APIConnectionError, openai.InternalServerError, _Unready) as lost:
                 error = lost
             except openai.APIStatusError as refusal:
                 raise MedR1Error(f"{self.url}: refuses ({reason_of(refusal)}); {self._remedy(refusal)}") from refusal
@@ -224,7 +224,8 @@ class VLLMServer:
         self._post("collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(self.weights)}})
         self._post("reset_mm_cache")
         self._post("reset_encoder_cache")
-        self._post("reset_prefix_cache?reset_running_requests=true")
+        if self._post("reset_prefix_cache?reset_running_requests=true") != {"success": True}:
+            raise _Unready("it cannot forget what it computed with other weights")
         self._post("update_weight_version", {"new_version": self.version})
 
     def _unload(self, name: str) -> None:
@@ -255,7 +256,7 @@ class VLLMServer:
         found = self.client.get(f"{self._root}/weight_info", cast_to=object)
         version = found.get("weight_version") if isinstance(found, dict) else None
         if version == "default":
-            raise _Restarted("it was started anew")
+            raise _Unready("it was started anew")
         if version != self.version:
             raise MedR1Error(
                 f"{self.url}: holds the weights {version}, not {self.version}; give each run a server of its own"
