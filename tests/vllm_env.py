@@ -86,8 +86,8 @@ class Server:
             "logprobs-mode": "processed_logprobs",
             "max-lora-rank": 8,
         }
-        # Not by the `vllm` command, which asks for the metadata of a package of that very name. On a CPU, vLLM dies of a
-        # request with a seed whose prompt it reads in parts.
+        # Not by the `vllm` command, which asks for the metadata of a package of that very name. On a CPU, vLLM dies of
+        # a request with a seed whose prompt it reads in parts.
         command = [self.python, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager", "--enable-lora"]
         command += ["--no-enable-chunked-prefill"]
         with self.log.open("ab") as log:
