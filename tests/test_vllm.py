@@ -90,10 +90,11 @@ def server(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setattr(rollouts_vllm, "POLL", 0.2)
+    torch.manual_seed(0)
 
 
 @pytest.fixture
@@ -185,6 +186,33 @@ def test_the_server_samples_from_the_policy_that_was_pushed(
         assert differences(vlm, remote, records).max() > 0.1
     with pytest.raises(MedR1Error, match=r"nats a token off the policy's"):
         remote.check(0.6)
+
+
+def test_tokens_are_drawn_by_the_log_probs_that_come_with_them(
+    server: vllm_env.Server, vlm: VLM, records: list[Record], tmp_path: Path
+) -> None:
+    """Then log-prob plus entropy is 0 on average over all tokens; any cut or other temperature makes it positive."""
+    disturb(vlm.model.parameters(), 0.05)
+    vlm.core.save_pretrained(tmp_path)
+    remote = VLLMServer(vlm, server.url, tmp_path, mode="think", lora=False)
+    remote.push(0)
+    prompts = encode(vlm, records)
+    sums, entropies, replies = [], [], set()
+    for seed in range(6):
+        rollout = remote.sample(records, prompts, **SAMPLING | {"seed": seed})
+        ids, mask = rollout.completion_ids_NT, rollout.mask_NT
+        with torch.no_grad():
+            logp, entropy = completion_logprobs(
+                vlm, prompts, ids, mask, temperature=SAMPLING["temperature"], entropy=True
+            )
+        assert entropy is not None
+        sums.append((logp + entropy).sum(1))
+        entropies.append(entropy[mask])
+        replies |= set(rollout.texts)
+    assert torch.cat(entropies).mean() > 0.5, "else there is little to see"
+    assert len(replies) > 0.9 * 6 * len(records) * SAMPLING["num_completions"], "every draw has a seed of its own"
+    total = torch.cat(sums)
+    assert abs(total.mean() / (total.std() / len(total) ** 0.5)) < 3.5
 
 
 def test_raw_logprobs_are_refused(

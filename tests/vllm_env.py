@@ -75,6 +75,7 @@ class Server:
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_NO_USAGE_STATS": "1",
             "OMP_NUM_THREADS": "1",
+            "PYTHONDONTWRITEBYTECODE": "",  # the first start writes it for the next
         }
         arguments = {
             "model": self.model,
