@@ -199,18 +199,16 @@ def test_tokens_are_drawn_by_the_log_probs_that_come_with_them(
     prompts = encode(vlm, records)
     sums, entropies, replies = [], [], set()
     for seed in range(6):
-        rollout = remote.sample(records, prompts, **SAMPLING | {"seed": seed})
+        rollout = remote.sample(records, prompts, **SAMPLING | {"temperature": 1.5, "seed": seed})
         ids, mask = rollout.completion_ids_NT, rollout.mask_NT
         with torch.no_grad():
-            logp, entropy = completion_logprobs(
-                vlm, prompts, ids, mask, temperature=SAMPLING["temperature"], entropy=True
-            )
+            logp, entropy = completion_logprobs(vlm, prompts, ids, mask, temperature=1.5, entropy=True)
         assert entropy is not None
         sums.append((logp + entropy).sum(1))
         entropies.append(entropy[mask])
         replies |= set(rollout.texts)
     assert torch.cat(entropies).mean() > 0.5, "else there is little to see"
-    assert len(replies) > 0.9 * 6 * len(records) * SAMPLING["num_completions"], "every draw has a seed of its own"
+    assert len(replies) > 120, "of 240; were a group's draws equal, there would be 30"
     total = torch.cat(sums)
     assert abs(total.mean() / (total.std() / len(total) ** 0.5)) < 3.5
 
