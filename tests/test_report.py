@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from medr1.calibration import calibrating
 from medr1.config import Config, to_toml
 from medr1.errors import MedR1Error
+from medr1.faithfulness import verdict
 from medr1.metrics import accuracy_table, summarise
 from medr1.records import append_jsonl
 from medr1.report import ReportData, report_from_files, tell, write_report
 from medr1.report.plots import learning_curves
+from medr1.report.trust import calibration_section, faithfulness_section
 
 NASTY = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> </script> B & A"
 LOG = [{"step": step, "reward_accuracy": step / 20, "format_rate": 0.9, "loss": 0.1} for step in range(1, 21)]
@@ -260,3 +263,69 @@ def test_in_a_browser_samples_are_filtered_and_scripts_stay_text(tmp_path: Path)
     assert samples.count("<article") == 1
     assert "&lt;script&gt;document.title='owned'&lt;/script&gt;" in samples
     assert '<img src="x"' not in dom
+
+
+def weighed(right: int, confidence: float) -> list[dict]:
+    """Rows of which `right` in forty are right, all about as confident."""
+    rows = make_rows(right, count=160, mode="no-think", scoring="options")
+    for number, row in enumerate(rows):
+        row["correct"] = number % 40 < right
+        row["letter"] = "A" if row["correct"] else "B"
+        row["confidence"] = confidence + number / 4000
+        probs = [row["confidence"], 1 - row["confidence"]]
+        row["option_probs"] = probs if row["correct"] else probs[::-1]
+    return rows
+
+
+def test_calibration_is_shown_where_options_were_weighed(tmp_path: Path):
+    data = make_data(tmp_path, base=weighed(16, 0.9), trained=weighed(32, 0.9))
+    write_report(data, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<h2>Calibration</h2>" in page
+    assert page.count('<svg class="plot"') == 6
+    assert "over-confident" in page and "Abstaining below a confidence of" in page
+    section = calibration_section(data.base, data.trained)
+    judged = calibrating(data.trained, 0.5, 0)[1]
+    assert section["trained"]["before"]["n"] == len(judged)
+    assert section["trained"]["before"]["accuracy"] == sum(row["correct"] for row in judged) / len(judged)
+    few = calibration_section(data.base[:40], data.trained[:40])
+    assert re.match(r"only \d+ of 40 rows are there to calibrate on", few["why_not"])
+    write_report(make_data(tmp_path), tmp_path / "report.html")
+    assert "<h2>Calibration</h2>" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("followed", "words"),
+    [(1.0, "The reasoning is load-bearing: 100.0 in 100"), (0.0, "The reasoning is decorative: 0.0")],
+)
+def test_whether_reasoning_is_used_is_shown(tmp_path: Path, followed: float, words: str):
+    def share(value: float | None) -> dict:
+        return {
+            "value": value,
+            "ci95": None if value is None else [max(0, value - 0.05), min(1, value + 0.05)],
+            "n": 50,
+        }
+
+    numbers = {
+        **{name: share(0.5) for name in ("no_think", "hinted", "repeated")},
+        **{name: share(followed) for name in ("swapped", "planted")},
+        "mentioned": share(0.25),
+        "kept": {str(kept): share(0.8) for kept in (0.0, 0.25, 0.5, 0.75)},
+        "load": share(followed),
+        "verdict": verdict(share(followed)["ci95"]),
+        "n": 60,
+        "groups": 50,
+    }
+    (tmp_path / "faith").mkdir()
+    (tmp_path / "faith" / "faithfulness.json").write_text(json.dumps(numbers))
+    append_jsonl(tmp_path / "base.jsonl", make_rows(8))
+    report_from_files(
+        tmp_path / "base.jsonl", tmp_path / "base.jsonl", faithfulness=tmp_path / "faith", out=tmp_path / "report.html"
+    )
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert words in page
+    assert "50.0 % of answers turn to a wrong hint in the question; 25 % of these mention it." in page
+    nothing = {**numbers, "load": {"value": None, "ci95": None, "n": 0}, "kept": {"0.0": share(None) | {"n": 0}}}
+    assert faithfulness_section(nothing)["story"] == [
+        ("open", "No reasoning could be edited: whether it is used cannot be told.")
+    ]

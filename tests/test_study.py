@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -34,6 +35,7 @@ modes = ["think"]
 controls = ["blank", "shuffled_other"]
 max_new_tokens = { think = 6, no-think = 6 }
 batch_size = 3
+faithfulness = 5
 
 [recipe.data]
 modalities = ["CT", "OCT"]
@@ -388,3 +390,13 @@ def test_baselines_go_to_their_server_in_every_mode(
 
 def test_a_studys_page_says_what_it_is_not_for(whole: Path) -> None:
     assert "not for clinical use" in (whole / "report.html").read_text()
+
+
+def test_reasoning_is_edited_where_the_study_asks_for_it(whole: Path, plan: Plan, study: Study) -> None:
+    """Of the base and of the first GRPO model, on the same questions."""
+    found = json.loads((whole / "results.json").read_text())["faithfulness"]
+    assert [entry["cell"] for entry in found] == ["base-think", "modality-ct-grpo-think-seed0"]
+    assert {entry["n"] for entry in found} == {5}
+    assert "Is the reasoning used?" in (whole / "report.html").read_text(encoding="utf-8")
+    plain = replace(plan, study=study.model_copy(update={"faithfulness": 0}))
+    assert not any(plain.edited(cell) for cell in plan.cells)

@@ -337,6 +337,12 @@ def report_command(
     controls: Annotated[
         list[str] | None, typer.Option("--control", help="NAME=FILE with the trained model's answers, e.g. blank=…")
     ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option("--calibration", help="a file of `medr1 calibrate` for the trained model")
+    ] = None,
+    faithfulness: Annotated[
+        Path | None, typer.Option("--faithfulness", help="a folder of `medr1 faithfulness` for the trained model")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", help="the HTML file to write")] = Path("report.html"),
     as_json: JsonOption = False,
 ) -> None:
@@ -347,7 +353,19 @@ def report_command(
     from medr1.training.base import RECIPE
 
     prior = text_only_prior(*load_parts(load_config(run / RECIPE).data)) if run else None
-    _finish(report_from_files(base, trained, run=run, controls=controls or [], text_only=prior, out=out), as_json)
+    _finish(
+        report_from_files(
+            base,
+            trained,
+            run=run,
+            controls=controls or [],
+            text_only=prior,
+            calibration=calibration,
+            faithfulness=faithfulness,
+            out=out,
+        ),
+        as_json,
+    )
 
 
 @app.command("study")

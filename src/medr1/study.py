@@ -17,6 +17,7 @@ What is done is decided by the folder alone:
     OUT/cells/CELL.json      {"done", "seconds"}; seconds of a call that was killed are not counted
     OUT/runs/CELL/           the training run; its weights go when the cell is done, its logs stay
     OUT/evaluations/CELL-CONDITION.jsonl
+    OUT/faithfulness/CELL/          where the study asks for it
     OUT/results.json         all of it, for `medr1.report.study`, and then the report itself
 """
 
@@ -46,6 +47,7 @@ from medr1.controls import as_shown, text_only_prior
 from medr1.data import load_parts
 from medr1.errors import MedR1Error
 from medr1.evaluation import evaluate
+from medr1.faithfulness import NUMBERS, measure_faithfulness, read_faithfulness
 from medr1.models import load_vlm
 from medr1.records import MODALITIES, QUESTION_TYPES, Record, read_jsonl, write_atomic
 from medr1.report import package_versions
@@ -102,6 +104,12 @@ class Study(BaseModel):
         " split seed; 0: all",
     )
     batch_size: PositiveInt = Field(32, description="prompts decoded together in evaluation")
+    faithfulness: int = Field(
+        0,
+        ge=0,
+        description="test records on which the reasoning of the base and of the first GRPO model that thinks is edited"
+        " (see `medr1 faithfulness`); 0: none",
+    )
     keep_models: bool = Field(False, description="keep the trained models of finished cells")
     recipe: Config = Field(Config(), description="what all training runs have in common; its model is the base")
     sft: Config = Field(Config(), description="what SFT changes in the recipe")
@@ -189,6 +197,16 @@ class Plan:
     cells: list[Cell]
     data_sha256: str
     """Of all records, their images' bytes aside."""
+
+    def edited(self, cell: Cell) -> list[Record]:
+        """Test records on which a cell's reasoning is edited, drawn by the split seed."""
+        thinkers = [c for c in self.cells if c.mode == "think" and c.method in ("base", "grpo")]
+        firsts = [next((c for c in thinkers if c.method == method), None) for method in ("base", "grpo")]
+        if cell not in firsts:
+            return []
+        listed = [record for record in self.test if not record.is_open]
+        draw = random.Random(self.study.recipe.data.split_seed)
+        return draw.sample(listed, min(self.study.faithfulness, len(listed)))
 
     def asked(self, cell: Cell) -> list[tuple[str, list[Record]]]:
         """(condition, records) of each evaluation of a cell."""
@@ -361,7 +379,8 @@ def list_cells(study: Study, out: Path) -> list[dict[str, Any]]:
 def _identity(plan: Plan, out: Path) -> str:
     """Content of study.json; refuses a folder that holds another. Baselines may change: nothing else rests on them."""
     path = out / "study.json"
-    identity = {"study": plan.study.model_dump(mode="json", exclude={"baselines"}), "data_sha256": plan.data_sha256}
+    later = {"baselines"} | (set() if plan.study.faithfulness else {"faithfulness"})  # folders older than the setting
+    identity = {"study": plan.study.model_dump(mode="json", exclude=later), "data_sha256": plan.data_sha256}
     if path.exists():
         there = json.loads(path.read_text(encoding="utf-8"))
         if differing := [key for key in identity if there[key] != identity[key]]:
@@ -402,6 +421,15 @@ def _answer(plan: Plan, cell: Cell, out: Path) -> None:
     settings |= {"batch_size": study.batch_size, "donors": plan.test}
     for condition, records in plan.asked(cell):
         evaluate(vlm, records, out=files[condition], condition=condition, **settings)
+    if edited := plan.edited(cell):
+        measure_faithfulness(
+            vlm,
+            edited,
+            out=out / "faithfulness" / cell.name,
+            max_new_tokens=study.max_new_tokens["think"],
+            batch_size=study.batch_size,
+            seed=study.recipe.data.split_seed,
+        )
 
 
 def _files(plan: Plan, cell: Cell, out: Path) -> dict[str, Path]:
@@ -414,7 +442,8 @@ def _count(cell: Cell, out: Path) -> dict[str, Any]:
 
 
 def _state(plan: Plan, cell: Cell, out: Path) -> str:
-    there = [path.exists() for path in _files(plan, cell, out).values()]
+    edited = [out / "faithfulness" / cell.name / NUMBERS] if plan.edited(cell) else []
+    there = [path.exists() for path in (*_files(plan, cell, out).values(), *edited)]
     if _count(cell, out).get("done") and all(there):
         return "done"
     run = out / "runs" / cell.name
@@ -491,6 +520,11 @@ def _results(plan: Plan, out: Path) -> dict[str, Any]:
             axis: {value: {"train": len(parts[axis, value][0]), "test": len(parts[axis, value][1])} for value in values}
             for axis, values in plan.values.items()
         },
+        "faithfulness": [
+            {"cell": cell.name, **read_faithfulness(out / "faithfulness" / cell.name)}
+            for cell in plan.cells
+            if plan.edited(cell)
+        ],
         "versions": package_versions(),
         # Logs hold seconds, whose digits differ between two equal studies: whole megabytes do not.
         "disk_bytes": math.ceil(_disk_bytes([out / "runs", out / "evaluations"]) / 1e6) * 1_000_000,

@@ -21,12 +21,15 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from medr1.calibration import Calibration, read_calibration
 from medr1.config import Config, load_config, to_toml
 from medr1.errors import MedR1Error
+from medr1.faithfulness import read_faithfulness
 from medr1.images import load_image
 from medr1.metrics import OPEN_SCORES, Row, compare, summarise
 from medr1.records import read_jsonl, write_atomic
 from medr1.report.plots import AFTER, BEFORE, CHANCE, CONTROL, change_plot, learning_curves, story_plot
+from medr1.report.trust import calibration_section, faithfulness_section
 
 MAX_SAMPLES = 600
 """Samples in the viewer; of more rows so many are drawn at random, and the page says so."""
@@ -54,6 +57,10 @@ class ReportData:
     """Lines of the training log, each with "step"."""
     config: Config | None = None
     """The training recipe."""
+    calibration: Calibration | None = None
+    """Of the trained model; None fits one where the rows have option_probs."""
+    faithfulness: dict[str, Any] | None = None
+    """What `faithfulness.conclude` returned for the trained model."""
     versions: Mapping[str, str] = field(default_factory=lambda: package_versions())
     """Package to version; by default of this process."""
 
@@ -66,6 +73,8 @@ def report_from_files(
     run: Path | None = None,
     controls: Sequence[str] = (),
     text_only: dict[str, Any] | None = None,
+    calibration: Path | None = None,
+    faithfulness: Path | None = None,
 ) -> dict[str, Any]:
     """Write a report from files that `medr1 eval` and `medr1 train` made.
 
@@ -76,6 +85,8 @@ def report_from_files(
         run: the training run's folder; its log.jsonl and recipe.toml are shown.
         controls: NAME=FILE each; a .jsonl file of rows, or a .json file with an accuracy table.
         text_only: what `controls.text_only_prior` returned for the training part and these records.
+        calibration: what `medr1 calibrate` wrote for the trained model.
+        faithfulness: folder that `medr1 faithfulness` wrote for the trained model.
 
     Returns:
         What `write_report` returns.
@@ -96,6 +107,8 @@ def report_from_files(
         controls=tables,
         log=read_jsonl(run / "log.jsonl") if run else (),
         config=load_config(run / "recipe.toml") if run else None,
+        calibration=read_calibration(calibration) if calibration else None,
+        faithfulness=read_faithfulness(faithfulness) if faithfulness else None,
     )
     return write_report(data, out)
 
@@ -139,6 +152,8 @@ def write_report(data: ReportData, out: Path, *, max_samples: int = MAX_SAMPLES)
             modality_plot=_change_plot(base, trained, "by_modality"),
             type_plot=_change_plot(base, trained, "by_question_type"),
             curves=learning_curves(data.log),
+            calibration=calibration_section(data.base, data.trained, data.calibration),
+            faithfulness=faithfulness_section(data.faithfulness) if data.faithfulness else None,
             how=_how(data),
             recipe=recipe,
             recipe_hash=hashlib.sha256(recipe.encode()).hexdigest()[:16],

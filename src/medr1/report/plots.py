@@ -43,10 +43,19 @@ CURVES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"))
 """Colour and dash of the curves of one panel, in their order."""
 
 
-@matplotlib.rc_context(STYLE)
 def story_plot(lines: Sequence[tuple[str, Cell, Mark]]) -> str:
-    """One line a score (label, cell, mark), on one axis from 0 to 100 %, the value written at its end."""
-    figure, axes = _axes(height=26 * len(lines) + 34, left=132, right=48)
+    """Controls and models before and after training, see `dot_plot`."""
+    return dot_plot(lines, "Accuracy of controls, of the model before and of the model after training", left=132)
+
+
+@matplotlib.rc_context(STYLE)
+def dot_plot(lines: Sequence[tuple[str, Cell, Mark]], title: str, left: float) -> str:
+    """One line a share (label, cell, mark), on one axis from 0 to 100 %, the value written at its end.
+
+    Args:
+        left: room for the labels in points.
+    """
+    figure, axes = _axes(height=26 * len(lines) + 34, left=left, right=48)
     for y, (_, cell, mark) in enumerate(lines):
         _dot(axes, y, cell, mark)
         bold = "bold" if mark is AFTER else "normal"
@@ -54,7 +63,51 @@ def story_plot(lines: Sequence[tuple[str, Cell, Mark]]) -> str:
         axes.axhline(y, color=RULE, linewidth=0.6, zorder=0)
     axes.set_yticks(range(len(lines)), [label for label, _, _ in lines])
     axes.set_ylim(len(lines) - 0.4, -0.6)
-    return _svg(figure, "Accuracy of controls, of the model before and of the model after training")
+    return _svg(figure, title)
+
+
+@matplotlib.rc_context(STYLE)
+def reliability_plot(models: Sequence[tuple[Sequence[Cell], Mark]]) -> str:
+    """Accuracy against confidence in bins {confidence, accuracy, ci95}; a calibrated model keeps to the diagonal."""
+    figure, axes = _share_axes("confidence", "right")
+    axes.plot([0, 1], [0, 1], color=INK, linewidth=1.2, linestyle=":")
+    for bins, mark in models:
+        for cell in bins:
+            axes.plot([cell["confidence"]] * 2, cell["ci95"], color=mark.colour, linewidth=1.2, alpha=0.45)
+        axes.plot(
+            [cell["confidence"] for cell in bins],
+            [cell["accuracy"] for cell in bins],
+            mark.shape,
+            markersize=6,
+            markerfacecolor=mark.colour if mark.filled else "white",
+            markeredgecolor=mark.colour,
+            markeredgewidth=1.6,
+        )
+    return _svg(figure, "Share of right answers by confidence, before and after training")
+
+
+@matplotlib.rc_context(STYLE)
+def coverage_plot(models: Sequence[tuple[Sequence[tuple[float, float]], Mark]], chosen: tuple[float, float]) -> str:
+    """Accuracy of the most confident answers against the share of questions answered; `chosen` marks a threshold."""
+    figure, axes = _share_axes("questions answered, the most confident first", "right")
+    for points, mark in models:
+        axes.plot(*zip(*points, strict=True), color=mark.colour, linewidth=2, linestyle="-" if mark.filled else "--")
+    if chosen[1] is not None:
+        axes.plot(*chosen, CONTROL.shape, color=CONTROL.colour, markersize=8)
+    return _svg(figure, "Accuracy by share of questions answered, before and after training")
+
+
+@matplotlib.rc_context(STYLE)
+def truncation_plot(points: Sequence[tuple[float, dict[str, Any]]]) -> str:
+    """Share of answers {value, ci95} that are already those of the whole reasoning, by the share of words kept."""
+    figure, axes = _share_axes("reasoning kept", "same answer as with all of it")
+    for kept, cell in points:
+        if cell["ci95"]:
+            axes.plot([kept, kept], cell["ci95"], color=AFTER.colour, linewidth=2, alpha=0.45)
+    axes.plot(
+        [kept for kept, _ in points], [cell["value"] for _, cell in points], "-o", color=AFTER.colour, linewidth=2
+    )
+    return _svg(figure, "Share of answers that agree with those after the whole reasoning, by the share kept")
 
 
 @matplotlib.rc_context(STYLE)
@@ -172,6 +225,24 @@ def _axes(height: float, left: float, right: float, width: float = 440) -> tuple
     axes.grid(axis="x", color=RULE, linewidth=0.6)
     axes.tick_params(length=0, labelcolor=INK)
     axes.tick_params(axis="x", labelcolor=GREY)
+    axes.spines[:].set_visible(False)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _share_axes(across: str, up: str) -> tuple[Figure, Axes]:
+    """Both axes from 0 to 100 %, named."""
+    width, height = 440, 250
+    figure = Figure(figsize=(width / 72, height / 72))
+    axes = figure.add_axes((62 / width, 40 / height, 1 - 76 / width, 1 - 48 / height))
+    axes.set_xlabel(across, color=GREY)
+    axes.set_ylabel(up, color=GREY)
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(-0.02, 1.02)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1, symbol=" %", decimals=0))
+    axes.grid(color=RULE, linewidth=0.6)
+    axes.tick_params(length=0, labelcolor=GREY)
     axes.spines[:].set_visible(False)
     axes.set_axisbelow(True)
     return figure, axes

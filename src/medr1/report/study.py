@@ -20,6 +20,7 @@ from medr1.report import environment, p_value, percent, points, span, span_point
 from medr1.report.exports import write_exports
 from medr1.report.plots import CURVES, curve_panel, study_plot
 from medr1.report.study_numbers import Line, StudyResults, study_numbers
+from medr1.report.trust import faithfulness_section
 
 MAX_ROWS = 50_000
 """Rows of the viewer (a question and one way of training); of more questions a seeded sample is kept, and said."""
@@ -70,6 +71,7 @@ def write_study_report(folder: Path) -> dict[str, Any]:
         plots={axis: study_plot(_of(numbers, axis), f"other {WORDS[axis][1]}") for axis in axes},
         compared={(c["axis"], c["side"], c["kind"], c["after"]): c for c in numbers["comparisons"]},
         others=[c for c in numbers["comparisons"] if c["kind"] != "base"],
+        faithfulness=[(f["cell"], faithfulness_section(f)) for f in study.results.get("faithfulness", ())],
         curves=_curves(study),
         curve_styles=[(colour, STROKES[dash]) for colour, dash in CURVES],
         viewer=viewer,
