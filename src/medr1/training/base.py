@@ -137,6 +137,12 @@ class RecordTrainer(Trainer):
             eval_dataset=cast("Dataset[Any]", self.eval_records) if log.eval_every else None,
             processing_class=vlm.processor,
         )
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        if plugin and plugin.zero_stage == 3 and (config.method == "grpo" or log.eval_every):
+            raise MedR1Error(
+                "DeepSpeed ZeRO-3 waits for all processes in each call of the model, and sampling makes another number"
+                " of calls in each; use configs/accelerate/fsdp2.yaml (ZeRO-3 is for SFT with log.eval_every = 0)"
+            )
         self.remove_callback(ProgressCallback)
         self.add_callback(_OneLineProgress)
 
@@ -155,6 +161,7 @@ class RecordTrainer(Trainer):
         self._write_folder(self.out / "model", training_state=False)
 
     def _last_checkpoint(self) -> str | None:
+        gather(None)  # process 0 has made the folder
         last = get_last_checkpoint(str(self.out))
         if len(set(gather(last))) > 1:
             agree(partial(_refuse, f"{self.out}: not all processes see the same checkpoints; choose a shared folder"))
@@ -252,6 +259,8 @@ class RecordTrainer(Trainer):
 
         A sharded model sums each time, since a process has no room for whole gradients.
         """
+        if self.is_deepspeed_enabled:  # it takes its optimizer step within the backward pass
+            self.accelerator.gradient_state._set_sync_gradients(last)
         with contextlib.nullcontext() if last or self.is_sharded else self.accelerator.no_sync(model):
             yield
 
@@ -299,8 +308,8 @@ class RecordTrainer(Trainer):
         Written aside and renamed when every process has written its part: a full disk or a kill leaves older folders
         as they are.
         """
-        weights = self._gathered_weights() if self.is_fsdp_enabled else None
-        optimizer = self._optimizer_state() if training_state else None
+        weights = self._gathered_weights() if self.is_sharded else None
+        optimizer = self._optimizer_state() if training_state and not self.is_deepspeed_enabled else None
         first, hidden = self.is_world_process_zero(), folder.parent / f".{folder.name}.saving"
         staging = hidden / folder.name
 
@@ -314,8 +323,11 @@ class RecordTrainer(Trainer):
                 if self.config.model.lora_rank:  # an adapter folder that loads by itself
                     self.vlm.processor.save_pretrained(staging)
             if training_state:
-                if first:
+                if self.is_deepspeed_enabled:  # its own files, for as many processes
+                    cast(Any, self.model_wrapped).save_checkpoint(str(staging))
+                elif first:
                     torch.save(optimizer, staging / OPTIMIZER_NAME)
+                if first:
                     torch.save(self._schedule.state_dict(), staging / SCHEDULER_NAME)
                     self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
                 self._save_rng_state(str(staging))
@@ -334,7 +346,7 @@ class RecordTrainer(Trainer):
 
     def _gathered_weights(self) -> dict[str, Tensor]:
         """Whole weights of a sharded model by name, in process 0."""
-        weights = self.accelerator.get_state_dict(self.model)
+        weights = self.accelerator.get_state_dict(self.model_wrapped)
         names: dict[nn.Parameter, str] = {}
         for name, parameter in cast(nn.Module, self.model).named_parameters(remove_duplicate=False):
             first = names.setdefault(parameter, name)
@@ -348,7 +360,8 @@ class RecordTrainer(Trainer):
         return get_optimizer_state_dict(self.vlm.model, self._bare_optimizer, options=options)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
+        if checkpoint is None or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
             return
         folder = Path(checkpoint)
         # Mapped, not read, on its way to a GPU: the processes of a machine share one copy, and each takes its part.
