@@ -346,7 +346,7 @@ class RecordTrainer(Trainer):
 
     def _gathered_weights(self) -> dict[str, Tensor]:
         """Whole weights of a sharded model by name, in process 0."""
-        weights = self.accelerator.get_state_dict(self.model_wrapped)
+        weights = self.accelerator.get_state_dict(self.model_wrapped) or {}
         names: dict[nn.Parameter, str] = {}
         for name, parameter in cast(nn.Module, self.model).named_parameters(remove_duplicate=False):
             first = names.setdefault(parameter, name)
