@@ -69,7 +69,7 @@ def run(
     model: Path,
     out: Annotated[Path, typer.Option()],
     steps: Annotated[int, typer.Option(min=2 * WINDOW)] = 60,
-    seeds: Annotated[int, typer.Option(min=2)] = 3,
+    seeds: Annotated[int, typer.Option(min=2)] = 6,
     url: Annotated[str, typer.Option()] = "http://127.0.0.1:8000/v1",
 ) -> None:
     """Train with both engines and every seed; compare."""
