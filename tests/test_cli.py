@@ -127,10 +127,6 @@ def break_data(phantoms: Path, folder: Path, kind: str) -> Path:
     [
         ("json", "Phantom CT.json"),
         ("image", "00000.png"),
-        ("gold", "Something else"),
-        ("duplicate", "duplicate options"),
-        ("modality", "Telepathy"),
-        ("escape", "secret.png"),
     ],
 )
 def test_bad_data(run: Any, phantoms: Path, tmp_path: Path, kind: str, message: str) -> None:
@@ -138,6 +134,26 @@ def test_bad_data(run: Any, phantoms: Path, tmp_path: Path, kind: str, message: 
     said = run("eval", "--data", data, "--part", "all", "--out", tmp_path / "rows.jsonl")
     assert_one_line(said, message)
     assert not (tmp_path / "rows.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("gold", "the answer 'Something else' is not among the options"),
+        ("duplicate", "duplicate options"),
+        ("modality", "unknown modality 'Telepathy'"),
+        ("escape", "image path '../../secret.png' leads out of the data folder"),
+    ],
+)
+def test_a_bad_row_is_left_out_and_told(run: Any, phantoms: Path, tmp_path: Path, kind: str, reason: str) -> None:
+    data = break_data(phantoms, tmp_path / "data", kind)
+    rows = tmp_path / "rows.jsonl"
+    said = run("eval", "--data", data, "--part", "all", "--limit", "1", "--max-new-tokens", "1", "--out", rows)
+    assert said.status == 0, said.err
+    assert len(read_jsonl(rows)) == 1
+    assert f"{data}: 1 of 200 rows left out, first " in said.err
+    assert f"Phantom CT.json: row 1: {reason}" in said.err
+    assert f"`medr1 data check {data}` lists them" in said.err
 
 
 @pytest.mark.parametrize(

@@ -384,7 +384,7 @@ def test_page_of_samples(tmp_path: Path) -> None:
     assert page.count("<article") == 8 and page.count("data:image/webp") == 9
     assert page.count('class="gold"') == 8
     assert "&lt;b&gt;it&lt;/b&gt;" in page and "<b>it</b>" not in page
-    assert "1 rows were left out" in page and "Research use only" in page
+    assert "1 row left out" in page and "Research use only" in page
     assert "http://" not in page and "https://" not in page
     (tmp_path / "a.png").unlink()
     again = write_samples(records, tmp_path / "page.html", name="mine", num=3, seed=1)
