@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from medr1.cli import app
 from medr1.datasets import load_records
 from medr1.datasets.convert import convert
 from medr1.errors import MedR1Error
+from medr1.images import load_image
 from medr1.phantoms import write_phantoms
 from medr1.records import MODALITIES, QUESTION_TYPES, Record, read_jsonl
 from medr1.report.show import write_samples
@@ -225,7 +227,7 @@ def test_bad_tables(tmp_path: Path) -> None:
     open_quote = table(tmp_path, 'image,question,answer\na.png,"What?,x\na.png,What?,x\n')
     assert "mine.csv: row 1 is no CSV" in error_of(open_quote)
     (tmp_path / "mine.csv").write_bytes(b"image,question,answer\na.png,caf\xe9?,x\n")
-    assert "mine.csv: not UTF-8 text, near row 1; save it as UTF-8" in error_of(tmp_path / "mine.csv")
+    assert "mine.csv: not UTF-8 text, near its first line; save it as UTF-8" in error_of(tmp_path / "mine.csv")
     unknown = error_of(table(tmp_path, "picture,text,label\na,b,c\n"))
     assert "no known layout" in unknown
     assert "your own (image or images, question, answer)" in unknown
@@ -423,3 +425,24 @@ def test_training_and_evaluation_on_ones_own_csv(tmp_path: Path, capfd: pytest.C
     summary = json.loads(done.stdout.splitlines()[-1])
     assert (summary["n"], summary["open"]["n"]) == (6, 2)
     assert "open questions, n = 2" in done.stdout
+
+
+def test_slices_of_a_volume_are_several_images_of_one_group(tmp_path: Path) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    voxels = np.arange(16 * 16 * 9, dtype=np.int16).reshape(16, 16, 9)
+    nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), tmp_path / "vol.nii.gz")
+    text = (
+        "image,question,answer\nvol.nii.gz#slices=3,What?,x\nvol.nii.gz#slice=2,What?,x\nvol.nii.gz#slices=99,What?,x\n"
+    )
+    records, refused = load(table(tmp_path, text))
+    several, one = records
+    assert len(several.images) == 3 and len(set(several.images)) == 3
+    assert all(load_image(image).size == (16, 16) for image in several.images)
+    assert one.images == (tmp_path / "vol.nii.gz#slice=2",)
+    assert several.group == one.group
+    assert len(refused) == 1 and "row 3" in refused[0] and "vol.nii.gz" in refused[0]
+    assert convert(records, "csv", tmp_path / "out")["images"] == 1
+    again = load_records(tmp_path / "out")
+    for record, other in zip(records, again, strict=True):
+        pixels = [[load_image(image).tobytes() for image in item.images] for item in (record, other)]
+        assert pixels[0] == pixels[1]
