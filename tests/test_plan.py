@@ -4,13 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from tiny_vlms import conversation, picture, tiny_vlm
+from transformers import Qwen2VLForConditionalGeneration
 from typer.testing import CliRunner
 
 from medr1.cli import app
 from medr1.config import load_config
 from medr1.errors import MedR1Error
-from medr1.models import add_lora, load_vlm
-from medr1.plan import Sizes, count, plan, remedy
+from medr1.models import VLM, add_lora, encode_prompts, load_vlm
+from medr1.plan import UTILISATION, VISION_SAVED, Sizes, count, plan, remedy, saved_by_layer
+from medr1.shared_prefix import completion_logprobs
 
 QWEN2_VL_2B = {
     "model_type": "qwen2_vl",
@@ -69,6 +73,135 @@ def test_memory_and_time_by_hand() -> None:
     lora = load_config(overrides=changes | {"model.lora_rank": 10**8, "optimizer.prompts_per_step": 2})
     memory = plan(big, lora, text_tokens=6, **machine(image_side=56, gpus=2, sharded=True))["memory_gb"]
     assert (memory["weights"], memory["gradients and AdamW"]) == (4.0, 6.0)
+
+
+# `python benchmarks/rehearsal.py`, as benchmarks/README.md and the README tell it: one LoRA step (rank 16) of
+# Qwen2-VL-2B with random bfloat16 weights on two CPU cores, 304 prompt tokens of which 196 are the image's, G = 8, 16
+# new tokens.
+GIB = 2**30 / 1e9
+MEASURED_HELD, MEASURED_PEAK = 5.1 * GIB, 7.6 * GIB
+MEASURED_SECONDS = {"rollout": 7.0, "policy": 5.1, "reference": 1.9, "rest": 1.6}
+PROCESS = 1.05
+"""GB of the same process with the tiny model in place of the large: Python and its libraries, TRL among them."""
+REHEARSAL = {
+    "model.lora_rank": 16,
+    "rollout.num_completions": 8,
+    "rollout.max_new_tokens": 16,
+    "optimizer.prompts_per_step": 1,
+    "grpo.beta": 0.04,
+}
+
+
+def test_memory_agrees_with_the_rehearsal(model_2b: str) -> None:
+    """Within 3 % of what was held before the step, and within 6 % of its peak."""
+    sizes = count(model_2b)
+    needs = plan(sizes, load_config(overrides=REHEARSAL), text_tokens=304 - 196, **machine())
+    assert needs["prompt_tokens"] == 304
+    assert needs["memory_gb"]["weights"] + PROCESS == pytest.approx(MEASURED_HELD, rel=0.03)
+    # What a CPU needs beyond a GPU: without autocast the adapters' inputs are float32 (2 bytes more), and the prompt's
+    # keys and values are copied for each completion.
+    inputs = 2 * (6 * sizes.hidden + sizes.intermediate) * (304 + 8 * 16) * sizes.layers / 1e9
+    copies = 4 * sizes.key_value * 8 * 304 * sizes.layers / 1e9
+    assert sum(needs["memory_gb"].values()) + inputs + copies + PROCESS == pytest.approx(MEASURED_PEAK, rel=0.06)
+
+
+def test_flops_against_the_rehearsals_seconds(model_2b: str) -> None:
+    """The tower and the reference pass run at one rate within a third; the policy pass at half of it.
+
+    That pass is what FLOPs of the base leave out most of: adapters in float32, casts for them, and a backward pass over
+    the transposed weights. Decoding is bound by reading weights: 16 tokens of 8 rows are 0.4 TFLOP and take most of the
+    rollout's 7 s, which is 3.1 GB of weights in 0.4 s a step.
+    """
+    sizes = count(model_2b)
+    needs = plan(sizes, load_config(overrides=REHEARSAL), text_tokens=304 - 196, **machine())
+    rate = 312e12 * UTILISATION
+    counted = {name: seconds * rate for name, seconds in needs["seconds"].items()}  # rounded to 1e-3 s: 5 %
+    tower = 2 * sizes.vision * 196 * 4
+    text, head = 2 * sizes.text * (304 + 128), 2 * sizes.vocabulary * sizes.hidden * 128
+    assert counted["reference"] == pytest.approx(text + head, rel=0.06)
+    assert counted["policy"] == pytest.approx(2 * sizes.text * 128 + head + text + head, rel=0.06)
+    speed = {
+        "tower": tower / MEASURED_SECONDS["rest"],
+        "reference": counted["reference"] / MEASURED_SECONDS["reference"],
+        "policy": counted["policy"] / MEASURED_SECONDS["policy"],
+    }
+    assert speed["tower"] == pytest.approx(speed["reference"], rel=1 / 3)
+    assert 0.4 < speed["policy"] / speed["reference"] < 0.6
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_activations_are_what_autograd_saves(lora_rank: int) -> None:
+    """One more text layer, one more layer of the tower: bytes of the tensors that a bfloat16 forward pass keeps."""
+    hidden, intermediate, kv, rank = 256, 1024, 64, lora_rank
+    completions, new = 4, 16
+
+    def saved(layers: int, depth: int) -> tuple[int, int, int]:
+        """Bytes, tokens of the prompt, patches."""
+        vlm = tiny_vlm("qwen2_vl")
+        config = vlm.core.config
+        text = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
+        text |= {"num_key_value_heads": 1, "layer_types": ["full_attention"] * layers}
+        for section, values in ((config.text_config, text), (config.vision_config, {"depth": depth})):
+            for name, value in values.items():
+                setattr(section, name, value)
+        config.text_config.rope_parameters["mrope_section"] = [8, 12, 12]
+        config.vision_config.embed_dim, config.vision_config.hidden_size = 128, hidden
+        config.vision_config.mlp_ratio = 4
+        dtype = torch.bfloat16 if rank else torch.float32
+        vlm = VLM(Qwen2VLForConditionalGeneration(config).to(dtype), vlm.processor, "wide")
+        vlm = add_lora(vlm, rank=rank, alpha=8) if rank else vlm
+        prompts = encode_prompts(vlm, [conversation("What is it? " * 5, 1)], [[picture(0, 112, 112)]])
+        kept: dict[int, tuple[int, torch.Tensor]] = {}
+        weights = {parameter.untyped_storage().data_ptr() for parameter in vlm.model.parameters()}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+            return tensor
+
+        ids, mask = torch.full((completions, new), 65), torch.ones(completions, new)
+        with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+            result = completion_logprobs(vlm, prompts, ids, mask)
+        assert result[0].requires_grad
+        patches = int(prompts.vision["image_grid_thw"].prod())
+        return sum(size for size, _ in kept.values()), prompts.input_ids_BP.shape[1], patches
+
+    sizes = Sizes(0, 0, 0, 0, 1, hidden, intermediate, kv, 300, 28, 4, 1, 128)
+    one, prompt, patches = saved(1, 1)
+    tokens = prompt + completions * new
+    linear = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * intermediate
+    ends = 2 * (hidden + hidden) + 2 * (hidden + kv) + 3 * (hidden + intermediate)
+    beside = 2 * (rank * ends if rank else linear)  # bfloat16 copies, counted apart
+    beside += 4 * kv * completions * prompt  # a CPU copies the prompt's keys and values for each completion
+    beside += 14 * rank * tokens
+    layer = saved(2, 1)[0] - one - beside
+    assert layer / tokens == pytest.approx(saved_by_layer(sizes, lora=bool(rank)), rel=0.02)
+    if not rank:
+        tower = saved(1, 2)[0] - one - 2 * (4 * 128 * 128 + 8 * 128 * 128)
+        assert tower / patches == pytest.approx(VISION_SAVED * 128, rel=0.04)
+
+
+def test_sharded_and_on_several_nodes(model_2b: str) -> None:
+    sizes = count(model_2b)
+    recipe = load_config(overrides={"optimizer.prompts_per_step": 32, "optimizer.gradient_checkpointing": True})
+    alone = plan(sizes, recipe, **machine(gpus=1))
+    copies, sharded = plan(sizes, recipe, **machine(gpus=8)), plan(sizes, recipe, **machine(gpus=8, sharded=True))
+    nodes = plan(sizes, recipe, **machine(gpus=8, nodes=2, sharded=True))
+    assert "between GPUs" not in alone["seconds"]
+    gradients = 4 * sizes.weights  # float32; a ring sends each byte twice, but for its own eighth
+    assert copies["seconds"]["between GPUs"] == pytest.approx(2 * 7 / 8 * gradients / 250e9, abs=1e-3)
+    assert sharded["seconds"]["between GPUs"] > copies["seconds"]["between GPUs"]
+    assert nodes["seconds"]["between GPUs"] > 5 * sharded["seconds"]["between GPUs"], "the network is slower"
+    for part in ("weights", "gradients and AdamW", "reference"):
+        assert sharded["memory_gb"][part] == pytest.approx(copies["memory_gb"][part] / 8, abs=0.01)
+        assert nodes["memory_gb"][part] == pytest.approx(copies["memory_gb"][part] / 16, abs=0.01)
+    lora = recipe.model_copy(update={"model": recipe.model.model_copy(update={"lora_rank": 8})})
+    whole = plan(sizes, lora, **machine(gpus=8, sharded=True))["memory_gb"]["bfloat16 copies"]
+    assert whole == pytest.approx(2 * sizes.weights / 1e9, abs=0.01), "whole weights while sampling"
+    assert alone["hours_per_epoch"] / 8 < copies["hours_per_epoch"] < alone["hours_per_epoch"], (
+        "decoding waits for launches, which fewer prompts do not make fewer"
+    )
 
 
 def test_more_costs_more_and_remedies_are_named(model_2b: str) -> None:

@@ -400,7 +400,8 @@ def plan_command(
     overrides: SetOption = None,
     model: Annotated[str | None, typer.Option("--model", help="in place of the recipe's: hub name or folder")] = None,
     gpu: Annotated[str, typer.Option("--gpu", help="rtx4090, l40s, a100 or h100")] = "a100",
-    gpus: Annotated[int, typer.Option("--gpus", min=1, help="how many, each with a copy of the model")] = 1,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="how many in a node, each with a copy of the model")] = 1,
+    nodes: Annotated[int, typer.Option("--nodes", min=1, help="how many machines")] = 1,
     sharded: Annotated[bool, typer.Option("--sharded", help="one copy divided over all GPUs (FSDP2, ZeRO-3)")] = False,
     image_side: Annotated[int, typer.Option("--image-side", min=28, help="side of a square image in pixels")] = 392,
     as_json: JsonOption = False,
@@ -411,8 +412,9 @@ def plan_command(
     values = dict(parse_override(text) for text in overrides or [])
     recipe = load_config(config, values | ({"model.name": model} if model else {}))
     sizes = count(recipe.model.name)
-    added, needs = remedy(sizes, recipe, image_side=image_side, gpu=gpu, gpus=gpus, sharded=sharded)
-    table = Table(title=f"{recipe.model.name}, {sizes.weights / 1e9:.2f} billion weights, {gpus} x {gpu}: an estimate")
+    added, needs = remedy(sizes, recipe, image_side=image_side, gpu=gpu, gpus=gpus, nodes=nodes, sharded=sharded)
+    machine = f"{nodes} x {gpus} x {gpu}" if nodes > 1 else f"{gpus} x {gpu}"
+    table = Table(title=f"{recipe.model.name}, {sizes.weights / 1e9:.2f} billion weights, {machine}: an estimate")
     for heading in ("part", "GB", "seconds a step"):
         table.add_column(heading, justify="left" if heading == "part" else "right")
     for name, value in needs["memory_gb"].items():

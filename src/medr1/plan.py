@@ -3,9 +3,11 @@
     medr1 plan --config configs/omnimedvqa-qwen2vl-2b.toml --gpu a100 --gpus 8
 
 Bytes and FLOPs are counted, not measured: a product with a matrix of N weights costs 2N FLOPs a token forward and 4N
-backward; attention and norms are left out, products are taken to reach UTILISATION of the peak, and a decoding step
-takes no less than EAGER_LAYER a layer. Both constants are assumptions; no GPU was measured here. The shared prefix is
-counted as it is computed: P prompt tokens once and G*T completion tokens for a group.
+backward; attention and norms are left out, products are taken to reach UTILISATION of the peak, a decoding step takes
+no less than EAGER_LAYER a layer, and what GPUs send each other waits for the computation and is not hidden behind it.
+These constants are assumptions; no GPU was measured here. What was measured, one step on two CPU cores and the tensors
+that autograd saves, is held against these counts in tests/test_plan.py. The shared prefix is counted as it is computed:
+P prompt tokens once and G*T completion tokens for a group.
 """
 
 import math
@@ -22,6 +24,10 @@ from medr1.shared_prefix import MAX_LOGITS
 
 GPUS = {"rtx4090": (24, 165, 1008), "l40s": (48, 362, 864), "a100": (80, 312, 2039), "h100": (80, 989, 3350)}
 """Name to memory in GB, dense bfloat16 TFLOP/s and memory bandwidth in GB/s, from the vendors' data sheets."""
+LINKS = {"rtx4090": 25, "l40s": 25, "a100": 250, "h100": 375}
+"""GB/s that a GPU sends to its neighbours in a node: of the data sheets' PCIe 4 or NVLink (a direction), about 80 %."""
+NETWORK = 40
+"""GB/s that a node sends to others: 400 Gbit/s, of which 80 %."""
 UTILISATION = 0.4
 EAGER_LAYER = 0.8e-3
 """Seconds in which Python launches one layer's kernels; what decoding waits for with so few rows."""
@@ -106,6 +112,7 @@ def plan(
     image_side: int,
     gpu: str,
     gpus: int,
+    nodes: int = 1,
     sharded: bool = False,
     text_tokens: int = PROMPT_TEXT,
 ) -> dict[str, Any]:
@@ -115,7 +122,9 @@ def plan(
         config: a GRPO recipe; the GPUs divide its `prompts_per_step`.
         image_side: pixels of a square image's side.
         gpu: a key of GPUS.
-        sharded: weights, gradients, optimizer and reference are divided over the GPUs (FSDP2, ZeRO-3).
+        gpus: GPUs of a node.
+        sharded: weights, gradients, optimizer and reference are divided over all GPUs (FSDP2). While it samples, each
+            GPU holds all weights once, in bfloat16.
 
     Returns:
         memory_gb: bytes by part / 1e9; needed_gb, usable_gb, fits; seconds: by part of a step;
@@ -126,6 +135,7 @@ def plan(
     """
     if gpu not in GPUS:
         raise MedR1Error(f"--gpu {gpu}: is not known; choose {', '.join(GPUS)}")
+    processes = gpus * nodes
     memory, tflops, bandwidth = GPUS[gpu]
     lora, optimizer = config.model.lora_rank, config.optimizer
     group, new_tokens = config.rollout.num_completions, config.rollout.max_new_tokens
@@ -133,14 +143,14 @@ def plan(
     prompt = image_tokens + text_tokens
     completions = group * new_tokens
     tokens = prompt + completions
-    num_prompts, rest = divmod(optimizer.prompts_per_step, gpus)
+    num_prompts, rest = divmod(optimizer.prompts_per_step, processes)
     if rest:
         raise MedR1Error(
-            f"optimizer.prompts_per_step = {optimizer.prompts_per_step} cannot be divided among {gpus} GPUs;"
-            f" add --set optimizer.prompts_per_step={math.ceil(optimizer.prompts_per_step / gpus) * gpus}"
+            f"optimizer.prompts_per_step = {optimizer.prompts_per_step} cannot be divided among {processes} GPUs;"
+            f" add --set optimizer.prompts_per_step={math.ceil(optimizer.prompts_per_step / processes) * processes}"
         )
     in_forward = min(optimizer.prompts_per_forward or num_prompts, num_prompts)
-    whole = not optimizer.gradient_checkpointing and in_forward == num_prompts and gpus == 1
+    whole = not optimizer.gradient_checkpointing and in_forward == num_prompts and processes == 1
     trains_vision = config.model.train_vision and not lora
     reference = config.grpo.beta > 0
 
@@ -151,16 +161,16 @@ def plan(
         "gradients and AdamW": 12 * trained,
         "reference": 0 if lora or not reference else 4 * sizes.weights,
     }
-    copies = 0 if lora else 2 * sizes.weights
-    # Tensors that a layer saves for backward, bytes a token: norms (float32 in, out), rotary, attention, MLP. In the
-    # tower keys are as wide as the layer and the MLP four times that.
-    layer = 28 * sizes.hidden + 8 * sizes.key_value + 8 * sizes.intermediate
+    copies = 2 * sizes.weights if sharded or not lora else 0
+    layer = saved_by_layer(sizes, lora=bool(lora))
     saved = layer * sizes.layers
     if optimizer.gradient_checkpointing:
         saved = 2 * sizes.hidden * sizes.layers + layer
     scored = min(in_forward * completions, max(1, MAX_LOGITS // sizes.vocabulary))
-    vision = 68 * sizes.vision_width * sizes.vision_layers * image_tokens * sizes.patches if trains_vision else 0
-    parts = {name: value / (gpus if sharded else 1) for name, value in held.items()} | {
+    vision = (
+        VISION_SAVED * sizes.vision_width * sizes.vision_layers * image_tokens * sizes.patches if trains_vision else 0
+    )
+    parts = {name: value / (processes if sharded else 1) for name, value in held.items()} | {
         "bfloat16 copies": copies,
         "activations": in_forward * (tokens * saved + vision),
         "logits": 12 * scored * sizes.vocabulary,
@@ -171,12 +181,13 @@ def plan(
     image = 2 * sizes.vision * image_tokens * sizes.patches
     head = 2 * sizes.vocabulary * sizes.hidden * completions
     read = 2 * sizes.text * prompt + image
-    forward = 2 * sizes.text * tokens + head + image
+    forward = 2 * sizes.text * tokens + head + (image if trains_vision else 0)  # a frozen tower runs once, in `read`
     backward = 4 * sizes.text * tokens + 2 * head + (2 * image if trains_vision else 0)
     if lora:  # no gradient of the base's weights, and none of the image
         backward = 2 * sizes.text * tokens + head
     again = forward if optimizer.gradient_checkpointing else 0
-    policy = (forward - read if whole else forward) + backward + again
+    read_before = 2 * sizes.text * prompt + (image if trains_vision else 0)
+    policy = (forward - read_before if whole else forward) + backward + again
     rate = tflops * 1e12 * UTILISATION
     weights_read = 2 * (sizes.text + sizes.embeddings) * new_tokens / (bandwidth * 1e9)
     launches = EAGER_LAYER * sizes.layers * new_tokens
@@ -186,6 +197,10 @@ def plan(
         "policy": num_prompts * policy / rate,
         "reference": num_prompts * forward / rate if reference else 0.0,
     }
+    if processes > 1:
+        seconds["between GPUs"] = _sent(
+            sizes, trained, processes, sharded, reference, -(-num_prompts // in_forward)
+        ) / (1e9 * (LINKS[gpu] if nodes == 1 else min(LINKS[gpu], NETWORK)))
     step = sum(seconds.values())
     return {
         "prompt_tokens": prompt,
@@ -197,6 +212,30 @@ def plan(
         "step_seconds": round(step, 2),
         "hours_per_epoch": round(OMNIMEDVQA / optimizer.prompts_per_step * step / 3600, 1),
     }
+
+
+VISION_SAVED = 46
+"""Bytes a layer of the tower saves for backward for a patch, over the layer's width; counted as `saved_by_layer`."""
+
+
+def saved_by_layer(sizes: Sizes, *, lora: bool) -> int:
+    """Bytes that a text layer saves for backward for a token, computing in bfloat16.
+
+    The inputs of the seven products (12 h + 2 i), queries, keys, values and output of attention (4 h + 4 k), what the
+    MLP multiplies (6 i), and the norms' float32 tensors (16 h; where their weights are frozen, 8 h).
+    """
+    norms = 8 if lora else 16
+    return (norms + 16) * sizes.hidden + 4 * sizes.key_value + 8 * sizes.intermediate
+
+
+def _sent(sizes: Sizes, trained: int, processes: int, sharded: bool, reference: bool, forwards: int) -> float:
+    """Bytes that a GPU sends in a step, by rings: float32 gradients, and where weights are sharded bfloat16 weights."""
+    share = (processes - 1) / processes
+    if not sharded:
+        return 2 * share * 4 * trained
+    # Weights are gathered once to sample, and for each forward and backward pass; so are those of the reference.
+    gathered = 2 * sizes.weights * (1 + forwards * (3 if reference else 2))
+    return share * (gathered + forwards * 4 * trained)
 
 
 def remedy(sizes: Sizes, config: Config, **machine: Any) -> tuple[list[str], dict[str, Any]]:
