@@ -118,9 +118,10 @@ def _nothing_told(reference: Reference) -> Iterator[None]:
         disabled, logger.disabled = logger.disabled, True
         try:
             yield
-        except MedR1Error:
+        except (MedR1Error, KeyboardInterrupt, SystemExit, GeneratorExit):
             raise
-        except Exception as error:  # at bad bytes pydicom and its plugins raise nearly anything
+        # At bad bytes pydicom and its plugins raise nearly anything, also the panic of the one in Rust: no Exception.
+        except BaseException as error:
             raise _undecodable(reference, type(error).__name__) from None
         finally:
             logger.disabled = disabled
@@ -134,10 +135,14 @@ def _header(reference: Reference, keywords: list[str] = _HEADER) -> Any:
     """The data set of these elements, with a transfer syntax; pixels stay in the file."""
     import pydicom
     from pydicom import uid
+    from pydicom.datadict import dictionary_VM
 
     path = reference.path
     _refuse_inflation(reference)
     header = pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=keywords)
+    for element in header:  # a wrong length makes other elements' bytes further values, and those are not to be told
+        if element.VR in ("US", "SS", "IS", "DS") and element.VM > 1 and dictionary_VM(element.tag) == "1":
+            raise _undecodable(reference, f"{element.keyword} is not one number")
     if "TransferSyntaxUID" not in header.file_meta:
         implicit, little = header.original_encoding
         explicit = uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian

@@ -6,6 +6,7 @@ patient's right is at the image's left, and in sagittal slices the front is at t
 """
 
 import gzip
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -78,6 +79,16 @@ def num_slices(reference: Reference) -> int:
 
 
 @contextmanager
+def _silent(logger: logging.Logger) -> Iterator[None]:
+    """Without nibabel's lines about odd headers: its own way takes the handlers off, and Python then prints them."""
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
+
+
+@contextmanager
 def _volume(reference: Reference) -> Iterator[Any]:
     """The volume, at least three-dimensional, with its voxels still in the file.
 
@@ -87,7 +98,7 @@ def _volume(reference: Reference) -> Iterator[Any]:
     nibabel: Any = extra("nibabel", reference)
     try:
         with ExitStack() as stack:
-            stack.enter_context(nibabel.imageglobals.LoggingOutputSuppressor())
+            stack.enter_context(_silent(nibabel.imageglobals.logger))
             file: Any = stack.enter_context(reference.path.open("rb"))
             is_packed = file.read(2) == b"\x1f\x8b"
             file.seek(0)
