@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
 
 from medr1.calibration import Calibration, read_calibration
 from medr1.config import Config, load_config, to_toml
@@ -266,7 +267,7 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for function in (label, percent, points, span, span_points, p_value):
+    for function in (label, percent, points, span, span_points, p_value, data_uri):
         pages.filters[function.__name__] = function
     return pages
 
@@ -411,6 +412,11 @@ def thumbnail(path: Path) -> str | None:
     except MedR1Error:
         return None  # the page says how many; rows outlive the images that they were made from
     image.thumbnail((THUMBNAIL, THUMBNAIL))
+    return data_uri(image)
+
+
+def data_uri(image: Image.Image) -> str:
+    """An image to stand in a page, without anything else that its file held."""
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=82)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
