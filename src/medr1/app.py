@@ -22,7 +22,7 @@ from medr1 import NOTICE
 from medr1.ask import Case, Respondent, ask, load_respondent, question_about
 from medr1.case import case_cards, case_page, picture
 from medr1.errors import MedR1Error
-from medr1.images import load_image
+from medr1.images import file_of, read_image
 from medr1.phantoms import write_phantoms
 from medr1.prompts import MODES
 from medr1.records import MODALITIES
@@ -32,6 +32,8 @@ KEEP_SECONDS = 1800
 """How long an upload and an answer are kept for a page that is left open."""
 MAX_QUEUE, MAX_SESSIONS = 64, 64
 NOT_STATED = "not stated"
+SHOWN_DECISIONS = ("frame", "slice", "axis", "window", "level", "polarity", "redacted")
+"""What of `images.Reading.decisions` stands under an image."""
 
 CONTENT_POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'; form-action 'self'"
@@ -48,7 +50,7 @@ SAVE = """(page) => {
 
 
 SHOW_ANSWER = """() => matchMedia("(max-width: 760px)").matches
-  && document.getElementById("said").scrollIntoView({block: "center"})"""
+  && document.getElementById("said").scrollIntoView()"""
 """On a narrow screen the answer is below the question."""
 
 
@@ -56,6 +58,7 @@ SHOW_ANSWER = """() => matchMedia("(max-width: 760px)").matches
 def running(
     models: Sequence[str],
     *,
+    calibration: Path | None = None,
     host: str = LOOPBACK[0],
     port: int | None = None,
     max_new_tokens: int = 256,
@@ -66,6 +69,7 @@ def running(
 
     Args:
         models: one or several (see `models.load_vlm`), shown side by side.
+        calibration: of the first model (see `ask.load_respondent`).
         port: None takes the first free one from 7860.
         max_upload_mb: size limit of a request, in millions of bytes.
         requests_per_minute: limit of requests that upload, ask or save, a client address.
@@ -85,7 +89,7 @@ def running(
 
         examples = Path(folder) / "examples"
         write_phantoms(examples, num_images=len(MODALITIES), seed=0)
-        respondents = [load_respondent(name) for name in models]
+        respondents = [load_respondent(models[0], calibration), *map(load_respondent, models[1:])]
         page = build(respondents, examples, max_new_tokens=max_new_tokens)
         guards = [Middleware(Gate, max_bytes=max_upload_mb * 10**6, per_minute=requests_per_minute)]
         if host in LOOPBACK:  # another site's name that was pointed here is no way in
@@ -130,14 +134,15 @@ def build(respondents: Sequence[Respondent], examples: Path, *, max_new_tokens: 
 
     one_at_a_time = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
 
-    def look(files: list[str] | None) -> str:
-        return "".join(_look(Path(file), number) for number, file in enumerate(files or [], start=1))
+    def look(files: list[str] | None, selector: str) -> str:
+        return "".join(_look(*item) for item in enumerate(_references(files, selector), start=1))
 
     def answer(
         files: list[str] | None,
         question: str,
         options: str,
         modality: str,
+        selector: str,
         mode: str,
         num_samples: float,
         heatmap: bool,
@@ -147,7 +152,7 @@ def build(respondents: Sequence[Respondent], examples: Path, *, max_new_tokens: 
 
         def work() -> None:
             record = question_about(
-                [Path(file) for file in files or []],
+                _references(files, selector),
                 question,
                 [line.strip() for line in options.splitlines() if line.strip()],
                 None if modality == NOT_STATED else modality,
@@ -213,9 +218,14 @@ def build(respondents: Sequence[Respondent], examples: Path, *, max_new_tokens: 
                         for record in _examples(load_records(examples))
                     ]
                 question = gr.Textbox(label="Question", lines=1, max_lines=4, elem_id="question")
-                options = gr.Textbox(label="Options, one a line", lines=4, max_lines=10, elem_id="options")
+                options = gr.Textbox(
+                    label="Options, one a line; none to ask openly", lines=4, max_lines=10, elem_id="options"
+                )
                 modality = gr.Dropdown([NOT_STATED, *MODALITIES], value=NOT_STATED, label="Modality of the image")
                 with gr.Accordion("Settings", open=False):
+                    selector = gr.Textbox(
+                        label="Frame, slice or window of the files", info="such as slice=40 or window=lung"
+                    )
                     mode = gr.Radio(list(MODES), value=MODES[0], label="Prompt")
                     num_samples = gr.Slider(0, 16, value=8, step=1, label="Samples to see how many agree")
                     heatmap = gr.Checkbox(value=True, label="Heatmap: what in the image speaks for the answer")
@@ -230,7 +240,7 @@ def build(respondents: Sequence[Respondent], examples: Path, *, max_new_tokens: 
         saved = gr.Textbox(visible="hidden")
 
         quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        files.change(look, files, pictures, **quiet)
+        gr.on([files.change, selector.submit, selector.blur], look, [files, selector], pictures, **quiet)
         for button, record in buttons:
             button.click(
                 lambda record=record: (
@@ -246,7 +256,7 @@ def build(respondents: Sequence[Respondent], examples: Path, *, max_new_tokens: 
         asked = gr.on(
             [start.click, question.submit],
             answer,
-            [files, question, options, modality, mode, num_samples, heatmap],
+            [files, question, options, modality, selector, mode, num_samples, heatmap],
             [answers, said, finished, save],
             api_name="ask",
             concurrency_limit=1,
@@ -312,12 +322,21 @@ class Gate:
         return None
 
 
-def _look(path: Path, number: int) -> str:
-    """The uploaded image, or in one sentence why it cannot be used."""
+def _references(files: Sequence[str] | None, selector: str) -> list[Path]:
+    """The uploads, or what the selector picks in each."""
+    selected = f"#{selector.strip().lstrip('#')}" if selector.strip() else ""
+    return [Path(f"{file}{selected}") for file in files or []]
+
+
+def _look(number: int, reference: Path) -> str:
+    """The uploaded image and how it was read, or in one sentence why it cannot be used."""
     try:
-        return picture(load_image(path), f"Image {number}")
+        reading = read_image(reference)
     except MedR1Error as error:
-        return _fault(_without_folders(error, [str(path)]))
+        return _fault(_without_folders(error, [str(file_of(reference))]))
+    said = [f"{name} {value}" for name, value in reading.decisions.items() if name in SHOWN_DECISIONS]
+    caption = f"<figcaption>{html.escape(', '.join(said))}</figcaption>"
+    return f"<figure>{picture(reading.image, f'Image {number}')}{caption}</figure>"
 
 
 def _without_folders(error: MedR1Error, files: Sequence[str] | None) -> str:

@@ -467,7 +467,9 @@ def export_command(
 def ask(
     image: Annotated[list[Path], typer.Argument(help="image file(s), then the question")],
     question: Annotated[str, typer.Argument(help="the question")],
-    option: Annotated[list[str], typer.Option("--option", help="an answer to choose from; at least two")],
+    option: Annotated[
+        list[str] | None, typer.Option("--option", help="an answer to choose from: two or more, or none to ask openly")
+    ] = None,
     model: ModelOption = "tiny",
     compare: Annotated[
         list[str] | None, typer.Option("--compare", help="another model to ask the same, such as the base; repeatable")
@@ -478,6 +480,7 @@ def ask(
     heatmap: Annotated[
         Path | None, typer.Option("--heatmap", help="a .png file: what in the image speaks for the answer")
     ] = None,
+    calibration: CalibrationOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="an .html file: the case as a page, without names")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="the reply is cut here")] = 256,
     as_json: JsonOption = False,
@@ -487,11 +490,10 @@ def ask(
     from medr1.ask import load_respondent, question_about
     from medr1.case import write_case, write_heatmaps
 
-    record = question_about(image, question, option, modality)
+    record = question_about(image, question, option or [], modality)
     settings: dict[str, Any] = {"mode": mode, "num_samples": samples, "max_new_tokens": max_new_tokens}
-    cases = [
-        run(load_respondent(name), record, heatmap=bool(heatmap), **settings) for name in (model, *(compare or []))
-    ]
+    models = [load_respondent(model, calibration), *map(load_respondent, compare or [])]
+    cases = [run(each, record, heatmap=bool(heatmap), **settings) for each in models]
     if heatmap:
         write_heatmaps(cases, heatmap)
     if out:
@@ -506,15 +508,20 @@ def ask(
 def _print_case(case: "Case") -> None:
     said = Console(highlight=False, markup=False, soft_wrap=True)
     said.print(f"{case.model}\n{case.reply}\n")
-    said.print(f"answer: {case.letter}) {case.option}" if case.letter else f"no answer: {case.outcome}", style="bold")
+    answer = f"{case.letter}) {case.answer}" if case.letter else case.answer
+    said.print(f"answer: {answer}" if answer else f"no answer: {case.outcome}", style="bold")
+    if case.abstained and case.calibration:
+        said.print(f"but it abstains: less sure than {_percent(case.calibration.threshold)} %", style="bold yellow")
     table = Table()
     for heading in ("option", "probability", *([f"votes of {case.num_samples}"] if case.votes else [])):
         table.add_column(heading, justify="left" if heading == "option" else "right")
-    assert case.probabilities is not None
-    for letter, text, probability in zip(case.record.letters, case.record.options, case.probabilities, strict=True):
+    for letter, text, probability in zip(
+        case.record.letters, case.record.options, case.probabilities or (), strict=True
+    ):
         votes = [str(case.votes.get(letter, 0))] if case.votes else []
         table.add_row(Text(f"{letter}) {text}"), f"{_percent(probability)} %", *votes)
-    said.print(table)
+    if case.record.options:
+        said.print(table)
     for warning in case.warnings or ():
         said.print(f"! {warning}", style="yellow")
 
@@ -525,6 +532,7 @@ def app_command(
     compare: Annotated[
         list[str] | None, typer.Option("--compare", help="another model, shown beside it; may be repeated")
     ] = None,
+    calibration: CalibrationOption = None,
     host: Annotated[str, typer.Option("--host", help="address to listen on; 0.0.0.0 lets other machines in")] = (
         "127.0.0.1"
     ),
@@ -549,6 +557,7 @@ def app_command(
         )
     with running(
         [model, *(compare or [])],
+        calibration=calibration,
         host=host,
         port=port,
         max_new_tokens=max_new_tokens,
