@@ -86,7 +86,7 @@ def test_train_eval_score_report_ask(run: Any, phantoms: Path, tmp_path: Path) -
     image = next((phantoms / "Images" / "Phantom CT").glob("*.png"))
     said = run("ask", image, "Which modality made this image?", *options("MRI", "CT", "OCT", "X-Ray"), "--json")
     assert said.status == 0, said.err
-    assert (said.json["letter"], said.json["option"]) == ("B", "CT")
+    assert (said.json["letter"], said.json["answer"]) == ("B", "CT")
 
 
 def options(*texts: str) -> list[str]:
@@ -182,7 +182,7 @@ def test_mistakes(run: Any, phantoms: Path, tmp_path: Path, arguments: list[str]
 def test_more_mistakes(run: Any, tmp_path: Path) -> None:
     assert_one_line(run("score", tmp_path / "no.jsonl"), "no.jsonl")
     assert_one_line(run("ask", tmp_path / "no.png", "What?", "--option", "CT", "--option", "MRI"), "no.png")
-    assert_one_line(run("ask", tmp_path / "no.png", "What?", "--option", "CT"), "--option twice or more")
+    assert_one_line(run("ask", tmp_path / "no.png", "What?", "--option", "CT"), "two options or more")
     assert_one_line(run("data", "check", tmp_path / "none"), "none")
 
 

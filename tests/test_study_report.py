@@ -6,7 +6,6 @@ import gzip
 import json
 import random
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -407,19 +406,6 @@ def test_folders_without_a_finished_study(tmp_path: Path):
     with pytest.raises(MedR1Error, match=r"0\.jsonl: no such file"):
         write_study_report(folder)
     assert not (folder / "report.html").exists()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Headless Chromium by Playwright: the machine's, or the one that `playwright install chromium` fetched."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright to open the page")
-    with playwright.sync_playwright() as driver:
-        path = shutil.which("chromium") or shutil.which("google-chrome") or driver.chromium.executable_path
-        if not Path(path).exists():
-            pytest.skip("needs Chromium to open the page; `playwright install chromium` fetches one")
-        opened = driver.chromium.launch(executable_path=path, args=["--no-sandbox"], timeout=120_000)
-        yield opened
-        opened.close()
 
 
 @pytest.mark.parametrize("width", [1280, 390])

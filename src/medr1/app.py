@@ -217,14 +217,14 @@ def build(respondents: Sequence[Respondent], examples: Path, *, max_new_tokens: 
                         (gr.Button(record.modality, icon=str(record.images[0]), size="sm"), record)
                         for record in _examples(load_records(examples))
                     ]
-                question = gr.Textbox(label="Question", lines=1, max_lines=4, elem_id="question")
+                question = gr.Textbox("", label="Question", lines=1, max_lines=4, elem_id="question")
                 options = gr.Textbox(
-                    label="Options, one a line; none to ask openly", lines=4, max_lines=10, elem_id="options"
+                    "", label="Options, one a line; none to ask openly", lines=4, max_lines=10, elem_id="options"
                 )
                 modality = gr.Dropdown([NOT_STATED, *MODALITIES], value=NOT_STATED, label="Modality of the image")
                 with gr.Accordion("Settings", open=False):
                     selector = gr.Textbox(
-                        label="Frame, slice or window of the files", info="such as slice=40 or window=lung"
+                        "", label="Frame, slice or window of the files", info="such as slice=40 or window=lung"
                     )
                     mode = gr.Radio(list(MODES), value=MODES[0], label="Prompt")
                     num_samples = gr.Slider(0, 16, value=8, step=1, label="Samples to see how many agree")
