@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import signal
 import sys
 import threading
 import warnings
@@ -566,6 +567,7 @@ def app_command(
     ) as url:
         typer.echo(f"{url}  (Ctrl-C ends it)")
         console.print(NOTICE, style="dim")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: uploads are removed
         with contextlib.suppress(KeyboardInterrupt):
             threading.Event().wait()
 
