@@ -1,6 +1,5 @@
 """The app in a real browser and over its API: ask, stream, compare, save; what is refused; what never happens."""
 
-import asyncio
 import contextlib
 import json
 import os
@@ -202,9 +201,10 @@ def test_stop_ends_the_model_too(page: Any, monkeypatch: pytest.MonkeyPatch) -> 
     assert ended.wait(20)
 
 
-def status(url: str, **headers: str) -> tuple[int, str]:
+def status(url: str, data: bytes | None = None, **headers: str) -> tuple[int, str]:
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers})
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers)) as answer:
+        with urllib.request.urlopen(request) as answer:
             return answer.status, answer.read().decode(errors="replace")
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode(errors="replace")
@@ -235,19 +235,21 @@ def test_no_other_file_is_served(url: str, tmp_path: Path, path: str) -> None:
 
 def test_no_path_or_address_is_taken_for_an_upload(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A request may name only what was uploaded: not a file of this machine, and nothing to be fetched."""
-    from gradio import processing_utils
-    from gradio_client import Client
+    from gradio import blocks
 
     fetched: list[Any] = []
-    for name in ("ssrf_protected_download", "async_ssrf_protected_download"):
-        monkeypatch.setattr(processing_utils, name, lambda *args, **kwargs: fetched.append(args))
-    client = Client(url, verbose=False)
+
+    async def fetch(*args: Any, **kwargs: Any) -> None:
+        fetched.append(args)
+
+    monkeypatch.setattr(blocks.processing_utils, "async_ssrf_protected_download", fetch)
+    monkeypatch.setattr(blocks.processing_utils, "save_url_to_cache", lambda *args, **kwargs: fetched.append(args))
     for path in ("/etc/passwd", __file__, "http://example.org/a.png"):
         file = {"path": path, "meta": {"_type": "gradio.FileData"}}
-        with pytest.raises(Exception):  # noqa: B017 - what Gradio raises differs
-            client.submit([file], "What?", "CT\nMRI", "not stated", "", "no-think", 0, False, api_name="/ask").result(
-                30
-            )
+        data = {"data": [[file], "What?", "CT\nMRI", "not stated", "", "no-think", 0, False]}
+        _, event = status(f"{url}gradio_api/call/ask", json.dumps(data).encode())
+        _, said = status(f"{url}gradio_api/call/ask/{json.loads(event)['event_id']}")
+        assert "event: error" in said and "decoded" not in said
     assert fetched == []
 
 
@@ -280,21 +282,18 @@ def test_fifty_requests_at_once_wait_their_turn(url: str, tmp_path: Path) -> Non
     assert psutil.Process().memory_info().rss - before < 150e6
 
 
-async def _status(gate: Gate, method: str, path: str, client: str = "1.2.3.4", length: int | None = 10) -> Any:
+def through(gate: Gate, method: str, path: str, client: str = "1.2.3.4", length: int | None = 10) -> Any:
+    """Status, headers and body that a request gets; nothing in it waits, so no event loop is needed."""
     sent: list[Any] = []
 
     async def send(message: Any) -> None:
         sent.append(message)
 
-    async def receive() -> Any:
-        return {"type": "http.request", "body": b"", "more_body": False}
-
     headers = [] if length is None else [(b"content-length", str(length).encode())]
-    await gate(
-        {"type": "http", "method": method, "path": path, "client": (client, 1), "headers": headers}, receive, send
-    )
-    body = b"".join(message.get("body", b"") for message in sent)
-    return sent[0]["status"], dict(sent[0]["headers"]), body.decode()
+    scope = {"type": "http", "method": method, "path": path, "client": (client, 1), "headers": headers}
+    with pytest.raises(StopIteration):
+        gate(scope, None, send).send(None)
+    return sent[0]["status"], dict(sent[0]["headers"]), b"".join(each.get("body", b"") for each in sent).decode()
 
 
 def test_the_gate_counts_each_clients_requests_of_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,31 +302,27 @@ def test_the_gate_counts_each_clients_requests_of_a_minute(monkeypatch: pytest.M
         await send({"type": "http.response.body", "body": b"through"})
 
     now = 1000.0
-    monkeypatch.setattr(medr1.app.time, "monotonic", lambda: now)
+    monkeypatch.setattr(medr1.app, "monotonic", lambda: now)
     gate = Gate(behind, max_bytes=2_000_000, per_minute=3)
-
-    def request(*args: Any, **kwargs: Any) -> Any:
-        return asyncio.run(_status(gate, *args, **kwargs))
-
     for _ in range(3):
-        code, headers, body = request("POST", "/gradio_api/queue/join")
+        code, headers, body = through(gate, "POST", "/gradio_api/queue/join")
         assert (code, body) == (200, "through")
         assert b"default-src 'self'" in headers[b"content-security-policy"]
         now += 10
-    code, headers, body = request("POST", "/gradio_api/queue/join")  # at 30 s; the first is forgotten at 60 s
+    code, headers, body = through(gate, "POST", "/gradio_api/queue/join")  # at 30 s; the first is forgotten at 60 s
     assert code == 429 and json.loads(body)["detail"] == "More than 3 requests in a minute; wait 31 seconds."
-    assert request("GET", "/gradio_api/queue/data")[0] == 200
-    assert request("POST", "/gradio_api/upload", client="5.6.7.8")[0] == 200
+    assert through(gate, "GET", "/gradio_api/queue/data")[0] == 200
+    assert through(gate, "POST", "/gradio_api/upload", client="5.6.7.8")[0] == 200
     now += 31
-    assert request("POST", "/gradio_api/queue/join")[0] == 200
+    assert through(gate, "POST", "/gradio_api/queue/join")[0] == 200
     now += 120
-    request("POST", "/gradio_api/queue/join", client="5.6.7.8")
+    through(gate, "POST", "/gradio_api/queue/join", client="5.6.7.8")
     assert set(gate.times) == {"5.6.7.8"}  # nobody is remembered for longer
 
     for length in (2_000_001, None):
-        code, _, body = request("POST", "/gradio_api/upload", client="9.9.9.9", length=length)
+        code, _, body = through(gate, "POST", "/gradio_api/upload", client="9.9.9.9", length=length)
         assert code == 413 and "2 MB at most" in body
-    assert request("GET", "/gradio_api/file=https://example.org/a.png")[0] == 403
+    assert through(gate, "GET", "/gradio_api/file=https://example.org/a.png")[0] == 403
 
 
 def test_the_command_warns_of_an_open_door(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,12 +10,12 @@ import html
 import os
 import tempfile
 import threading
-import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic, perf_counter
 from typing import Any
 
 from medr1 import NOTICE
@@ -175,7 +175,7 @@ def build(respondents: Sequence[Respondent], examples: Path, *, max_new_tokens: 
                     on_update=update,
                 )
 
-        began = time.perf_counter()
+        began = perf_counter()
         yield {answers: "", said: _said("Reading the image …"), finished: [], save: gr.update(interactive=False)}
         future = one_at_a_time.submit(work)
         future.add_done_callback(lambda _: changed.set())
@@ -195,7 +195,7 @@ def build(respondents: Sequence[Respondent], examples: Path, *, max_new_tokens: 
         finally:
             gone.set()
         done = [*cases.values()]
-        seconds = time.perf_counter() - began
+        seconds = perf_counter() - began
         yield {
             answers: case_cards(done),
             said: _said(f"Answered in {seconds:.1f} seconds."),
@@ -210,6 +210,8 @@ def build(respondents: Sequence[Respondent], examples: Path, *, max_new_tokens: 
         with gr.Row(elem_id="columns"):
             with gr.Column(min_width=320, elem_id="asking"):
                 files = gr.File(label="Image files (also DICOM)", file_count="multiple", height=130, elem_id="files")
+                move = files.async_move_resource_to_block_cache
+                files.async_move_resource_to_block_cache = _local_only(move)  # type: ignore[method-assign]
                 pictures = gr.HTML(elem_id="pictures")
                 gr.HTML("<p>Or try a drawn phantom:</p>", elem_classes="hint")
                 with gr.Row(elem_id="examples"):
@@ -310,7 +312,7 @@ class Gate:
         length = dict(scope["headers"]).get(b"content-length", b"")
         if not length.isdigit() or int(length) > self.max_bytes:
             return 413, f"An upload may have {self.max_bytes // 10**6} MB at most; shrink the image."
-        now = time.monotonic()
+        now = monotonic()
         self.times = defaultdict(deque, {each: times for each, times in self.times.items() if times[-1] > now - 60})
         times = self.times[scope["client"][0]]
         while times and times[0] <= now - 60:
@@ -320,6 +322,17 @@ class Gate:
             return 429, f"More than {self.per_minute} requests in a minute; wait {wait} seconds."
         times.append(now)
         return None
+
+
+def _local_only(move: Any) -> Any:
+    """Gradio would fetch an address that a request names in place of an upload."""
+
+    async def moved(path: str | Path | None) -> str | None:
+        if path is not None and not Path(path).is_file():
+            raise ValueError("only an uploaded file can be asked about")
+        return await move(path)
+
+    return moved
 
 
 def _references(files: Sequence[str] | None, selector: str) -> list[Path]:
