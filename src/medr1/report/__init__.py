@@ -212,7 +212,7 @@ def tell(scores: dict[str, Any], trained: dict[str, Any]) -> list[tuple[str, str
                     f"{alone} ({guessing}): they give answers away, and the trained model does no better.",
                 )
             )
-    else:
+    elif trained["macro"]["n"] or trained["n"]:  # open questions have no options to give anything away
         story.append(("open", "No text-only control was run: the options may give the answers away."))
     return story
 
