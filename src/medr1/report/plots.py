@@ -69,7 +69,7 @@ def dot_plot(lines: Sequence[tuple[str, Cell, Mark]], title: str, left: float) -
 @matplotlib.rc_context(STYLE)
 def reliability_plot(models: Sequence[tuple[Sequence[Cell], Mark]]) -> str:
     """Accuracy against confidence in bins {confidence, accuracy, ci95}; a calibrated model keeps to the diagonal."""
-    figure, axes = _share_axes("confidence", "right")
+    figure, axes = _share_axes("confidence", "answers right")
     axes.plot([0, 1], [0, 1], color=INK, linewidth=1.2, linestyle=":")
     for bins, mark in models:
         for cell in bins:
@@ -89,7 +89,7 @@ def reliability_plot(models: Sequence[tuple[Sequence[Cell], Mark]]) -> str:
 @matplotlib.rc_context(STYLE)
 def coverage_plot(models: Sequence[tuple[Sequence[tuple[float, float]], Mark]], chosen: tuple[float, float]) -> str:
     """Accuracy of the most confident answers against the share of questions answered; `chosen` marks a threshold."""
-    figure, axes = _share_axes("questions answered, the most confident first", "right")
+    figure, axes = _share_axes("questions answered, the most confident first", "answers right")
     for points, mark in models:
         axes.plot(*zip(*points, strict=True), color=mark.colour, linewidth=2, linestyle="-" if mark.filled else "--")
     if chosen[1] is not None:

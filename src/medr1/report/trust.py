@@ -7,7 +7,17 @@ from medr1.calibration import COVERAGE, Calibration, assess, calibrate
 from medr1.errors import MedR1Error
 from medr1.faithfulness import MARGIN
 from medr1.metrics import Row
-from medr1.report.plots import AFTER, BEFORE, CONTROL, Mark, coverage_plot, dot_plot, reliability_plot, truncation_plot
+from medr1.report.plots import (
+    AFTER,
+    BEFORE,
+    CONTROL,
+    OTHERS,
+    Mark,
+    coverage_plot,
+    dot_plot,
+    reliability_plot,
+    truncation_plot,
+)
 
 Story = list[tuple[str, str]]
 """Sentences, each with its worth: "good", "bad" or "open"."""
@@ -43,7 +53,9 @@ def calibration_section(
         "calibration": found,
         "top": COVERAGE,
         "story": _tell_calibration(after, found),
-        "reliability": reliability_plot([(before["before"]["bins"], BEFORE), (after["before"]["bins"], AFTER)]),
+        "reliability": reliability_plot(
+            [(before["before"]["bins"], BEFORE), (after["before"]["bins"], AFTER), (after["after"]["bins"], OTHERS)]
+        ),
         "coverage": coverage_plot(
             [(before["before"]["curve"], BEFORE), (after["after"]["curve"], AFTER)],
             (after["answered"]["coverage"], after["answered"]["accuracy"]),
