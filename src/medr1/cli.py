@@ -334,6 +334,47 @@ def faithfulness_command(
     _finish(numbers, as_json)
 
 
+@app.command("explain")
+def explain_command(
+    out: Annotated[Path, typer.Option("--out", help="folder for maps and page; an unfinished one is gone on with")],
+    model: ModelOption = "tiny",
+    data: DataOption = "phantoms",
+    method: Annotated[str, typer.Option("--method", help="occlusion or gradient")] = "occlusion",
+    mode: ModeOption = "no-think",
+    modality: ModalityOption = None,
+    question_type: TypeOption = None,
+    limit: Annotated[
+        int, typer.Option("--limit", min=0, help="so many held-out records, drawn by the split seed; 0: all")
+    ] = 100,
+    seed: Annotated[int, typer.Option("--seed", help="of random orders and shuffled weights")] = 0,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Heatmaps of the model's answers, and what they are worth: pointing, hiding, shuffled weights."""
+    from medr1.data import image_folder, load_parts
+    from medr1.fidelity import measure_heatmaps
+    from medr1.models import load_vlm
+    from medr1.regions import read_regions
+    from medr1.report.heatmaps import tell, write_heatmaps_page
+
+    overrides = {"data.path": data, "data.modalities": modality, "data.question_types": question_type}
+    resolved = _resolve(None, overrides | {"rollout.mode": mode}, settings)
+    rows, numbers = measure_heatmaps(
+        load_vlm(model),
+        _limited(load_parts(resolved.data)[1], limit, resolved),
+        out=out,
+        method=method,
+        mode=mode,
+        regions=read_regions(image_folder(resolved.data)),
+        max_new_tokens=resolved.rollout.max_new_tokens,
+        seed=seed,
+    )
+    write_heatmaps_page(rows, numbers, out)
+    for _, sentence in tell(numbers):
+        Console().print(sentence, highlight=False, soft_wrap=True)
+    _finish({"page": str(out / "explain.html"), **numbers}, as_json)
+
+
 @app.command("report")
 def report_command(
     base: Annotated[Path, typer.Option("--base", help="answers of the base model (.jsonl)")],

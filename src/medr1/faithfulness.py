@@ -34,7 +34,7 @@ from medr1.images import load_image
 from medr1.metrics import Row, difference_interval, interval
 from medr1.models import VLM, encode_prompts, evaluating
 from medr1.prompts import build_messages
-from medr1.records import LETTERS, Record, append_jsonl, normalise_option, read_jsonl, write_atomic, write_jsonl
+from medr1.records import LETTERS, Record, append_jsonl, normalise_option, resume_jsonl, write_atomic
 
 KEPT = (0.0, 0.25, 0.5, 0.75)
 """Shares of the reasoning's words that the truncation curve keeps; all of it agrees with itself."""
@@ -242,11 +242,7 @@ def _force(
         for edit in edits(row, think, seed):
             content = json.dumps([row["key"], edit.name, edit.reasoning, edit.argued])
             jobs[hashlib.sha256(content.encode()).hexdigest()] = (row, edit)
-    rows = {row["key"]: row for row in read_jsonl(path)} if path.exists() else {}
-    if foreign := rows.keys() - jobs.keys():
-        raise MedR1Error(f"{path}: holds {len(foreign)} rows of another model, seed or data; name another folder")
-    if rows:
-        write_jsonl(path, rows.values())  # without a last line that was cut while it was written
+    rows = resume_jsonl(path, jobs.keys())
     pending = [(key, *job) for key, job in jobs.items() if key not in rows]
     batches = [pending[start : start + batch_size] for start in range(0, len(pending), batch_size)]
     for batch in track(batches, "edited reasoning", console=Console(stderr=True), disable=not batches):

@@ -11,7 +11,7 @@ import re
 import string
 import tempfile
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -177,6 +177,20 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             if number == len(lines):
                 break
             raise MedR1Error(f"{path}: line {number} is not JSON ({error.msg}); remove or repair it") from error
+    return rows
+
+
+def resume_jsonl(path: Path, keys: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Rows by their "key" that a former run left in a file, which may not exist; a torn last line is cut off it.
+
+    Raises:
+        MedR1Error: a row is none of those that this run would write.
+    """
+    rows = {row["key"]: row for row in read_jsonl(path)} if path.exists() else {}
+    if foreign := rows.keys() - set(keys):
+        raise MedR1Error(f"{path}: holds {len(foreign)} rows of another model, seed or data; name another folder")
+    if rows:
+        write_jsonl(path, rows.values())
     return rows
 
 

@@ -213,6 +213,15 @@ def curve_panel(curves: Mapping[str, Sequence[tuple[float, float]]], title: str,
     return _svg(figure, f"Learning curves, {title}: {', '.join(curves)}")
 
 
+@matplotlib.rc_context(STYLE)
+def hiding_plot(fraction: Sequence[float], curves: Mapping[str, Sequence[float]]) -> str:
+    """An answer's probability (label to values in [0, 1]) over the share of the image that is hidden or shown."""
+    figure, axes = _share_axes("share of the image hidden, or shown", "probability of the answer")
+    for values, (colour, dash) in zip(curves.values(), CURVES, strict=False):
+        axes.plot(fraction, values, color=colour, linestyle=dash, linewidth=2)
+    return _svg(figure, f"Probability of the answer: {', '.join(curves)}")
+
+
 def _axes(height: float, left: float, right: float, width: float = 440) -> tuple[Figure, Axes]:
     """An axis from 0 to 100 %; lengths in points, of which an SVG unit is one."""
     figure = Figure(figsize=(width / 72, height / 72))
