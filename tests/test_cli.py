@@ -219,3 +219,20 @@ def test_a_killed_process_resumes_to_the_same_model(phantoms: Path, tmp_path: Pa
     assert all((whole[name] == resumed[name]).all() for name in whole)
     steps = [row["step"] for row in read_jsonl(tmp_path / "killed" / "completions.jsonl")]
     assert steps == sorted(steps) and len(steps) == 12 * 2 * 2
+
+
+def test_explain_writes_numbers_overlays_and_a_page(run: Any, phantoms: Path, tmp_path: Path) -> None:
+    asked = ("explain", "--data", phantoms, "--question-type", "Lesion Grading", "--limit", "2")
+    said = run(*asked, "--out", tmp_path / "maps", "--json")
+    assert said.status == 0 and said.json["n"] == 2 and said.json["pointing"]["about the region"]["n"] == 2
+    assert said.json["page"] == str(tmp_path / "maps/explain.html")
+    assert {path.name for path in (tmp_path / "maps").iterdir()} == {
+        "answers.jsonl",
+        "explain.html",
+        "heatmaps.json",
+        "heatmaps.jsonl",
+        "overlays",
+    }
+    assert len(list((tmp_path / "maps/overlays").glob("*.png"))) == 2
+    said = run(*asked, "--out", tmp_path / "maps", "--method", "gradient")
+    assert said.status == 1 and "rows of another model" in said.err

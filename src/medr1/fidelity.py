@@ -41,7 +41,7 @@ from medr1.errors import MedR1Error
 from medr1.evaluation import evaluate
 from medr1.explain import METHODS, Heatmap, Subject, overlay
 from medr1.images import load_image
-from medr1.metrics import NOT_STATED, Row, cluster_bootstrap, difference_interval, interval
+from medr1.metrics import NOT_STATED, Interval, Row, cluster_bootstrap, difference_interval, interval
 from medr1.models import VLM
 from medr1.records import LETTERS, QUESTION_TYPES, Record, append_jsonl, resume_jsonl, write_atomic
 from medr1.regions import ABOUT_REGION, Box, overlap, overlap_chance, pointing, region_cells
@@ -307,7 +307,7 @@ def _pointing_cell(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
             (own - value, group) for own, value, group in zip(hit, values, groups, strict=True) if value is not None
         ]
         differences, of = [difference for difference, _ in paired], [group for _, group in paired]
-        return {"value": _mean(differences), "ci95": difference_interval(differences, of), "n": len(differences)}
+        return _cell(differences, difference_interval(differences, of))
 
     return {
         "n": len(items),
@@ -331,11 +331,15 @@ def _other_maps(item: dict[str, Any], items: Sequence[dict[str, Any]]) -> float 
 
 
 def _share(values: Sequence[float], groups: Sequence[str]) -> dict[str, Any]:
-    return {"value": _mean(values), "ci95": interval(values, groups), "n": len(values)}
+    return _cell(values, interval(values, groups))
 
 
 def _average(values: Sequence[float], groups: Sequence[str]) -> dict[str, Any]:
-    return {"value": _mean(values), "ci95": cluster_bootstrap(values, groups, seed=0), "n": len(values)}
+    return _cell(values, cluster_bootstrap(values, groups, seed=0))
+
+
+def _cell(values: Sequence[float], ci: Interval | None) -> dict[str, Any]:
+    return {"value": _mean(values), "ci95": list(ci) if ci else None, "n": len(values)}
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -88,7 +88,7 @@ def _pointing(pointing: dict[str, Any] | None) -> list[tuple[str, str]]:
         return [("open", "No region is known here for a question about one: whether maps point at it cannot be told.")]
     times = about["hit"]["value"] / about["chance"]
     hits = (
-        f"In {percent(about['hit']['value'])} ({span(about['hit']['ci95'])}) of {about['n']} images the hottest cell "
+        f"In {percent(about['hit']['value'])} ({span(about['hit']['ci95'])}) of {about['n']} maps the hottest cell "
         f"lies in the region that the question is about, {times:.1f} times as often as a random cell"
     )
     rivals = {"a random cell": "over_chance", "another image's map": "over_other", "shuffled weights": "over_shuffled"}
