@@ -123,7 +123,7 @@ BROKEN = {
     "MR_truncated": "it is cut off",
     "JPEG2000-embedded-sequence-delimiter": "differ in size",  # its code stream says 3,722,445,056 columns
     "SC_rgb_jpeg": "ValueError",  # its compressed pixels begin with no item
-    "badVR": "Error",  # a number of frames that is none
+    "badVR": "NumberOfFrames is not one number",  # a number of frames that is none
     "no_meta": "cannot identify image file",  # a stray byte before the first element
 }
 

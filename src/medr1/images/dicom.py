@@ -12,6 +12,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,9 @@ _BURNED_IN = {
     "XA": "angiography",
 }
 """Modalities whose images often carry a name in the pixels."""
+
+_NUMBERS = ("US", "SS", "US or SS", "IS", "DS")
+"""Value representations of numbers."""
 
 _ONE_AT_A_TIME = threading.RLock()
 
@@ -135,13 +139,15 @@ def _header(reference: Reference, keywords: list[str] = _HEADER) -> Any:
     """The data set of these elements, with a transfer syntax; pixels stay in the file."""
     import pydicom
     from pydicom import uid
-    from pydicom.datadict import dictionary_VM
+    from pydicom.datadict import dictionary_VM, dictionary_VR
 
     path = reference.path
     _refuse_inflation(reference)
     header = pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=keywords)
-    for element in header:  # a wrong length makes other elements' bytes further values, and those are not to be told
-        if element.VR in ("US", "SS", "IS", "DS") and element.VM > 1 and dictionary_VM(element.tag) == "1":
+    # A broken length or type makes texts, or other elements' bytes, of a number; nothing of that is to be told.
+    for element in header:
+        is_number = dictionary_VR(element.tag) in _NUMBERS and dictionary_VM(element.tag) == "1"
+        if is_number and not element.is_empty and not isinstance(element.value, int | float | Decimal):
             raise _undecodable(reference, f"{element.keyword} is not one number")
     if "TransferSyntaxUID" not in header.file_meta:
         implicit, little = header.original_encoding

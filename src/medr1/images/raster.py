@@ -1,5 +1,6 @@
 """PNG, JPEG, TIFF and other common formats: Pillow, and tifffile where Pillow cannot."""
 
+import math
 import warnings
 from typing import Any
 
@@ -76,6 +77,8 @@ def _by_tifffile(reference: Reference, first: Exception) -> tuple[Image.Image, d
             number = reference.whole("frame", 1, 1, len(file.pages))
             page = file.pages[number - 1]
             _bounded(reference, page.imagewidth, page.imagelength)
+            if math.prod(page.shape) > 4 * MAX_PIXELS:  # a few bytes can tell of thousands of colours
+                raise ValueError
             values = page.asarray()
             if page.axes == "SYX":  # colours one after the other
                 values = np.moveaxis(values, 0, -1)

@@ -76,7 +76,7 @@ def _by_tifffile(reference: Reference) -> tuple[Image.Image, dict[str, Any]]:
         pages = [level.keyframe for level in file.series[0].levels]
         sizes = [(page.imagewidth, page.imagelength) for page in pages]
         level, (x, y), (width, height) = _region(reference, sizes)
-        if math.prod(sizes[level]) > MAX_PIXELS:
+        if math.prod(sizes[level]) > MAX_PIXELS or math.prod(pages[level].shape) > 4 * MAX_PIXELS:
             raise ValueError(f"level {level} of its {len(sizes)} has too many pixels for this kind of TIFF")
         values = pages[level].asarray()
     if values.dtype != np.uint8 or values.shape[2:] not in ((), (3,)):
