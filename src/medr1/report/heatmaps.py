@@ -7,7 +7,7 @@ from typing import Any
 
 from medr1 import NOTICE
 from medr1.explain import NOT_CAUSAL
-from medr1.metrics import Row
+from medr1.metrics import MIN_N, Row
 from medr1.records import write_atomic
 from medr1.regions import ABOUT_REGION
 from medr1.report import environment, percent, span, span_points, thumbnail
@@ -96,7 +96,8 @@ def _pointing(pointing: dict[str, Any] | None) -> list[tuple[str, str]]:
     lost = [name for name in rivals if name not in beaten]
     if not lost:
         return [("good", f"{hits}; beyond the noise it beats {', '.join(beaten[:-1])} and {beaten[-1]}.")]
-    return [("bad" if not beaten else "open", f"{hits}; it is not clearly above {' or '.join(lost)}.")]
+    few = " in so few maps" if about["n"] < MIN_N else ""
+    return [("open" if beaten or few else "bad", f"{hits}; it is not clearly above {' or '.join(lost)}{few}.")]
 
 
 def _weights(numbers: dict[str, Any]) -> list[tuple[str, str]]:
@@ -104,9 +105,8 @@ def _weights(numbers: dict[str, Any]) -> list[tuple[str, str]]:
     if alike["ci95"] is None:
         return [("open", "Too few maps to compare with those of the same model with shuffled weights.")]
     low, high = alike["ci95"]
-    said = (
-        f"Maps of the same model with its weights shuffled correlate by {alike['value']:.2f} ({low:.2f} to {high:.2f})"
-    )
+    rho, from_rho, to_rho = (f"{value:.2f}".replace("-", "−") for value in (alike["value"], low, high))
+    said = f"Maps of the same model with its weights shuffled correlate by {rho} ({from_rho} to {to_rho})"
     if high < ALIKE:
         return [("good", f"{said}: what the maps show depends on what the model has learned.")]
     return [("bad" if low > ALIKE else "open", f"{said}: the maps may show the image rather than the model.")]
