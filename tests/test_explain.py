@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_vlms import FAMILIES, picture, tiny_smolvlm, tiny_vlm
+from tiny_vlms import FAMILIES, picture, plain_logprobs, tiny_smolvlm, tiny_vlm
 
 import medr1.explain as module
 from medr1.confidence import option_logprobs
@@ -100,6 +100,26 @@ def test_a_hidden_cell_is_that_rectangle_painted_on_the_image(family: str, tmp_p
             assert heatmap.scores[row, column] == pytest.approx(drop, abs=2e-5)
         assert heatmap.logp == pytest.approx(whole, abs=1e-5)
     assert max(np.ptp(heatmap.scores) for heatmap in heatmaps) > 1e-3, "the images matter to this random model"
+
+
+def test_a_whole_reply_is_explained_by_its_own_log_probability(tmp_path: Path) -> None:
+    vlm, reply = tiny_vlm("qwen2_vl"), "<think>A ring.</think><answer>B</answer>"
+    image = even_picture(0, 84, 56)
+    record = record_of(tmp_path, image)
+    ids = vlm.tokenizer(reply, add_special_tokens=False, return_tensors="pt")["input_ids"]
+
+    def logp(shown: Image.Image) -> float:
+        prompts = encode_prompts(vlm, [build_messages(record, "think")], [[shown]])
+        with evaluating(vlm.model):
+            return float(plain_logprobs(vlm, prompts, ids, torch.ones_like(ids)).sum())
+
+    [heatmap] = occlusion(vlm, record, mode="think", letter="B", reply=reply)
+    assert heatmap.logp == pytest.approx(logp(image), abs=1e-4)
+    for row, column in np.ndindex(2, 3):
+        painted = image.copy()
+        painted.paste((128, 128, 128), (column * 28, row * 28, column * 28 + 28, row * 28 + 28))
+        assert heatmap.scores[row, column] == pytest.approx(logp(image) - logp(painted), abs=1e-4)
+    assert np.ptp(heatmap.scores) > 1e-3
 
 
 @pytest.mark.parametrize("splitting", [True, False])

@@ -259,7 +259,9 @@ def ask(
     if heatmap and images and case.letter:
         from medr1.explain import occlusion, overlay
 
-        maps = occlusion(vlm, record, mode=mode, letter=case.letter)
+        # Reasoning comes from the image and the answer from the reasoning: so a reply with both is explained whole.
+        whole = None if mode == "no-think" else case.reply
+        maps = occlusion(vlm, record, mode=mode, letter=case.letter, reply=whole)
         update(heatmaps=tuple(overlay(*pair) for pair in zip(case.pictures, maps, strict=True)))
     return case
 

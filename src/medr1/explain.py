@@ -28,6 +28,7 @@ from medr1.images import load_image
 from medr1.models import VLM, ImageCells, PromptBatch, encode_prompts, evaluating, image_cells
 from medr1.prompts import build_messages
 from medr1.records import LETTERS, Record
+from medr1.shared_prefix import completion_logprobs
 
 TOKENS_AT_ONCE = 2**14
 """Prompt tokens in one call of the model, which bounds its memory."""
@@ -51,7 +52,7 @@ class Heatmap:
     letter: str
     """The option that is explained."""
     logp: float
-    """Its log-probability among the options when the whole image is seen."""
+    """Its log-probability among the options (or the reply's among all texts) when the whole image is seen."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,13 @@ class Subject:
     cells: ImageCells
     blank: Tensor
     """The pixels with each image in its mean colour, as the processor scales it."""
+    reply: str | None = None
+    """Scored in the options' place: the one text whose log-probability is explained."""
 
     @classmethod
-    def read(cls, vlm: VLM, record: Record, *, mode: str, reasoning: str | None = None) -> Self:
+    def read(
+        cls, vlm: VLM, record: Record, *, mode: str, reasoning: str | None = None, reply: str | None = None
+    ) -> Self:
         """Load and encode the record.
 
         Raises:
@@ -80,7 +85,7 @@ class Subject:
         images = [load_image(path) for path in record.images]
         prompt = encode_prompts(vlm, [build_messages(record, mode)], [images])
         cells = image_cells(vlm, prompt)
-        return cls(vlm, record, mode, reasoning, prompt, cells, _blank(prompt.vision["pixel_values"], cells))
+        return cls(vlm, record, mode, reasoning, prompt, cells, _blank(prompt.vision["pixel_values"], cells), reply)
 
     @property
     def pixels(self) -> Tensor:
@@ -100,7 +105,10 @@ class Subject:
         return torch.where(hidden_KC[:, self.cells.cell_of], self.blank, self.pixels)
 
     def logprobs(self, pixels_K: Tensor) -> Tensor:
-        """Log-probabilities (K, O) of the options for K versions of the pixels (K, …), with gradient, in one call."""
+        """Log-probabilities (K, O) of the options for K versions of the pixels (K, …), with gradient, in one call.
+
+        With a `reply` they are (K, 1), of that text.
+        """
         versions = len(pixels_K)
         prompts = self.prompt.select([0] * versions)
         prompts = replace(
@@ -108,6 +116,10 @@ class Subject:
             vision={**prompts.vision, "pixel_values": pixels_K.flatten(0, 1)},
             image_keys=list(range(versions)),
         )
+        if self.reply is not None:
+            ids = self.vlm.tokenizer(self.reply, add_special_tokens=False, return_tensors="pt")["input_ids"]
+            ids_KT = ids.to(self.vlm.device).expand(versions, -1)
+            return completion_logprobs(self.vlm, prompts, ids_KT, torch.ones_like(ids_KT))[0].sum(1, keepdim=True)
         records = [self.record] * versions
         reasoning = None if self.reasoning is None else [self.reasoning] * versions
         return torch.stack(option_logprobs(self.vlm, prompts, records, mode=self.mode, reasoning=reasoning))
@@ -133,6 +145,7 @@ def occlusion(
     mode: str,
     reasoning: str | None = None,
     letter: str | None = None,
+    reply: str | None = None,
     window: int | None = None,
 ) -> list[Heatmap]:
     """Hide one window of cells at a time; its score is the fall of the answer's log-probability.
@@ -143,6 +156,7 @@ def occlusion(
         reasoning: text inside <think> that the answer follows; it is held fixed, and a rationale that names the
             answer leaves little to see in the image.
         letter: the option to explain; None takes the most probable one.
+        reply: a whole reply, reasoning and answer, that chose `letter`: then its log-probability is explained.
         window: side of a window in cells; None takes the least that needs no more than MAX_WINDOWS an image.
 
     Returns:
@@ -151,11 +165,12 @@ def occlusion(
     Raises:
         MedR1Error: see `Subject.read`.
     """
-    subject = Subject.read(vlm, record, mode=mode, reasoning=reasoning)
+    assert reply is None or letter is not None, "a reply explained whole is one that chose an option"
+    subject = Subject.read(vlm, record, mode=mode, reasoning=reasoning, reply=reply)
     windows_WC = _windows(subject.cells.grids, window)
     logp_KO = subject.logprobs_without(torch.cat([torch.zeros_like(windows_WC[:1]), windows_WC]))
     chosen = _chosen(logp_KO[0], letter)
-    logp_K = logp_KO[:, chosen]
+    logp_K = logp_KO[:, 0 if reply is not None else chosen]
     score_C = (logp_K[0] - logp_K[1:]) @ windows_WC.double()  # each cell lies in one window
     return subject.heatmaps(score_C, LETTERS[chosen], float(logp_K[0]))
 
