@@ -52,7 +52,7 @@ class Heatmap:
     letter: str
     """The option that is explained."""
     logp: float
-    """Its log-probability among the options (or the reply's among all texts) when the whole image is seen."""
+    """Its log-probability among the options (of a reply the mean over its tokens) when the whole image is seen."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Subject:
     def logprobs(self, pixels_K: Tensor) -> Tensor:
         """Log-probabilities (K, O) of the options for K versions of the pixels (K, …), with gradient, in one call.
 
-        With a `reply` they are (K, 1), of that text.
+        With a `reply` they are (K, 1), the mean over its tokens.
         """
         versions = len(pixels_K)
         prompts = self.prompt.select([0] * versions)
@@ -119,7 +119,7 @@ class Subject:
         if self.reply is not None:
             ids = self.vlm.tokenizer(self.reply, add_special_tokens=False, return_tensors="pt")["input_ids"]
             ids_KT = ids.to(self.vlm.device).expand(versions, -1)
-            return completion_logprobs(self.vlm, prompts, ids_KT, torch.ones_like(ids_KT))[0].sum(1, keepdim=True)
+            return completion_logprobs(self.vlm, prompts, ids_KT, torch.ones_like(ids_KT))[0].mean(1, keepdim=True)
         records = [self.record] * versions
         reasoning = None if self.reasoning is None else [self.reasoning] * versions
         return torch.stack(option_logprobs(self.vlm, prompts, records, mode=self.mode, reasoning=reasoning))
@@ -129,6 +129,10 @@ class Subject:
         with evaluating(self.vlm.model):
             parts = [self.logprobs(self.without(part)) for part in hidden_KC.to(self.pixels.device).split(self.at_once)]
         return torch.cat(parts).double().cpu()
+
+    def place(self, letter: str) -> int:
+        """Column of an option in what `logprobs` returns; a reply is the only one."""
+        return LETTERS.index(letter) if self.reply is None else 0
 
     def heatmaps(self, score_C: Tensor, letter: str, logp: float) -> list[Heatmap]:
         """Scores of all cells as one map an image."""
@@ -154,9 +158,10 @@ def occlusion(
 
     Args:
         reasoning: text inside <think> that the answer follows; it is held fixed, and a rationale that names the
-            answer leaves little to see in the image.
+            answer leaves little to see in the image (`reply` explains both).
         letter: the option to explain; None takes the most probable one.
-        reply: a whole reply, reasoning and answer, that chose `letter`: then its log-probability is explained.
+        reply: a whole reply, reasoning and answer, that chose `letter`: then the mean log-probability of its tokens is
+            explained.
         window: side of a window in cells; None takes the least that needs no more than MAX_WINDOWS an image.
 
     Returns:
@@ -165,18 +170,23 @@ def occlusion(
     Raises:
         MedR1Error: see `Subject.read`.
     """
-    assert reply is None or letter is not None, "a reply explained whole is one that chose an option"
     subject = Subject.read(vlm, record, mode=mode, reasoning=reasoning, reply=reply)
     windows_WC = _windows(subject.cells.grids, window)
     logp_KO = subject.logprobs_without(torch.cat([torch.zeros_like(windows_WC[:1]), windows_WC]))
-    chosen = _chosen(logp_KO[0], letter)
-    logp_K = logp_KO[:, 0 if reply is not None else chosen]
+    letter = letter or LETTERS[int(logp_KO[0].argmax())]
+    logp_K = logp_KO[:, subject.place(letter)]
     score_C = (logp_K[0] - logp_K[1:]) @ windows_WC.double()  # each cell lies in one window
-    return subject.heatmaps(score_C, LETTERS[chosen], float(logp_K[0]))
+    return subject.heatmaps(score_C, letter, float(logp_K[0]))
 
 
 def gradient(
-    vlm: VLM, record: Record, *, mode: str, reasoning: str | None = None, letter: str | None = None
+    vlm: VLM,
+    record: Record,
+    *,
+    mode: str,
+    reasoning: str | None = None,
+    letter: str | None = None,
+    reply: str | None = None,
 ) -> list[Heatmap]:
     """Integrated gradients of the answer's log-probability, summed over the pixels of each cell.
 
@@ -188,13 +198,14 @@ def gradient(
     except ImportError as error:
         raise MedR1Error("gradient heatmaps need captum; run: pip install 'medr1[explain]'") from error
 
-    subject = Subject.read(vlm, record, mode=mode, reasoning=reasoning)
+    subject = Subject.read(vlm, record, mode=mode, reasoning=reasoning, reply=reply)
     logp_O = subject.logprobs_without(torch.zeros(1, subject.num_cells, dtype=torch.bool))[0]
-    chosen = _chosen(logp_O, letter)
+    letter = letter or LETTERS[int(logp_O.argmax())]
+    place = subject.place(letter)
     training = vlm.model.training
     vlm.model.eval()
     try:
-        attributed = IntegratedGradients(lambda pixels_K: subject.logprobs(pixels_K)[:, chosen]).attribute(
+        attributed = IntegratedGradients(lambda pixels_K: subject.logprobs(pixels_K)[:, place]).attribute(
             subject.pixels[None],
             baselines=subject.blank[None],
             n_steps=GRADIENT_STEPS,
@@ -205,7 +216,7 @@ def gradient(
     per_value = attributed.detach().double()
     cell_of = subject.cells.cell_of.expand_as(per_value).flatten()
     score_C = per_value.new_zeros(subject.num_cells).index_add(0, cell_of, per_value.flatten())
-    return subject.heatmaps(score_C, LETTERS[chosen], float(logp_O[chosen]))
+    return subject.heatmaps(score_C, letter, float(logp_O[place]))
 
 
 METHODS = {"occlusion": occlusion, "gradient": gradient}
@@ -223,10 +234,6 @@ def overlay(image: Image.Image, heatmap: Heatmap) -> Image.Image:
     cells_RC4[..., 3] = 190 * np.abs(strength)
     tint = Image.fromarray(cells_RC4.round().astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST)
     return Image.alpha_composite(image.convert("L").convert("RGBA"), tint).convert("RGB")
-
-
-def _chosen(logp_O: Tensor, letter: str | None) -> int:
-    return int(logp_O.argmax()) if letter is None else LETTERS.index(letter)
 
 
 def _windows(grids: Sequence[tuple[int, int]], side: int | None) -> Tensor:

@@ -36,7 +36,6 @@ from rich.console import Console
 from rich.progress import track
 from scipy import stats
 
-from medr1.confidence import reasoning_of
 from medr1.errors import MedR1Error
 from medr1.evaluation import evaluate
 from medr1.explain import METHODS, Heatmap, Subject, overlay
@@ -71,8 +70,8 @@ def measure_heatmaps(
 
     Args:
         method: one of explain.METHODS.
-        mode: the answer that is explained is the most probable option; in mode "think" after the model's own reasoning,
-            which is held fixed.
+        mode: in "no-think" the most probable option is explained, else the whole reply, since the answer follows from
+            the reasoning and the reasoning from the image.
         regions: boxes by image path, see `regions.read_regions`.
         seed: of the random orders and of the shuffled weights.
 
@@ -115,11 +114,11 @@ def measure_heatmaps(
     for key, (record, answer, of_images) in track(
         pending.items(), f"heatmaps, {method}", console=Console(stderr=True), disable=not pending
     ):
-        reasoning = reasoning_of(answer["reply"]) if mode == "think" else None
+        reply = None if mode == "no-think" else answer["reply"] or None
         chosen = max(record.letters, key=lambda letter: answer["option_probs"][LETTERS.index(letter)])
-        asked: dict[str, Any] = {"mode": mode, "reasoning": reasoning, "letter": chosen}
+        asked: dict[str, Any] = {"mode": mode, "reply": reply, "letter": chosen}
         maps, others = (METHODS[method](model, record, **asked) for model in (vlm, shuffled))
-        subject = Subject.read(vlm, record, mode=mode, reasoning=reasoning)
+        subject = Subject.read(vlm, record, mode=mode, reply=reply)
         images = [load_image(path) for path in record.images]
         named = [f"{key[:16]}-{number}.png" for number in range(1, len(maps) + 1)]
         for image, heatmap, name in zip(images, maps, named, strict=True):
@@ -226,7 +225,8 @@ def curves(subject: Subject, maps: Sequence[Heatmap], *, seed: int) -> dict[str,
 
     Returns:
         fraction: (S + 1,) of the cells that are hidden or shown, 0 to 1.
-        deletion, insertion, random: (S + 1,) probabilities among the options; random is of hiding, the mean of the
+        deletion, insertion, random: (S + 1,) probabilities among the options (of a reply the geometric mean over its
+            tokens); random is of hiding, the mean of the
             orders. (Showing a random order is hiding its reverse, so the two have one mean area.)
     """
     score_C = np.concatenate([heatmap.scores.ravel() for heatmap in maps])
@@ -239,7 +239,7 @@ def curves(subject: Subject, maps: Sequence[Heatmap], *, seed: int) -> dict[str,
     shown_SC = ~hidden_OSC[0]  # insertion: what deletion hides is what it shows
     masks = np.concatenate([hidden_OSC, shown_SC[None]]).reshape(-1, num_cells)
     different, which = np.unique(masks, axis=0, return_inverse=True)  # all curves share their ends
-    logp = subject.logprobs_without(torch.from_numpy(different))[:, LETTERS.index(maps[0].letter)]
+    logp = subject.logprobs_without(torch.from_numpy(different))[:, subject.place(maps[0].letter)]
     probability_OS = logp.exp().numpy()[which].reshape(len(orders) + 1, -1)
     return {
         "fraction": (counts / num_cells).tolist(),
