@@ -89,6 +89,24 @@ def test_train_eval_score_report_ask(run: Any, phantoms: Path, tmp_path: Path) -
     assert (said.json["letter"], said.json["answer"]) == ("B", "CT")
 
 
+def test_a_model_is_asked_about_what_its_own_run_held_out(run: Any, phantoms: Path, tmp_path: Path) -> None:
+    split = ("--set", "data.test_fraction=0.5", "--set", "data.split_seed=7")
+    assert run("train", "--data", phantoms, "--steps", "1", "--out", tmp_path / "run", *SMALL, *split).status == 0
+    model = tmp_path / "run" / "model"
+
+    def asked(name: str, *arguments: Any) -> set[str]:
+        out = tmp_path / f"{name}.jsonl"
+        said = run("eval", "--out", out, "--mode", "no-think", "--score-options", *arguments)
+        assert said.status == 0, said.err
+        return {row["id"] for row in read_jsonl(out)}
+
+    held_out = asked("base", "--model", "tiny", "--data", phantoms, *split)
+    assert asked("trained", "--model", model, "--data", phantoms) == held_out
+    assert len(asked("told", "--model", model, "--data", phantoms, "--set", "data.test_fraction=0.2")) < len(held_out)
+    elsewhere = write_phantoms(tmp_path / "other", num_images=40, seed=3)  # nothing of it was trained on
+    assert len(asked("other", "--model", model, "--data", elsewhere)) == 40  # the default fifth
+
+
 def options(*texts: str) -> list[str]:
     return [argument for text in texts for argument in ("--option", text)]
 

@@ -165,13 +165,14 @@ def evaluate_command(
 ) -> None:
     """Answer every held-out question greedily; print accuracy by modality and question type with intervals."""
     from medr1.calibration import answered, applied, calibrating, read_calibration
-    from medr1.data import leave_out_unreadable, load_parts
+    from medr1.data import leave_out_unreadable, load_parts, split_of_run
     from medr1.evaluation import evaluate
     from medr1.metrics import summarise
     from medr1.models import load_vlm
     from medr1.records import write_jsonl
 
-    overrides = {"data.path": data, "data.modalities": modality, "data.question_types": question_type}
+    overrides: dict[str, Any] = {"data.path": data, "data.modalities": modality, "data.question_types": question_type}
+    overrides |= split_of_run(model, data)
     skip = {"data.skip_unreadable": True} if skip_unreadable else {}
     resolved = _resolve(None, {**overrides, **skip, "rollout.mode": mode}, settings)
     train_records, test_records = load_parts(resolved.data)
@@ -290,12 +291,12 @@ def faithfulness_command(
     as_json: JsonOption = False,
 ) -> None:
     """Edit a model's reasoning and see whether its answers follow: load-bearing, decorative, or cannot be told."""
-    from medr1.data import load_parts
+    from medr1.data import load_parts, split_of_run
     from medr1.faithfulness import KEPT, measure_faithfulness
     from medr1.models import load_vlm
 
     overrides = {"data.path": data, "data.modalities": modality, "data.question_types": question_type}
-    resolved = _resolve(None, overrides, settings)
+    resolved = _resolve(None, overrides | split_of_run(model, data), settings)
     held_out = load_parts(resolved.data)[1]
     records = [record for record in held_out if not record.is_open]
     if len(records) < len(held_out):
@@ -351,14 +352,14 @@ def explain_command(
     as_json: JsonOption = False,
 ) -> None:
     """Heatmaps of the model's answers, and what they are worth: pointing, hiding, shuffled weights."""
-    from medr1.data import image_folder, load_parts
+    from medr1.data import image_folder, load_parts, split_of_run
     from medr1.fidelity import measure_heatmaps
     from medr1.models import load_vlm
     from medr1.regions import read_regions
     from medr1.report.heatmaps import tell, write_heatmaps_page
 
     overrides = {"data.path": data, "data.modalities": modality, "data.question_types": question_type}
-    resolved = _resolve(None, overrides | {"rollout.mode": mode}, settings)
+    resolved = _resolve(None, overrides | split_of_run(model, data) | {"rollout.mode": mode}, settings)
     rows, numbers = measure_heatmaps(
         load_vlm(model),
         _limited(load_parts(resolved.data)[1], limit, resolved),

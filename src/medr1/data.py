@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from medr1.config import DataConfig
+from medr1.config import DataConfig, load_config
 from medr1.datasets import load_records, require_images, select_records
 from medr1.datasets.embedded import cache_folder
 from medr1.errors import MedR1Error
@@ -48,6 +48,24 @@ def load_parts(config: DataConfig) -> tuple[list[Record], list[Record]]:
     if not config.skip_unreadable:
         require_images([*train, *test])
     return train, test
+
+
+def split_of_run(model: str, path: str) -> dict[str, float]:
+    """Settings of the split that a model was trained with, to ask it about images that it was not trained on.
+
+    Empty unless the model lies in the folder of a run, beside its recipe, and `path` is that run's data.
+
+    Raises:
+        MedR1Error: the recipe is damaged.
+    """
+    recipe = Path(model).expanduser().resolve().parent / "recipe.toml"
+    if model == "tiny" or not recipe.is_file():
+        return {}
+    trained = load_config(recipe).data
+    if trained.path != path and (not Path(path).exists() or Path(trained.path).resolve() != Path(path).resolve()):
+        return {}
+    kept = ("test_fraction", "split_seed", *(["num_phantoms"] if path == "phantoms" else []))
+    return {f"data.{name}": getattr(trained, name) for name in kept}
 
 
 def data_path(config: DataConfig) -> Path:
