@@ -21,10 +21,10 @@ ALIKE = 0.5
 METHODS = {
     "occlusion": (
         "Each window of the image is hidden in turn behind the image's mean colour; its score is the fall of the "
-        "answer's log-probability among the options."
+        "answer's log-probability."
     ),
     "gradient": (
-        "Integrated gradients of the answer's log-probability among the options, from the image in its mean colour, "
+        "Integrated gradients of the answer's log-probability, from the image in its mean colour, "
         "summed over the pixels of each image token."
     ),
 }
