@@ -493,7 +493,16 @@ def test_ctrl_c_leaves_whole_rows_and_the_same_command_goes_on(server: Server, p
             over.wait(timeout=120)
 
     server.fault = fault
-    process = subprocess.Popen(command, cwd=source, env=os.environ, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=source,
+        env=os.environ,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        ),  # a job in the background ignores it
+    )
     stuck.wait(timeout=120)  # both requests are under way, three are answered
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=120)
