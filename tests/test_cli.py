@@ -87,6 +87,21 @@ def test_train_eval_score_report_ask(run: Any, phantoms: Path, tmp_path: Path) -
     said = run("ask", image, "Which modality made this image?", *options("MRI", "CT", "OCT", "X-Ray"), "--json")
     assert said.status == 0, said.err
     assert (said.json["letter"], said.json["answer"]) == ("B", "CT")
+    heat = (
+        "--compare",
+        "tiny",
+        "--mode",
+        "no-think",
+        "--heatmap",
+        tmp_path / "heat.png",
+        "--out",
+        tmp_path / "case.html",
+    )
+    said = run("ask", image, "Which modality made this image?", *options("MRI", "CT"), *heat)
+    assert said.status == 0, said.err
+    for number in (1, 2):
+        assert (tmp_path / f"heat-{number}.png").is_file() and f"heat-{number}.png" in said.err
+    assert (tmp_path / "case.html").is_file()
 
 
 def test_a_model_is_asked_about_what_its_own_run_held_out(run: Any, phantoms: Path, tmp_path: Path) -> None:

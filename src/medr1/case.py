@@ -51,8 +51,8 @@ def write_case(cases: Sequence[Case], out: Path) -> None:
     write_atomic(out, case_page(cases))
 
 
-def write_heatmaps(cases: Sequence[Case], out: Path) -> None:
-    """Write heatmaps as PNG: `out`, or with several of them (models, images) NAME-1.png, NAME-2.png, ….
+def write_heatmaps(cases: Sequence[Case], out: Path) -> list[Path]:
+    """Write heatmaps as PNG: `out`, or with several of them (models, images) NAME-1.png, NAME-2.png, …; these files.
 
     Raises:
         MedR1Error: no model gave an answer to explain, or a file cannot be written.
@@ -60,9 +60,11 @@ def write_heatmaps(cases: Sequence[Case], out: Path) -> None:
     heatmaps = [heatmap for case in cases for heatmap in case.heatmaps or ()]
     if not heatmaps:
         raise MedR1Error(f"{out}: there is no heatmap, since there is no answer to explain or no image; leave it out")
-    for number, heatmap in enumerate(heatmaps, start=1):
-        path = out if len(heatmaps) == 1 else out.with_name(f"{out.stem}-{number}{out.suffix}")
+    numbers = range(1, len(heatmaps) + 1)
+    paths = [out] if len(heatmaps) == 1 else [out.with_name(f"{out.stem}-{number}{out.suffix}") for number in numbers]
+    for heatmap, path in zip(heatmaps, paths, strict=True):
         try:
             heatmap.save(path, "PNG")
         except OSError as error:
             raise MedR1Error(f"{path}: cannot be written ({error.strerror}); name another file") from error
+    return paths

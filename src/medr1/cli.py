@@ -538,7 +538,8 @@ def ask(
     models = [load_respondent(model, calibration), *map(load_respondent, compare or [])]
     cases = [run(each, record, heatmap=bool(heatmap), **settings) for each in models]
     if heatmap:
-        write_heatmaps(cases, heatmap)
+        paths = write_heatmaps(cases, heatmap)
+        console.print(f"heatmap: {', '.join(map(str, paths))}", highlight=False, markup=False)
     if out:
         write_case(cases, out)
     if not as_json:
