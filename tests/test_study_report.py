@@ -439,6 +439,7 @@ def test_in_a_browser_samples_are_filtered_and_opened(browser, on_image: Path, w
 
     lines.first.locator("summary").click()
     card = lines.first.locator("article")
+    card.locator(".pictures img").wait_for(state="attached")  # the browser tells of an opened line a moment later
     assert card.locator(".pictures img").count() == 1
     assert any(name in card.locator(".from").inner_text() for name in turned)
     assert card.locator(".reply").count() == 2
