@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from image_files import error_of, grey
 from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
@@ -64,20 +65,6 @@ def dicom(path: Path, pixels: np.ndarray, *, bits: int = 16, **elements: Any) ->
         setattr(dataset, keyword, value)
     dataset.save_as(path, enforce_file_format=True)
     return path
-
-
-def grey(reference: Path | str) -> np.ndarray:
-    image = np.asarray(load_image(reference))
-    assert (image == image[..., :1]).all()
-    return image[..., 0]
-
-
-def error_of(reference: Path | str) -> str:
-    with pytest.raises(MedR1Error) as error:
-        read_image(reference)
-    message = str(error.value)
-    assert "\n" not in message and str(reference).partition("#")[0] in message
-    return message
 
 
 def lut(entries: list[int], first: int, bits: int) -> Dataset:

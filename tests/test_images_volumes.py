@@ -15,6 +15,7 @@ import skimage
 import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image_files import error_of, grey
 from PIL import Image
 
 from medr1.errors import MedR1Error
@@ -22,19 +23,6 @@ from medr1.images import expand_reference, group_of, load_image, read_image
 
 NIBABEL = Path(nibabel.__file__).parent / "tests" / "data"
 SKIMAGE = Path(skimage.__file__).parent / "data"
-
-
-def grey(reference: Path | str) -> np.ndarray:
-    image = np.asarray(load_image(reference))
-    assert (image == image[..., :1]).all()
-    return image[..., 0]
-
-
-def error_of(reference: Path | str) -> str:
-    with pytest.raises(MedR1Error) as error:
-        read_image(reference)
-    assert "\n" not in str(error.value) and str(reference).partition("#")[0] in str(error.value)
-    return str(error.value)
 
 
 def nifti(path: Path, values: np.ndarray, affine: np.ndarray | None = None, **header: Any) -> Path:

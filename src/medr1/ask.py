@@ -21,7 +21,7 @@ from torch import Tensor
 from medr1.answers import extract_answer
 from medr1.calibration import Calibration, abstains, read_calibration, tempered
 from medr1.confidence import option_logprobs, reasoning_of
-from medr1.config import Config, load_config
+from medr1.config import Config, recipe_of
 from medr1.controls import blank_image, permuted
 from medr1.errors import MedR1Error
 from medr1.evaluation import weights_fingerprint
@@ -151,9 +151,7 @@ def load_respondent(name: str, calibration: Path | None = None) -> Respondent:
     """
     calibrated = read_calibration(calibration) if calibration else None
     vlm = load_vlm(name)
-    recipe = Path(name).expanduser().resolve().parent / "recipe.toml"
-    known = name != "tiny" and recipe.is_file()
-    return Respondent(vlm, weights_fingerprint(vlm.model), load_config(recipe) if known else None, calibrated)
+    return Respondent(vlm, weights_fingerprint(vlm.model), recipe_of(name), calibrated)
 
 
 def question_about(

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from medr1 import NOTICE
-from medr1.config import Config, load_config, parse_override, to_toml
+from medr1.config import RECIPE, Config, load_config, parse_override, to_toml
 from medr1.errors import MedR1Error
 from medr1.processes import is_first, leave
 from medr1.records import Record
@@ -165,16 +165,14 @@ def evaluate_command(
 ) -> None:
     """Answer every held-out question greedily; print accuracy by modality and question type with intervals."""
     from medr1.calibration import answered, applied, calibrating, read_calibration
-    from medr1.data import leave_out_unreadable, load_parts, split_of_run
+    from medr1.data import leave_out_unreadable, load_parts
     from medr1.evaluation import evaluate
     from medr1.metrics import summarise
     from medr1.models import load_vlm
     from medr1.records import write_jsonl
 
-    overrides: dict[str, Any] = {"data.path": data, "data.modalities": modality, "data.question_types": question_type}
-    overrides |= split_of_run(model, data)
-    skip = {"data.skip_unreadable": True} if skip_unreadable else {}
-    resolved = _resolve(None, {**overrides, **skip, "rollout.mode": mode}, settings)
+    more = {"data.skip_unreadable": skip_unreadable or None, "rollout.mode": mode}
+    resolved = _asked(model, data, modality, question_type, settings, more)
     train_records, test_records = load_parts(resolved.data)
     parts = {"test": test_records, "train": train_records, "all": train_records + test_records}
     if part not in parts:
@@ -291,12 +289,11 @@ def faithfulness_command(
     as_json: JsonOption = False,
 ) -> None:
     """Edit a model's reasoning and see whether its answers follow: load-bearing, decorative, or cannot be told."""
-    from medr1.data import load_parts, split_of_run
+    from medr1.data import load_parts
     from medr1.faithfulness import KEPT, measure_faithfulness
     from medr1.models import load_vlm
 
-    overrides = {"data.path": data, "data.modalities": modality, "data.question_types": question_type}
-    resolved = _resolve(None, overrides | split_of_run(model, data), settings)
+    resolved = _asked(model, data, modality, question_type, settings)
     held_out = load_parts(resolved.data)[1]
     records = [record for record in held_out if not record.is_open]
     if len(records) < len(held_out):
@@ -352,14 +349,13 @@ def explain_command(
     as_json: JsonOption = False,
 ) -> None:
     """Heatmaps of the model's answers, and what they are worth: pointing, hiding, shuffled weights."""
-    from medr1.data import image_folder, load_parts, split_of_run
+    from medr1.data import image_folder, load_parts
     from medr1.fidelity import measure_heatmaps
     from medr1.models import load_vlm
     from medr1.regions import read_regions
     from medr1.report.heatmaps import tell, write_heatmaps_page
 
-    overrides = {"data.path": data, "data.modalities": modality, "data.question_types": question_type}
-    resolved = _resolve(None, overrides | split_of_run(model, data) | {"rollout.mode": mode}, settings)
+    resolved = _asked(model, data, modality, question_type, settings, {"rollout.mode": mode})
     rows, numbers = measure_heatmaps(
         load_vlm(model),
         _limited(load_parts(resolved.data)[1], limit, resolved),
@@ -399,7 +395,6 @@ def report_command(
     from medr1.controls import text_only_prior
     from medr1.data import load_parts
     from medr1.report import report_from_files
-    from medr1.training.base import RECIPE
 
     prior = text_only_prior(*load_parts(load_config(run / RECIPE).data)) if run else None
     _finish(
@@ -719,6 +714,21 @@ def config_command(config: ConfigOption = None, settings: SetOption = None) -> N
 def _resolve(path: Path | None, options: dict[str, Any], settings: list[str] | None) -> Config:
     overrides = {key: value for key, value in options.items() if value is not None}
     return load_config(path, overrides | dict(map(parse_override, settings or [])))
+
+
+def _asked(
+    model: str,
+    data: str,
+    modality: list[str] | None,
+    question_type: list[str] | None,
+    settings: list[str] | None,
+    more: dict[str, Any] | None = None,
+) -> Config:
+    """The recipe of a command that asks a model: held out is what the model's own run held out."""
+    from medr1.data import split_of_run
+
+    filters = {"data.path": data, "data.modalities": modality, "data.question_types": question_type}
+    return _resolve(None, filters | split_of_run(model, data) | (more or {}), settings)
 
 
 def _limited(records: list[Record], limit: int, config: Config) -> list[Record]:

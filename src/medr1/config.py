@@ -15,6 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from medr1.errors import MedR1Error
 
+RECIPE = "recipe.toml"
+"""The recipe's file in the folder of a run."""
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -171,6 +174,16 @@ def load_config(path: Path | None = None, overrides: dict[str, Any] | None = Non
             hint = f"did you mean {near[0]}?" if near else "`medr1 config` lists them"
             raise MedR1Error(f"{where}: unknown key {key}; {hint}") from error
         raise MedR1Error(f"{where}: {key} = {first['input']!r}: {first['msg'].lower()}") from error
+
+
+def recipe_of(model: str) -> Config | None:
+    """The recipe of the run that made a model, where the model's folder lies in the run's; else None.
+
+    Raises:
+        MedR1Error: the recipe is damaged.
+    """
+    path = Path(model).expanduser().resolve().parent / RECIPE
+    return load_config(path) if model != "tiny" and path.is_file() else None
 
 
 def parse_override(text: str) -> tuple[str, Any]:

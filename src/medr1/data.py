@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from medr1.config import DataConfig, load_config
+from medr1.config import DataConfig, recipe_of
 from medr1.datasets import load_records, require_images, select_records
 from medr1.datasets.embedded import cache_folder
 from medr1.errors import MedR1Error
@@ -58,10 +58,10 @@ def split_of_run(model: str, path: str) -> dict[str, float]:
     Raises:
         MedR1Error: the recipe is damaged.
     """
-    recipe = Path(model).expanduser().resolve().parent / "recipe.toml"
-    if model == "tiny" or not recipe.is_file():
+    recipe = recipe_of(model)
+    if recipe is None:
         return {}
-    trained = load_config(recipe).data
+    trained = recipe.data
     if trained.path != path and (not Path(path).exists() or Path(trained.path).resolve() != Path(path).resolve()):
         return {}
     kept = ("test_fraction", "split_seed", *(["num_phantoms"] if path == "phantoms" else []))

@@ -93,8 +93,6 @@ def evaluate(
         MedR1Error: no records, two records of one id, an unreadable image, no partner to shuffle with, rows
             of another evaluation in `out`, or a full disk. Rows written until then are whole and used again.
     """
-    if scoring != "reply" and (open_ids := [record.id for record in records if record.is_open]):
-        raise MedR1Error(f"record {open_ids[0]}: an open question has no options; score it by its reply")
     model = [fingerprint or weights_fingerprint(vlm.model), vlm.processor.image_processor.to_dict()]
     with open_evaluation(
         records,

@@ -20,14 +20,13 @@ from safetensors import SafetensorError
 from tabulate import tabulate
 
 from medr1 import NOTICE
-from medr1.config import Config, load_config, to_toml
+from medr1.config import RECIPE, Config, load_config, to_toml
 from medr1.errors import MedR1Error
 from medr1.evaluation import weights_fingerprint
 from medr1.metrics import summarise
 from medr1.models import load_vlm, merged
 from medr1.records import read_jsonl
 from medr1.report import package_versions
-from medr1.training.base import RECIPE
 
 ABOUT = "medr1.json"
 """In an exported folder: what it was made from. A folder with it may be written anew."""

@@ -23,7 +23,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from medr1.calibration import Calibration, read_calibration
-from medr1.config import Config, load_config, to_toml
+from medr1.config import RECIPE, Config, load_config, to_toml
 from medr1.errors import MedR1Error
 from medr1.faithfulness import read_faithfulness
 from medr1.images import load_image
@@ -107,7 +107,7 @@ def report_from_files(
         image_root=base.parent,
         controls=tables,
         log=read_jsonl(run / "log.jsonl") if run else (),
-        config=load_config(run / "recipe.toml") if run else None,
+        config=load_config(run / RECIPE) if run else None,
         calibration=read_calibration(calibration) if calibration else None,
         faithfulness=read_faithfulness(faithfulness) if faithfulness else None,
     )

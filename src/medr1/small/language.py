@@ -20,13 +20,11 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
-    Qwen2VLImageProcessor,
     Qwen2VLProcessor,
-    Qwen2VLVideoProcessor,
 )
 
 from medr1.errors import MedR1Error
-from medr1.tiny.build import CHAT_TEMPLATE, VISION_TOKENS
+from medr1.tiny.build import VISION_TOKENS, assemble_processor
 
 VISION = {"depth": 6, "embed_dim": 256, "num_heads": 4, "mlp_ratio": 4}
 """The tower, from nothing: five million weights beside 135 million, where Qwen2-VL-2B has 0.7 beside 1.5 billion."""
@@ -66,13 +64,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLProcessor:
         padding_side="left",
     )
     extended.add_tokens([AddedToken(token, special=True) for token in VISION_TOKENS])
-    pixels = {"shortest_edge": 56 * 56, "longest_edge": MAX_SIDE * MAX_SIDE}
-    return Qwen2VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size=pixels),
-        tokenizer=extended,
-        video_processor=Qwen2VLVideoProcessor(size=pixels),
-        chat_template=CHAT_TEMPLATE,
-    )
+    return assemble_processor(extended, MAX_SIDE)
 
 
 def give_eyes(

@@ -121,7 +121,12 @@ def build_processor() -> Qwen2VLProcessor:
     )
     tokenizer.add_tokens([AddedToken(token, special=True) for token in (*CHAT_TOKENS, *VISION_TOKENS)])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in REPLY_TOKENS])
-    pixels = {"shortest_edge": 56 * 56, "longest_edge": SIZE * SIZE}
+    return assemble_processor(tokenizer, SIZE)
+
+
+def assemble_processor(tokenizer: Any, longest_side: int) -> Qwen2VLProcessor:
+    """Qwen2-VL's processor around a tokenizer that has its vision tokens; at most longest_side² pixels."""
+    pixels = {"shortest_edge": 56 * 56, "longest_edge": longest_side * longest_side}
     return Qwen2VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=pixels),
         tokenizer=tokenizer,

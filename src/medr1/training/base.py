@@ -33,7 +33,7 @@ from transformers import ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from medr1.config import Config, to_toml
+from medr1.config import RECIPE, Config, to_toml
 from medr1.errors import MedR1Error
 from medr1.evaluation import Row, evaluate, weights_fingerprint
 from medr1.images import load_image
@@ -44,7 +44,6 @@ from medr1.prompts import build_messages
 from medr1.records import Record, append_jsonl, read_jsonl, write_atomic, write_jsonl
 from medr1.training.trackers import check_trackers
 
-RECIPE = "recipe.toml"
 LOG = "log.jsonl"
 
 
