@@ -123,6 +123,31 @@ def test_splitting_a_step_into_forwards_changes_nothing(phantoms: Path, tmp_path
     assert (results[0] - results[1]).abs().median() < 1e-7
 
 
+class Gradients(TrainerCallback):
+    """What the optimizer is given in the first step."""
+
+    def on_pre_optimizer_step(self, args: object, state: object, control: object, **kwargs: object) -> None:
+        model: torch.nn.Module = kwargs["model"]  # type: ignore[assignment]
+        self.by_name = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_bfloat16_gives_every_weight_its_gradient(phantoms: Path, tmp_path: Path) -> None:
+    """Whether prompts are read with gradient beside tokens sampled without, or apart: casts of weights are kept."""
+    found = []
+    for size in (0, 1):
+        settings = {"model.dtype": "bfloat16", "optimizer.steps": 1, "grpo.beta": 0.0}
+        config = recipe(phantoms, **LETTERS, **settings, **{"optimizer.prompts_per_forward": size})
+        trainer = make_trainer(config, tmp_path / str(size))
+        assert trainer.reads_prompts_once == (size == 0)
+        trainer.add_callback(gradients := Gradients())
+        trainer.run()
+        found.append(gradients.by_name)
+        assert all(parameter.dtype == torch.float32 for parameter in trainer.vlm.model.parameters())
+    assert found[0].keys() == found[1].keys()
+    once, apart = (torch.cat([gradient.flatten() for gradient in of.values()]) for of in found)
+    assert torch.nn.functional.cosine_similarity(once, apart, dim=0) > 0.999
+
+
 def test_reward_goes_up(phantoms: Path, tmp_path: Path) -> None:
     config = recipe(
         phantoms,

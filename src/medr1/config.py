@@ -28,7 +28,9 @@ class ModelConfig(_Section):
 
     name: str = Field("tiny", description="a hub name, a local folder, or 'tiny' (in the package)")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 where the GPU supports it, else float32"
+        "auto",
+        description="what is computed in; auto: bfloat16 where the GPU has it, else float32 (full fine-tuning keeps"
+        " float32 weights in any case)",
     )
     lora_rank: int = Field(0, ge=0, description="rank of a LoRA adapter on the language model; 0: full fine-tuning")
     lora_alpha: int = Field(32, ge=1, description="LoRA scale: the update is multiplied by alpha / rank")

@@ -306,10 +306,15 @@ def merged(vlm: VLM) -> Any:
     return vlm.core if vlm.core is vlm.model else cast(Any, vlm.model).merge_and_unload()
 
 
+def computes_in_bfloat16(dtype: str, device: str | torch.device) -> bool:
+    """Whether a recipe's dtype means bfloat16 on this device: "auto" does on a GPU that has it."""
+    on_gpu = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
+    return dtype == "bfloat16" or (dtype == "auto" and on_gpu)
+
+
 def _torch_dtype(dtype: str, device: str | torch.device) -> torch.dtype:
     if dtype == "auto":
-        on_gpu = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if on_gpu else torch.float32
+        return torch.bfloat16 if computes_in_bfloat16(dtype, device) else torch.float32
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in names:
         raise MedR1Error(f"dtype {dtype!r} is unknown; choose auto, {', '.join(names)}")

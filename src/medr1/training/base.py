@@ -38,7 +38,15 @@ from medr1.errors import MedR1Error
 from medr1.evaluation import Row, evaluate, weights_fingerprint
 from medr1.images import load_image
 from medr1.metrics import summarise
-from medr1.models import VLM, PromptBatch, add_lora, compile_text_layers, encode_prompts, freeze_vision
+from medr1.models import (
+    VLM,
+    PromptBatch,
+    add_lora,
+    compile_text_layers,
+    computes_in_bfloat16,
+    encode_prompts,
+    freeze_vision,
+)
 from medr1.processes import agree, gather
 from medr1.prompts import build_messages
 from medr1.records import Record, append_jsonl, read_jsonl, write_atomic, write_jsonl
@@ -100,9 +108,7 @@ class RecordTrainer(Trainer):
             max_grad_norm=optimizer.max_grad_norm,
             activation_checkpointing=optimizer.gradient_checkpointing,
             activation_checkpointing_kwargs={"use_reentrant": False},
-            # Full fine-tuning keeps float32 weights, since bfloat16 would round small updates away, and computes in
-            # bfloat16 where the GPU can.
-            bf16=vlm.device.type == "cuda" and torch.cuda.is_bf16_supported() and config.model.dtype != "float32",
+            bf16=computes_in_bfloat16(config.model.dtype, vlm.device),
             seed=optimizer.seed,
             data_seed=optimizer.seed,
             logging_steps=log.log_every,

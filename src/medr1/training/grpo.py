@@ -151,7 +151,8 @@ class GRPOTrainer(RecordTrainer):
             "part": (self.args.process_index, self.args.world_size),
         }
         if self.server is None:
-            rollout = sample(self.vlm, prompts, keep_prefill=self.reads_prompts_once, **settings)
+            with self.accelerator.autocast():  # around all of it, so that each weight is cast once, not for each token
+                rollout = sample(self.vlm, prompts, keep_prefill=self.reads_prompts_once, **settings)
             old_logp_NT = rollout.logp_NT
         else:
             rollout = self.server.sample(records, prompts, **settings)

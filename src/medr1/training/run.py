@@ -40,8 +40,7 @@ def _prepare(config: Config, out: Path, device: Any) -> RecordTrainer:
         left = {record.id for record in leave_out_unreadable([*train_records, *test_records], out)}
         train_records = [record for record in train_records if record.id in left]
         test_records = [record for record in test_records if record.id in left]
-    dtype = config.model.dtype
-    if dtype == "auto" and not config.model.lora_rank:
-        dtype = "float32"  # the optimizer needs float32 weights; the computation is bfloat16 where the GPU can
+    # Full fine-tuning keeps float32 weights, since bfloat16 would round small updates away; see `RecordTrainer`.
+    dtype = config.model.dtype if config.model.lora_rank else "float32"
     vlm = load_vlm(config.model.name, dtype=dtype, device=device)
     return METHODS[config.method](vlm, config, train_records, test_records, out)
