@@ -1,5 +1,6 @@
 """The study: its file, its plan, and that killed and resumed it gives what it gives undisturbed."""
 
+import csv
 import json
 import re
 import shutil
@@ -215,6 +216,26 @@ def _write(folder: Path, text: str) -> Path:
     path = folder / "study.toml"
     path.write_text(text)
     return path
+
+
+def test_some_values_are_trained_on_and_all_are_tested(phantoms: Path, tmp_path: Path) -> None:
+    text = MICRO.replace('name = "micro"', 'name = "micro"\ntrained_on = ["OCT"]\nmethods = ["sft"]')
+    text = text.replace("faithfulness = 5\n", "")
+    path = tmp_path / "study.toml"
+    path.write_text(text)
+    study = load_study(path, str(phantoms))
+    plan = make_plan(study)
+    assert [cell.trained_on for cell in plan.cells if cell.axis] == ["OCT"]
+    assert {record.modality for record in plan.test} == {"CT", "OCT"}
+    run_study(study, tmp_path / "out")
+    rows = list(csv.DictReader((tmp_path / "out/tables/matrix-modality-sft-no-think.csv").open()))
+    assert [(row["trained_on"], row["tested_on"]) for row in rows if row["trained_on"] == "OCT"][:2] == [
+        ("OCT", "CT"),
+        ("OCT", "OCT"),
+    ]
+    path.write_text(text.replace('["OCT"]', '["oct"]'))
+    with pytest.raises(MedR1Error, match="trained_on names 'oct'; these can be trained on: CT, OCT"):
+        make_plan(load_study(path, str(phantoms)))
 
 
 def test_a_control_that_cannot_be_made_stops_the_study_at_once(phantoms: Path, tmp_path: Path) -> None:

@@ -322,7 +322,7 @@ def test_the_same_study_gives_the_same_report(on_image: Path, tmp_path: Path):
     )
     write_atomic(again / "evaluations/0.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write_study_report(again)
-    for file in ("report.html", "model-card.md", "tripod-llm.md", "tables/averages.tex"):
+    for file in ("report.html", "samples.md", "model-card.md", "tripod-llm.md", "tables/averages.tex"):
         assert (again / file).read_bytes() == (on_image / file).read_bytes()
 
 
@@ -392,6 +392,15 @@ def test_model_card_and_tripod_table(on_image: Path):
     tripod = (on_image / "tripod-llm.md").read_text(encoding="utf-8")
     assert [int(line.split("|")[1]) for line in tripod.splitlines() if re.match(r"\| \d", line)] == list(range(1, 20))
     assert "| Ethical approval" in tripod and "not reported" in tripod
+
+
+def test_samples_are_drawn_by_seed_and_kept_as_text(on_image: Path):
+    text = (on_image / "samples.md").read_text(encoding="utf-8")
+    names = [line.split(",")[0].removeprefix("## ") for line in text.splitlines() if line.startswith("## ")]
+    asked = sorted({row["id"] for row in read_jsonl(on_image / "evaluations/0.jsonl")})
+    assert names == random.Random(0).sample(asked, 10)
+    assert text.count("\nBefore, ") == text.count("\nAfter, ") == 10
+    assert "GRPO think" in text and "not for clinical use" in text
 
 
 def test_folders_without_a_finished_study(tmp_path: Path):

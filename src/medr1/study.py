@@ -83,6 +83,7 @@ class Study(BaseModel):
 
     name: str = Field(description="title of the report")
     axes: tuple[Axis, ...] = Field(("modality", "question_type"), min_length=1, description="what is trained apart")
+    trained_on: tuple[str, ...] = Field((), description="train on these values of the axes only; empty: on each")
     methods: tuple[Method, ...] = Field(("sft", "grpo"), min_length=1, description="SFT is trained in no-think alone")
     modes: tuple[Mode, ...] = Field(MODES, min_length=1, description="modes of GRPO")
     seeds: tuple[int, ...] = Field((0,), min_length=1, description="training seeds; each repeats every cell")
@@ -278,6 +279,9 @@ def make_plan(study: Study) -> Plan:
         values[axis] = [value for value in VALUES[axis] if value in trainable & testable]
         if not values[axis]:
             raise MedR1Error(f"{data.path}: no {axis.replace('_', ' ')} with training and test records; drop the axis")
+    known = [value for axis in study.axes for value in values[axis]]
+    if unknown := [value for value in study.trained_on if value not in known]:
+        raise MedR1Error(f"{data.path}: trained_on names {unknown[0]!r}; these can be trained on: {', '.join(known)}")
     test_records = _capped(study, test_records)
     for control in study.controls:  # now, rather than after hours of training
         as_shown(test_records, control, data.split_seed)
@@ -289,6 +293,7 @@ def make_plan(study: Study) -> Plan:
         for seed in study.seeds
         for axis in study.axes
         for value in values[axis]
+        if not study.trained_on or value in study.trained_on
         for method in study.methods
         for mode in (study.modes if method == "grpo" else SFT_MODES)
     ]
@@ -379,7 +384,8 @@ def list_cells(study: Study, out: Path) -> list[dict[str, Any]]:
 def _identity(plan: Plan, out: Path) -> str:
     """Content of study.json; refuses a folder that holds another. Baselines may change: nothing else rests on them."""
     path = out / "study.json"
-    later = {"baselines"} | (set() if plan.study.faithfulness else {"faithfulness"})  # folders older than the setting
+    added = {name for name in ("faithfulness", "trained_on") if not getattr(plan.study, name)}  # after older folders
+    later = {"baselines"} | added
     identity = {"study": plan.study.model_dump(mode="json", exclude=later), "data_sha256": plan.data_sha256}
     if path.exists():
         there = json.loads(path.read_text(encoding="utf-8"))
@@ -416,7 +422,7 @@ def _answer(plan: Plan, cell: Cell, out: Path) -> None:
     if cell.axis and not (run / "model").is_dir():
         train(cell_recipe(study, cell), run)
         gc.collect()  # a Trainer is a cycle, and would keep its model and optimizer on the GPU
-    vlm = load_vlm(cell.model or str(run / "model"))
+    vlm = load_vlm(cell.model or str(run / "model"), dtype=study.recipe.model.dtype)
     vlm.name = cell.model or cell.name  # rows shall not name this machine's folders
     settings |= {"batch_size": study.batch_size, "donors": plan.test}
     for condition, records in plan.asked(cell):

@@ -307,3 +307,9 @@ def _svg(figure: Figure, title: str) -> str:
     assert size, "matplotlib writes a view box"
     head = f'<svg class="plot" role="img" aria-label="{title}" viewBox="{size[0][9:-1]}">'
     return head + text[text.index(">") + 1 :]
+
+
+def standalone(svg: str) -> str:
+    """A figure of these as a file of its own."""
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return svg.replace("<svg ", f'<svg {names} style="background: white" ', 1)

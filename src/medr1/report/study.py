@@ -8,6 +8,7 @@ import base64
 import gzip
 import json
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ from typing import Any
 from markupsafe import Markup
 
 from medr1.metrics import AXES, MIN_N, Row
-from medr1.records import read_jsonl, write_atomic
+from medr1.records import LETTERS, read_jsonl, write_atomic
 from medr1.report import environment, p_value, percent, points, span, span_points, thumbnail
 from medr1.report.exports import write_exports
-from medr1.report.plots import CURVES, curve_panel, study_plot
+from medr1.report.plots import CURVES, curve_panel, standalone, study_plot
 from medr1.report.study_numbers import Line, StudyResults, study_numbers
 from medr1.report.trust import faithfulness_section
 
@@ -37,11 +38,13 @@ CONDITIONS = {
 }
 STROKES = {"-": "━━━", "--": "━ ━", "-.": "━ ·", ":": "···"}
 """A dash of matplotlib's as the key writes it."""
+SAMPLES = 10
+"""Replies in samples.md."""
 OUTCOMES = ("letter", "ambiguous", "refusal", "truncated", "invalid", "unparsed")
 
 
 def write_study_report(folder: Path) -> dict[str, Any]:
-    """Write report.html, tables/, model-card.md and tripod-llm.md into a finished study's folder.
+    """Write report.html, figures/, tables/, samples.md, model-card.md and tripod-llm.md into a finished study's folder.
 
     Returns:
         report (path), image ("good", "bad" or "open": whether the image is what is used), verdict (the sentence that
@@ -57,6 +60,8 @@ def write_study_report(folder: Path) -> dict[str, Any]:
     axes = list(dict.fromkeys(line["axis"] for line in numbers["lines"]))
     pages = environment()
     pages.filters |= {f.__name__: f for f in (number, cell_class, shade, in_words)}
+    plots = {axis: study_plot(_of(numbers, axis), f"other {WORDS[axis][1]}") for axis in axes}
+    curves = _curves(study)
     page = pages.get_template("study.html.j2").render(
         results=study.results,
         settings=json.dumps(study.results["study"], indent=1, ensure_ascii=False),
@@ -68,17 +73,21 @@ def write_study_report(folder: Path) -> dict[str, Any]:
         how=_how(study, numbers),
         verdict=verdict,
         story=story,
-        plots={axis: study_plot(_of(numbers, axis), f"other {WORDS[axis][1]}") for axis in axes},
+        plots=plots,
         compared={(c["axis"], c["side"], c["kind"], c["after"]): c for c in numbers["comparisons"]},
         others=[c for c in numbers["comparisons"] if c["kind"] != "base"],
         faithfulness=[(f["cell"], faithfulness_section(f)) for f in study.results.get("faithfulness", ())],
-        curves=_curves(study),
+        curves=curves,
         curve_styles=[(colour, STROKES[dash]) for colour, dash in CURVES],
         viewer=viewer,
         packed=_pack(viewer),
         min_n=MIN_N,
     )
     write_atomic(folder / "report.html", page)
+    write_atomic(folder / "samples.md", _samples(study))
+    figures = plots | {f"{title} {value}": svg for title, _, panels in curves for value, svg in panels}
+    for name, svg in figures.items():
+        write_atomic(folder / "figures" / f"{re.sub('[^a-z0-9]+', '-', name.lower())}.svg", standalone(svg))
     write_exports(study, numbers, verdict, folder)
     own = {f"{line['axis']}, {line['label']}": line["own"]["accuracy"] for line in numbers["lines"]}
     return {"report": str(folder / "report.html"), "image": verdict[0], "verdict": verdict[1], **own}
@@ -320,6 +329,32 @@ def _viewer(study: StudyResults) -> dict[str, Any]:
         "shown": len(kept),
         "pictures": len(paths),
     }
+
+
+def _samples(study: StudyResults) -> str:
+    """Replies of the first way of training that thinks, or of the first, as Markdown."""
+    line = next((line for line in study.lines if line.mode == "think"), study.lines[0])
+    before, after = _replies(study, "base", line.mode), _replies(study, line.method, line.mode, line.axis)
+    seed = study.results["study"]["recipe"]["data"]["split_seed"]
+    drawn = random.Random(seed).sample(sorted(after), min(SAMPLES, len(after)))
+    parts = [
+        f"# {study.results['study']['name']}: {len(drawn)} replies before and after",
+        f"{line.label}; after training on the question's own {WORDS[line.axis][0]}, first seed. Drawn by seed {seed},"
+        f" not by hand, from {len(after)} held-out questions. Research use only, not for clinical use.",
+    ]
+    for name in drawn:
+        row = after[name]
+        options = [f"{letter}) {text}" for letter, text in zip(LETTERS, row["options"], strict=False)]
+        asked = _code([row["question"], *options, f"right: {row['gold']}"])
+        parts += [f"## {name}, {row['modality']}, {row['question_type']}", asked]
+        for when, of in (("Before", before[name]), ("After", row)):
+            parts += [f"{when}, {'right' if of['correct'] else 'wrong'}:", _code(of["reply"].splitlines() or [""])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _code(lines: Sequence[str]) -> str:
+    """As Markdown code, whatever the lines hold."""
+    return "\n".join(f"    {line}" for line in lines)
 
 
 def _replies(study: StudyResults, method: str, mode: str, axis: str | None = None) -> dict[str, Row]:
