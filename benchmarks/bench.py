@@ -2,6 +2,7 @@
 
     python benchmarks/bench.py              # everything: tables, growth.svg, results.json
     python benchmarks/bench.py --quick      # the two headline settings once, under a minute
+    python benchmarks/bench.py --model DIR  # one model folder: step, parts and peak memory at 16 and 48 tokens
     python benchmarks/bench.py --profile    # only: torch profiler tables of one step of ours, profile-*.txt
 
 Each round makes one whole training step of ours and one of TRL's, through their own `train()`, on the same prompts
@@ -304,6 +305,19 @@ def profile(out: Path) -> None:
         print(path)
 
 
+def compare_on(model: str, rounds: int, out: Path) -> dict[str, Any]:
+    """Time of a step and peak memory of both sides with the weights of a model folder, 2 prompts, G = 8."""
+    workloads = [Workload(f"{tokens} tokens", tokens, num_prompts=2, model=model) for tokens in (16, 48)]
+    results: list[dict[str, Any]] = []
+    for workload in workloads:
+        results.append(compare(workload, rounds))
+        print(table_row(results[-1]), flush=True)
+        results[-1]["memory_mib"] = {side: peak_memory(side, workload) for side in ("ours", "trl")}
+    found = {"model": Path(model).name, "prompts": 2, "G": 8, "workloads": results, "versions": versions()}
+    (out / "results-model.json").write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
 def plot_growth(curves: dict[int, dict[int, dict[str, Any]]], out: Path) -> None:
     """Step time over G, relative to G = 4, of both sides; `curves` by new tokens and G."""
     import matplotlib
@@ -354,6 +368,7 @@ def table_row(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="only the headline settings, once")
+    parser.add_argument("--model", help="only: this model folder in place of the random weights")
     parser.add_argument("--profile", action="store_true", help="only profiler tables of ours")
     parser.add_argument(
         "--rounds", type=int, default=5, help="rounds of the headline settings (others: 3 at most, growth 2)"
@@ -375,6 +390,9 @@ def main() -> None:
     print("| seconds: TRL / ours = ratio | prompt tokens | whole step | rollout | policy | reference |")
     print("|---|---|---|---|---|---|")
     few = min(3, args.rounds)
+    if args.model:
+        print(json.dumps(compare_on(args.model, few, args.out)))
+        return
     results = []
     for workload in HEADLINE if args.quick else (*HEADLINE, *OTHERS):
         results.append(compare(workload, 1 if args.quick else args.rounds if workload in HEADLINE else few))

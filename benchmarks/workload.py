@@ -61,6 +61,8 @@ class Workload:
     short_prompt: bool = False
     small: bool = False
     """A model of a few thousand weights, for tests."""
+    model: str = ""
+    """A model folder to measure in place of the random weights."""
 
 
 def share_of_e(reply: str, record: Record, mode: str) -> float:
@@ -121,6 +123,17 @@ def write_model(folder: Path, *, pixels: int, small: bool = False) -> Path:
     return folder
 
 
+def copy_model(source: str, folder: Path) -> Path:
+    """A model (float32) with the end-of-turn token of the other workloads."""
+    vlm = load_vlm(source, dtype="float32", device="cpu")
+    vlm.tokenizer.eos_token = "<|video_pad|>"
+    end = vlm.tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    vlm.core.config.get_text_config().eos_token_id = vlm.core.generation_config.eos_token_id = end
+    vlm.core.save_pretrained(folder)
+    vlm.processor.save_pretrained(folder)
+    return folder
+
+
 def write_records(
     folder: Path, *, count: int, pixels: int, short_prompt: bool = False, questions: int = 1
 ) -> list[Record]:
@@ -153,7 +166,10 @@ def write_records(
 
 def write_files(workload: Workload, folder: Path) -> list[Record]:
     """Model and records of a workload, in `folder/model` and `folder/images`."""
-    write_model(folder / "model", pixels=workload.pixels, small=workload.small)
+    if workload.model:
+        copy_model(workload.model, folder / "model")
+    else:
+        write_model(folder / "model", pixels=workload.pixels, small=workload.small)
     return write_records(
         folder / "images", count=workload.num_prompts, pixels=workload.pixels, short_prompt=workload.short_prompt
     )

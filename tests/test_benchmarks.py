@@ -15,7 +15,7 @@ SMALL = {"new_tokens": 3, "num_completions": 2, "num_prompts": 2, "pixels": 56, 
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("overrides", [{}, {"beta": 0.0, "lora_rank": 2}])
+@pytest.mark.parametrize("overrides", [{}, {"beta": 0.0, "lora_rank": 2}, {"model": "tiny"}])
 def test_a_comparison(overrides: dict[str, float]) -> None:
     """Equal prompts, weights and lengths are asserted inside."""
     result = bench.compare(Workload("test", **SMALL | overrides), rounds=1)
