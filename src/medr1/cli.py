@@ -205,7 +205,7 @@ def evaluate_command(
         _print_summary(summarise(rows) | totals, as_json)
         return
     rows = evaluate(
-        load_vlm(model),
+        load_vlm(model, dtype=resolved.model.dtype),
         records,
         mode=mode,
         out=out,
@@ -299,7 +299,7 @@ def faithfulness_command(
     if len(records) < len(held_out):
         console.print(f"{len(held_out) - len(records)} open questions have no options to compare and are left out")
     numbers = measure_faithfulness(
-        load_vlm(model),
+        load_vlm(model, dtype=resolved.model.dtype),
         _limited(records, limit, resolved),
         out=out,
         max_new_tokens=max_new_tokens,
@@ -357,7 +357,7 @@ def explain_command(
 
     resolved = _asked(model, data, modality, question_type, settings, {"rollout.mode": mode})
     rows, numbers = measure_heatmaps(
-        load_vlm(model),
+        load_vlm(model, dtype=resolved.model.dtype),
         _limited(load_parts(resolved.data)[1], limit, resolved),
         out=out,
         method=method,

@@ -5,7 +5,8 @@
 Three stages. Seeing: the tower alone learns to name each image's facts (the right options of its questions) and to
 agree, place by place, with an ImageNet encoder (EfficientNet-lite0, Apache-2.0, from a PyPI package). A fact is named
 by the language model's own embedding of its words, so that image tokens lie where their words do. Aligning: the
-language model, frozen, reads the image's tokens and the tower learns to make it say these facts. Answering: all
+tower's last part, the projector, learns to make the language model, frozen, go on with the right fact after words such
+as "The finding is". Answering: all
 weights learn some of the questions in the three prompt modes; part of the rationales name the image's other facts
 first, part give the answer alone, so that GRPO has something to choose from.
 
@@ -63,7 +64,7 @@ class Stage:
 
 PLAN = {
     "seeing": Stage(steps=1500, batch=32, learning_rate=1e-3),
-    "aligning": Stage(steps=250, batch=8, learning_rate=5e-4),
+    "aligning": Stage(steps=250, batch=8, learning_rate=1e-3),
     "answering": Stage(steps=320, batch=8, learning_rate=1e-4),
 }
 
@@ -195,7 +196,8 @@ class Builder:
 
     def _run_stage(self, number: int, name: str, first: int, optimizer_state: Any, progress: Progress) -> None:
         stage = self.plan[name]
-        trained = {"seeing": self.eyes, "aligning": self.model.model.visual, "answering": self.model}[name]
+        projector = self.model.model.visual.merger
+        trained = {"seeing": self.eyes, "aligning": projector, "answering": self.model}[name]
         self.model.requires_grad_(False)
         trained.requires_grad_(True)
         parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
@@ -266,7 +268,7 @@ class Builder:
         return seen[0].flatten(1).T
 
     def _say(self, rng: Generator, batch: int, stage: str) -> tuple[Tensor, dict[str, float]]:
-        """Loss of one batch of replies: captions in "aligning", answers in "answering"."""
+        """Loss of one batch of replies: a fact in "aligning", answers in "answering"."""
         prompts, replies, pictures = [], [], []  # of the batch, pictures in the order of their prompts
         for index in rng.integers(len(self.records), size=batch):
             record = self.records[int(index)]
@@ -274,15 +276,19 @@ class Builder:
             if stage == "aligning":
                 content = [*({"type": "image"} for _ in record.images), {"type": "text", "text": CAPTION_PROMPT}]
                 messages: list[Any] = [{"role": "user", "content": content}]
-                reply = rationale(facts)
+                kind = str(rng.choice(list(facts)))
+                begun, _, ended = SAYS[kind].partition(" {}")
+                reply = f" {facts[kind]}{ended}"
             else:
                 mode = str(rng.choice(MODES, p=(0.5, 0.35, 0.15)))
                 assert record.question_type is not None
                 own = {record.question_type: record.gold}
                 reasoning = rationale(facts | own if rng.random() < CAREFUL_SHARE else own)
-                messages, reply = build_messages(record, mode), reply_text(mode, reasoning, record.gold)
-            prompts.append(self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-            replies.append(reply + "<|im_end|>")
+                messages, begun = build_messages(record, mode), ""
+                reply = reply_text(mode, reasoning, record.gold) + "<|im_end|>"
+            asked = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            prompts.append(asked + begun)
+            replies.append(reply)
             pictures += [self._crop(rng, load_image(path))[0] for path in record.images]
         inputs = self.processor(
             text=[prompt + reply for prompt, reply in zip(prompts, replies, strict=True)],
