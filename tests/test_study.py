@@ -165,7 +165,7 @@ def test_two_updates_on_a_batch_need_twice_the_steps(tmp_path: Path) -> None:
 
 def test_shipped_studies_are_valid() -> None:
     studies = {path.stem: load_study(path) for path in (ROOT / "configs").glob("study-*.toml")}
-    assert studies.keys() == {"study-tiny", "study-real", "study-omnimedvqa"}
+    assert studies.keys() == {"study-tiny", "study-real", "study-small", "study-omnimedvqa"}
     published = load_config(ROOT / "configs" / "omnimedvqa-qwen2vl-2b.toml")
     ours = cell_recipe(studies["study-omnimedvqa"], Cell("grpo", "think", axis="modality", trained_on="CT", seed=0))
     assert ours.model_copy(update={"data": published.data}) == published

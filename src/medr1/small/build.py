@@ -32,6 +32,7 @@ from medr1.config import DataConfig
 from medr1.data import load_parts
 from medr1.errors import MedR1Error
 from medr1.images import load_image
+from medr1.models import VLM
 from medr1.prompts import MODES, build_messages
 from medr1.records import QUESTION_TYPES, Record, append_jsonl, read_jsonl, write_atomic, write_jsonl
 from medr1.report.plots import curve_panel, standalone
@@ -63,9 +64,9 @@ class Stage:
 
 
 PLAN = {
-    "seeing": Stage(steps=1500, batch=32, learning_rate=1e-3),
-    "aligning": Stage(steps=250, batch=8, learning_rate=1e-3),
-    "answering": Stage(steps=320, batch=8, learning_rate=1e-4),
+    "seeing": Stage(steps=1200, batch=32, learning_rate=1e-3),
+    "aligning": Stage(steps=200, batch=8, learning_rate=1e-3),
+    "answering": Stage(steps=80, batch=8, learning_rate=1e-4),
 }
 
 Box = tuple[float, float, float, float]
@@ -149,6 +150,7 @@ class Builder:
         language, tokenizer = load_language()
         self.processor = build_processor(tokenizer)
         self.model = give_eyes(language, self.processor, seed)
+        VLM(self.model, self.processor, "small")  # its patch projection is a matrix product, much faster on a CPU
         self.teacher = load_teacher()
         self.maps: dict[Path, Tensor] = {}  # what the teacher saw in an image, (1, 1280, 7, 7) float16
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
