@@ -617,7 +617,7 @@ def build_small(
     seed: Annotated[int, typer.Option("--seed", help="of weights, batches and crops")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """SmolLM2-135M given eyes, from the training part of a data set: hours on two cores; the same command resumes."""
+    """SmolLM2-135M given eyes, from the training part of a data set: half an hour on two cores; it resumes."""
     from medr1.small.build import build
 
     folder = build(load_config(overrides={"data.path": data}).data, out, seed=seed)

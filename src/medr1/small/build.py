@@ -1,6 +1,6 @@
 """Build `small`: SmolLM2-135M-Instruct given eyes, on the training part of a data set.
 
-    medr1 build small --data DATA --out runs/small        # three quarters of an hour on two cores; stops and resumes
+    medr1 build small --data DATA --out runs/small        # half an hour on two cores; stops and resumes
 
 Three stages. Seeing: the tower alone learns to name each image's facts (the right options of its questions) and to
 agree, place by place, with an ImageNet encoder (EfficientNet-lite0, Apache-2.0, from a PyPI package). A fact is named
