@@ -221,9 +221,7 @@ def _write(folder: Path, text: str) -> Path:
 def test_some_values_are_trained_on_and_all_are_tested(phantoms: Path, tmp_path: Path) -> None:
     text = MICRO.replace('name = "micro"', 'name = "micro"\ntrained_on = ["OCT"]\nmethods = ["sft"]')
     text = text.replace("faithfulness = 5\n", "")
-    path = tmp_path / "study.toml"
-    path.write_text(text)
-    study = load_study(path, str(phantoms))
+    study = load_study(_write(tmp_path, text), str(phantoms))
     plan = make_plan(study)
     assert [cell.trained_on for cell in plan.cells if cell.axis] == ["OCT"]
     assert {record.modality for record in plan.test} == {"CT", "OCT"}
@@ -233,9 +231,9 @@ def test_some_values_are_trained_on_and_all_are_tested(phantoms: Path, tmp_path:
         ("OCT", "CT"),
         ("OCT", "OCT"),
     ]
-    path.write_text(text.replace('["OCT"]', '["oct"]'))
+    misspelt = load_study(_write(tmp_path, text.replace('["OCT"]', '["oct"]')), str(phantoms))
     with pytest.raises(MedR1Error, match="trained_on names 'oct'; these can be trained on: CT, OCT"):
-        make_plan(load_study(path, str(phantoms)))
+        make_plan(misspelt)
 
 
 def test_a_control_that_cannot_be_made_stops_the_study_at_once(phantoms: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from markupsafe import Markup
@@ -40,6 +41,8 @@ STROKES = {"-": "━━━", "--": "━ ━", "-.": "━ ·", ":": "···"}
 """A dash of matplotlib's as the key writes it."""
 SAMPLES = 10
 """Replies in samples.md."""
+CODE = " " * 4
+"""What stands before each line of Markdown code."""
 OUTCOMES = ("letter", "ambiguous", "refusal", "truncated", "invalid", "unparsed")
 
 
@@ -345,16 +348,11 @@ def _samples(study: StudyResults) -> str:
     for name in drawn:
         row = after[name]
         options = [f"{letter}) {text}" for letter, text in zip(LETTERS, row["options"], strict=False)]
-        asked = _code([row["question"], *options, f"right: {row['gold']}"])
-        parts += [f"## {name}, {row['modality']}, {row['question_type']}", asked]
+        asked = "\n".join([row["question"], *options, f"right: {row['gold']}"])
+        parts += [f"## {name}, {row['modality']}, {row['question_type']}", indent(asked, CODE)]
         for when, of in (("Before", before[name]), ("After", row)):
-            parts += [f"{when}, {'right' if of['correct'] else 'wrong'}:", _code(of["reply"].splitlines() or [""])]
+            parts += [f"{when}, {'right' if of['correct'] else 'wrong'}:", indent(of["reply"], CODE)]
     return "\n\n".join(parts) + "\n"
-
-
-def _code(lines: Sequence[str]) -> str:
-    """As Markdown code, whatever the lines hold."""
-    return "\n".join(f"    {line}" for line in lines)
 
 
 def _replies(study: StudyResults, method: str, mode: str, axis: str | None = None) -> dict[str, Row]:

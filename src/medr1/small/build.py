@@ -146,6 +146,8 @@ class Builder:
             raise MedR1Error("no training question has an image and a question type; give data that says both")
         self.images = sorted(self.facts)
         self.names = sorted({(kind, name) for facts in self.facts.values() for kind, name in facts.items()})
+        kinds = [kind for kind, _ in self.names]  # sorted, so that those of a question type stand together
+        self.spans = {kind: slice(kinds.index(kind), kinds.index(kind) + kinds.count(kind)) for kind in set(kinds)}
         self.out, self.seed, self.plan = out, seed, plan
         language, tokenizer = load_language()
         self.processor = build_processor(tokenizer)
@@ -245,14 +247,13 @@ class Builder:
             for key, box, size in zip(keys, boxes, inputs["image_grid_thw"], strict=True)
         ]
         distance = 1 - nn.functional.cosine_similarity(seen.float(), torch.cat(target), dim=-1).mean()
-        kinds = np.array([kind for kind, _ in self.names])
         losses, right = [], []
         for row, key in zip(logits, keys, strict=True):
             for kind, name in self.facts[key].items():
-                among = np.flatnonzero(kinds == kind)
-                place = among.tolist().index(self.names.index((kind, name)))
-                losses.append(nn.functional.cross_entropy(row[among].float(), torch.tensor(place, device=self.device)))
-                right.append(int(row[among].argmax()) == place)
+                among = row[self.spans[kind]].float()
+                place = self.names.index((kind, name)) - self.spans[kind].start
+                losses.append(nn.functional.cross_entropy(among, torch.tensor(place, device=self.device)))
+                right.append(int(among.argmax()) == place)
         loss = torch.stack(losses).mean() + distance
         return loss, {"facts_right": round(float(np.mean(right)), 3), "distance": round(distance.item(), 4)}
 
