@@ -10,6 +10,7 @@ import gzip
 import io
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from medr1.records import read_jsonl
@@ -26,16 +27,18 @@ def main() -> None:
     for log in sorted(study.glob("runs/*/log.jsonl")):
         (out / "logs").mkdir(exist_ok=True)
         shutil.copy(log, out / "logs" / f"{log.parent.name}.jsonl")
+    keep_rows(sorted((study / "evaluations").glob("*.jsonl")), out / "rows.csv.gz")
+
+
+def keep_rows(evaluations: Iterable[Path], out: Path) -> None:
+    """One row a reply, by evaluation and id; equal evaluations give equal bytes."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("evaluation", *FIELDS))
-    count = 0
-    for path in sorted((study / "evaluations").glob("*.jsonl")):
+    for path in evaluations:
         for row in sorted(read_jsonl(path), key=lambda row: row["id"]):
             writer.writerow((path.stem, *(row[field] for field in FIELDS)))
-            count += 1
-    (out / "rows.csv.gz").write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
-    print(f"{out}: {count:,} replies")
+    out.write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
 
 
 if __name__ == "__main__":

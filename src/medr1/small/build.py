@@ -4,11 +4,10 @@
 
 Three stages. Seeing: the tower alone learns to name each image's facts (the right options of its questions) and to
 agree, place by place, with an ImageNet encoder (EfficientNet-lite0, Apache-2.0, from a PyPI package). A fact is named
-by the language model's own embedding of its words, so that image tokens lie where their words do. Aligning: the
-tower's last part, the projector, learns to make the language model, frozen, go on with the right fact after words such
-as "The finding is". Answering: all
-weights learn some of the questions in the three prompt modes; part of the rationales name the image's other facts
-first, part give the answer alone, so that GRPO has something to choose from.
+by the language model's own embedding of its words, so that image tokens lie where their words do. Aligning: the tower's
+last part, the projector, learns to make the language model, frozen, go on with the right fact after words such as "The
+finding is". Answering: all weights learn some of the questions in the three prompt modes; part of the rationales name
+the image's other facts first, part give the answer alone, so that GRPO has something to choose from.
 
 Only the training part of the split that `medr1 train` makes is read, with the same seed: held-out groups stay unseen.
 Every batch is a function of (seed, stage, step), so a stopped build resumes exactly.
