@@ -31,6 +31,7 @@ class Planted:
     def __init__(self, folder: Path, *, num_images: int = 20, values: int = 3, seeds: tuple[int, ...] = (0,), **true):
         self.folder, self.seeds = folder, seeds
         self.values = {axis: names[:values] for axis, names in VALUES.items()}
+        self.trained_on = self.values
         vars(self).update(true)
         self.records = [
             {
@@ -103,13 +104,13 @@ class Planted:
             rows = self.rows(lambda _: self.base, f"base {next(iter(modes))}" if seed == 0 else "permuted")
             self.add("base", next(iter(modes)), None, None, None, rows, condition)
         self.add("baseline", "no-think", None, None, None, self.rows(lambda _: 0.6, "baseline"))
-        for axis, values in self.values.items():
+        for axis, values in self.trained_on.items():
             for value in values:
                 for method, mode in methods:
                     for seed in self.seeds:
                         self._cell(method, mode, axis, value, seed, controls)
         priors = []
-        for axis, values in self.values.items():
+        for axis, values in self.trained_on.items():
             for value in values:
                 rows = [{**r, "correct": self.prior if r[axis] == value else 0.25} for r in self.records]
                 priors.append({"axis": axis, "trained_on": value, "table": accuracy_table(rows)})
@@ -233,6 +234,34 @@ def test_the_verdict_is_no_better_than_the_controls(tmp_path: Path, true: dict, 
     folder = Planted(tmp_path / "study", **true).write(controls=controls)
     summary = write_study_report(folder)
     assert (summary["image"], summary["verdict"]) == (worth, words)
+
+
+@pytest.mark.parametrize("trained", [1, 2, 3])
+def test_the_base_is_averaged_over_the_questions_of_the_models_beside_it(tmp_path: Path, trained: int):
+    (tmp_path / "study").mkdir()
+    made = Planted(tmp_path / "study")
+    made.trained_on = {axis: values[:trained] for axis, values in made.values.items()}
+    numbers = study_numbers(StudyResults(made.write()))
+    answers = read_jsonl(made.folder / "evaluations/0.jsonl")  # the base's, in no-think
+
+    def accuracy(axis: str, values) -> float:
+        parts = [[row["correct"] for row in answers if row[axis] == value] for value in values]
+        return sum(sum(part) / len(part) for part in parts) / len(parts)
+
+    for axis, values in made.values.items():
+        own = values[:trained]
+        others = values[1:] if trained == 1 else values  # what at least one model was not trained on
+        base = next(b for b in numbers["bases"] if (b["axis"], b["mode"]) == (axis, "no-think"))
+        assert base["own"]["accuracy"] == pytest.approx(accuracy(axis, own))
+        assert base["others"]["accuracy"] == pytest.approx(accuracy(axis, others))
+        sft = next(line for line in numbers["lines"] if (line["axis"], line["method"]) == (axis, "sft"))
+        assert sft["base"] == base["own"]
+        for side in ("own", "others"):
+            change = next(
+                c["difference"] for c in numbers["comparisons"]
+                if (c["axis"], c["side"], c["kind"], c["after"]) == (axis, side, "base", "SFT no-think")
+            )  # fmt: skip
+            assert change == pytest.approx(sft[side]["accuracy"] - base[side]["accuracy"])
 
 
 def test_numbers_against_their_slow_definition(tmp_path: Path):
@@ -367,7 +396,7 @@ def test_tables_for_citing(on_image: Path):
     assert [row["verdict"] for row in rows] == ["noise", "up", "noise"]
     with (on_image / "tables/averages.csv").open() as file:
         base = next(csv.DictReader(file))
-    assert base["model"] == "base no-think" and base["difference"] == ""  # undefined is empty, never 0
+    assert base["model"] == "base think" and base["difference"] == ""  # undefined is empty, never 0
     names = {path.stem for path in (on_image / "tables").iterdir()}
     assert {"averages", "comparisons", "controls", "option-order", "models", "runs"} < names
     for name in names:

@@ -196,13 +196,10 @@ def _averages(numbers: dict[str, Any]) -> Table:
     records: list[dict[str, Any]] = []
     lines = []
     for axis in dict.fromkeys(line["axis"] for line in numbers["lines"]):
-        for model in numbers["untrained"]:
-            if model["method"] == "base":
-                records += [
-                    _average(axis, f"base {model['mode']}", side, model[axis], None) for side in ("own", "others")
-                ]
-                cell = _percent(model[axis])
-                lines.append([_axis(axis), f"base {model['mode']}", cell, "–", cell, "–"])
+        for base in (base for base in numbers["bases"] if base["axis"] == axis):
+            label = f"base {base['mode']}"
+            records += [_average(axis, label, side, base[side], None) for side in ("own", "others")]
+            lines.append([_axis(axis), label, _percent(base["own"]), "–", _percent(base["others"]), "–"])
         for line in (line for line in numbers["lines"] if line["axis"] == axis):
             text = [_axis(axis), line["label"]]
             for side in ("own", "others"):

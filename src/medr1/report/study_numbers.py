@@ -126,6 +126,7 @@ def study_numbers(study: StudyResults) -> dict[str, Any]:
             says of all of them together, and their `verdict`.
         comparisons: what `comparisons` gives.
         matrices: what `matrix` gives for each line.
+        bases: what `bases` gives.
         untrained: what `untrained` gives.
         order: what `option_order` gives.
     """
@@ -137,6 +138,7 @@ def study_numbers(study: StudyResults) -> dict[str, Any]:
         "lines": lines,
         "comparisons": comparisons(study),
         "matrices": [matrix(study, line) for line in study.lines],
+        "bases": bases(study),
         "untrained": untrained(study),
         "order": option_order(study),
     }
@@ -147,7 +149,7 @@ def line_numbers(study: StudyResults, line: Line) -> dict[str, Any]:
 
     Returns:
         axis, method, mode, label, seeds.
-        own, others, base: in the own domain, in the others, and of the untrained model.
+        own, others, base: in the own domain, in the others, and of the untrained model in the own domain.
         seeds_own: accuracy in the own domain, one a seed.
         prior: average of the option-text prior learned on a value and tested on it.
         controls: condition to accuracy in the own domain, with `cost`: what the image adds on the same questions, see
@@ -171,7 +173,7 @@ def line_numbers(study: StudyResults, line: Line) -> dict[str, Any]:
         "seeds": seeds,
         "own": macro(own, line.axis),
         "others": macro(study.others(line), line.axis),
-        "base": macro(study.base(line.mode), line.axis),
+        "base": macro(asked_too(study.base(line.mode), own), line.axis),
         "seeds_own": [macro(rows, line.axis)["accuracy"] for rows in by_seed],
         "prior": _prior_average([prior["table"][f"by_{line.axis}"][prior["trained_on"]] for prior in priors]),
         "controls": controls,
@@ -250,23 +252,39 @@ def matrix(study: StudyResults, line: Line) -> dict[str, Any]:
     }
 
 
+def bases(study: StudyResults) -> list[dict[str, Any]]:
+    """The untrained model on the questions that the lines of an axis answer, for each axis and each mode.
+
+    Returns:
+        axis, mode, own and others (`metrics.macro`), controls: condition to accuracy in the own domain.
+    """
+    found = []
+    for axis in dict.fromkeys(line.axis for line in study.lines):
+        trained = {entry.trained_on for entry in study.entries if entry.axis == axis}
+        for mode in MODES:
+            conditions = {name: study.base(mode, name) for name in ("image", *CONTROLS)}
+            own = {name: [row for row in rows if row[axis] in trained] for name, rows in conditions.items() if rows}
+            if shown := own.pop("image", None):
+                others = [row for row in conditions["image"] if {row[axis]} != trained]  # two values are each other's
+                controls = {name: macro(rows, axis) for name, rows in own.items()}
+                about = {"axis": axis, "mode": mode, "own": macro(shown, axis), "others": macro(others, axis)}
+                found.append({**about, "controls": controls})
+    return found
+
+
 def untrained(study: StudyResults) -> list[dict[str, Any]]:
     """Models asked as they are, each in each mode.
 
     Returns:
         method ("base" or "baseline"), model, mode, all (`metrics.summarise`), modality and question_type
-        (`metrics.macro`), controls: condition to these two, as far as it was asked under it.
+        (`metrics.macro`).
     """
     found = []
     for entry in study.entries:
         if entry.axis is None and entry.condition == "image":
-            others = {condition: study.same_model(entry, condition) for condition in CONTROLS}
-            controls = {
-                name: {axis: macro(asked.rows, axis) for axis in AXES} for name, asked in others.items() if asked
-            }
             averages = {axis: macro(entry.rows, axis) for axis in AXES}
             about = {name: getattr(entry, name) for name in ("method", "model", "mode")}
-            found.append({**about, "all": summarise(entry.rows), **averages, "controls": controls})
+            found.append({**about, "all": summarise(entry.rows), **averages})
     return found
 
 
