@@ -313,7 +313,7 @@ def compare_on(model: str, rounds: int, out: Path) -> dict[str, Any]:
         results.append(compare(workload, rounds))
         print(table_row(results[-1]), flush=True)
         results[-1]["memory_mib"] = {side: peak_memory(side, workload) for side in ("ours", "trl")}
-    found = {"model": Path(model).name, "prompts": 2, "G": 8, "workloads": results, "versions": versions()}
+    found = {"model": model, "prompts": 2, "G": 8, "workloads": results, "versions": versions()}
     (out / "results-model.json").write_text(json.dumps(found, indent=1) + "\n")
     return found
 

@@ -1,4 +1,4 @@
-"""Keep what is small of a finished study: tables, figures, samples, logs, and every reply in one table.
+"""Keep what is small of a finished study: tables, figures, samples, logs, gains by question type, and every reply.
 
     python results/collect.py runs/study-small results/small
 
@@ -8,12 +8,16 @@ Questions and images stay with the data set, where `id` finds them.
 import csv
 import gzip
 import io
+import json
 import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from medr1.records import read_jsonl
+from medr1.metrics import accuracy_table, compare
+from medr1.records import read_jsonl, write_atomic
+from medr1.report import percent, points, span, span_points
+from medr1.report.study_numbers import StudyResults, asked_too
 
 FIELDS = ("id", "modality", "question_type", "group", "gold", "letter", "correct", "outcome", "tokens", "reply")
 
@@ -22,12 +26,32 @@ def main() -> None:
     study, out = Path(sys.argv[1]), Path(sys.argv[2])
     for name in ("tables", "figures"):
         shutil.copytree(study / name, out / name, dirs_exist_ok=True)
-    for name in ("samples.md", "study.json"):
-        shutil.copy(study / name, out / name)
+    shutil.copy(study / "samples.md", out / "samples.md")
+    found = StudyResults(study)
+    about = {name: found.results[name] for name in ("versions", "data_sha256", "examples")}
+    write_atomic(out / "about.json", json.dumps(about, indent=1) + "\n")
     for log in sorted(study.glob("runs/*/log.jsonl")):
         (out / "logs").mkdir(exist_ok=True)
         shutil.copy(log, out / "logs" / f"{log.parent.name}.jsonl")
+    write_atomic(out / "gains.md", gains(found))
     keep_rows(sorted((study / "evaluations").glob("*.jsonl")), out / "rows.csv.gz")
+
+
+def gains(study: StudyResults) -> str:
+    """What each way of training changed on the questions of its own domain, by question type, as a Markdown table."""
+    lines = ["| | question type | n | guessing | base | trained | change, paired |", "|---|---|---|---|---|---|---|"]
+    for line in study.lines:
+        own = study.own(line)
+        base = asked_too(study.base(line.mode), own)
+        before, after, change = (
+            t["by_question_type"] for t in (accuracy_table(base), accuracy_table(own), compare(base, own))
+        )
+        for kind, cell in after.items():
+            shown = [f"{percent(c['accuracy'])} ({span(c['ci95'])})" for c in (before[kind], cell)]
+            gained = f"{points(change[kind]['difference'])} ({span_points(change[kind]['ci95'])})"
+            fields = [line.label, kind, str(cell["n"]), percent(cell["chance"]), *shown, gained]
+            lines.append(f"| {' | '.join(fields)} |")
+    return "\n".join(lines) + "\n"
 
 
 def keep_rows(evaluations: Iterable[Path], out: Path) -> None:

@@ -226,6 +226,8 @@ def test_some_values_are_trained_on_and_all_are_tested(phantoms: Path, tmp_path:
     assert [cell.trained_on for cell in plan.cells if cell.axis] == ["OCT"]
     assert {record.modality for record in plan.test} == {"CT", "OCT"}
     run_study(study, tmp_path / "out")
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert [prior["trained_on"] for prior in results["priors"]] == ["OCT"]  # the bar of what was trained, nothing else
     rows = list(csv.DictReader((tmp_path / "out/tables/matrix-modality-sft-no-think.csv").open()))
     assert [(row["trained_on"], row["tested_on"]) for row in rows if row["trained_on"] == "OCT"][:2] == [
         ("OCT", "CT"),

@@ -520,6 +520,7 @@ def _results(plan: Plan, out: Path) -> dict[str, Any]:
         "priors": [
             {"axis": axis, "trained_on": value, "table": text_only_prior(own_train, plan.test)}
             for (axis, value), (own_train, _) in parts.items()
+            if any((cell.axis, cell.trained_on) == (axis, value) for cell in plan.cells)
         ],
         "runs": runs,
         "examples": {
