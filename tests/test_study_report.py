@@ -215,6 +215,8 @@ def test_the_verdict_tells_ways_of_training_apart(on_image: Path):
         "bad",
         "The answers can be guessed from the text alone within one modality.",
     )
+    alone = [line for line in modality if line["axis"] == "modality"]
+    assert tell({"lines": alone, "comparisons": []})[0] == tell({"lines": modality, "comparisons": []})[0]
     blind = [{**line, "controls": {"blank": noise}} for line in lines[:2]]
     assert tell({"lines": [*blind, *lines[2:]], "comparisons": []})[0][0] == "open"
     assert tell({"lines": blind, "comparisons": []})[0] == ("bad", "Nothing here shows that the image is used.")

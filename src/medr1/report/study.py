@@ -168,7 +168,7 @@ def _image(lines: Sequence[dict[str, Any]]) -> tuple[str, str]:
     guessable = [line for line in text if line["prior"]["ci95"][0] > line["prior"]["chance"] and not _beats_text(line)]
     axes = list(dict.fromkeys(line["axis"] for line in text))
     if guessed := [axis for axis in axes if all(line in guessable for line in text if line["axis"] == axis)]:
-        where = f" within one {WORDS[guessed[0]][0]}" if len(guessed) < len(axes) else ""
+        where = f" within one {WORDS[guessed[0]][0]}" if len(guessed) == 1 else ""
         unused = ", and nothing shows that the image is used" if tested and len(blind) == len(tested) else ""
         return "bad", f"The answers can be guessed from the text alone{where}{unused}."
     if tested and len(blind) == len(tested):
