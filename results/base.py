@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from collect import keep_rows
+from tabulate import tabulate
 
 from medr1.config import DataConfig
 from medr1.controls import text_only_prior
 from medr1.data import load_parts
 from medr1.metrics import accuracy_table, compare
 from medr1.records import read_jsonl, write_atomic
-from medr1.report import percent, points, span, span_points
+from medr1.report import percent, points_with_span, with_span
 from medr1.report.plots import change_plot, standalone
 
-HEAD = "| | n | chance | option texts | image blanked | image shown | shown minus blanked, paired | intervals apart |"
+HEAD = (
+    "", "n", "chance", "option texts", "image blanked", "image shown", "shown minus blanked, paired", "intervals apart",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -29,17 +32,17 @@ def main() -> None:
     train, test = load_parts(DataConfig(path=data))
     assert {record.id for record in test} == {row["id"] for row in shown}, "the evaluations are of another division"
     tables = text_only_prior(train, test), accuracy_table(blank), accuracy_table(shown), compare(blank, shown)
-    lines, plot = [HEAD, "|---" * (HEAD.count("|") - 1) + "|"], []
+    lines, plot = [], []
     for name in ("all", *tables[2]["by_modality"]):
         prior, blanked, seen, change = (_of(table, name) for table in tables)
         apart = seen["ci95"][0] > max(prior["ci95"][1], blanked["ci95"][1])
-        cells = [f"{percent(cell['accuracy'])} ({span(cell['ci95'])})" for cell in (prior, blanked, seen)]
-        gain = f"{points(change['difference'])} ({span_points(change['ci95'])})"
-        cells = [name, f"{seen['n']:,}", percent(seen["chance"]), *cells, gain, "yes" if apart else "no"]
-        lines.append(f"| {' | '.join(cells)} |")
+        cells = [with_span(cell["accuracy"], cell["ci95"]) for cell in (prior, blanked, seen)]
+        about = name, f"{seen['n']:,}", percent(seen["chance"])
+        lines.append([*about, *cells, points_with_span(change), "yes" if apart else "no"])
         plot.append((name, blanked, seen))
-    print(table := "\n".join(lines) + "\n")
-    write_atomic(out / "base.md", table)
+    table = tabulate(lines, HEAD, tablefmt="github", disable_numparse=True)
+    print(table)
+    write_atomic(out / "base.md", table + "\n")
     svg = change_plot(plot, "Accuracy with the image blanked and with it shown")
     write_atomic(out / "base.svg", standalone(svg))
     keep_rows((shown_file, blank_file), out / "base-rows.csv.gz")

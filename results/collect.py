@@ -14,9 +14,11 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from tabulate import tabulate
+
 from medr1.metrics import accuracy_table, compare
 from medr1.records import read_jsonl, write_atomic
-from medr1.report import percent, points, span, span_points
+from medr1.report import percent, points_with_span, with_span
 from medr1.report.study_numbers import StudyResults, asked_too
 
 FIELDS = ("id", "modality", "question_type", "group", "gold", "letter", "correct", "outcome", "tokens", "reply")
@@ -39,7 +41,7 @@ def main() -> None:
 
 def gains(study: StudyResults) -> str:
     """What each way of training changed on the questions of its own domain, by question type, as a Markdown table."""
-    lines = ["| | question type | n | guessing | base | trained | change, paired |", "|---|---|---|---|---|---|---|"]
+    lines = []
     for line in study.lines:
         own = study.own(line)
         base = asked_too(study.base(line.mode), own)
@@ -47,11 +49,11 @@ def gains(study: StudyResults) -> str:
             t["by_question_type"] for t in (accuracy_table(base), accuracy_table(own), compare(base, own))
         )
         for kind, cell in after.items():
-            shown = [f"{percent(c['accuracy'])} ({span(c['ci95'])})" for c in (before[kind], cell)]
-            gained = f"{points(change[kind]['difference'])} ({span_points(change[kind]['ci95'])})"
-            fields = [line.label, kind, str(cell["n"]), percent(cell["chance"]), *shown, gained]
-            lines.append(f"| {' | '.join(fields)} |")
-    return "\n".join(lines) + "\n"
+            shown = [with_span(c["accuracy"], c["ci95"]) for c in (before[kind], cell)]
+            about = line.label, kind, str(cell["n"]), percent(cell["chance"])
+            lines.append([*about, *shown, points_with_span(change[kind])])
+    head = ["", "question type", "n", "guessing", "base", "trained", "change, paired"]
+    return tabulate(lines, head, tablefmt="github", disable_numparse=True) + "\n"
 
 
 def keep_rows(evaluations: Iterable[Path], out: Path) -> None:

@@ -59,7 +59,8 @@ def test_averages_of_the_study() -> None:
 
 def test_table_of_the_base() -> None:
     rows = kept("base-rows.csv.gz")
-    shown = [line.strip("| ").split(" | ") for line in (RESULTS / "base.md").read_text().splitlines()[2:]]
+    lines = (RESULTS / "base.md").read_text().splitlines()[2:]
+    shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert len(shown) == 9
     for name, n, _, _, blanked, seen, *_ in shown:
         for cell, evaluation in ((blanked, "small-blank"), (seen, "small-image")):

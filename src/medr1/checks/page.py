@@ -10,7 +10,7 @@ from rich.text import Text
 
 from medr1.checks.images import MAX_DISTANCE, MIN_CORRELATION, SIDE
 from medr1.records import write_atomic
-from medr1.report import environment, percent, span, thumbnail
+from medr1.report import environment, percent, thumbnail, with_span
 
 MAX_PAIRS = 36
 """Pairs of pictures that look alike shown in the page, of all that were found."""
@@ -82,7 +82,7 @@ def _parts(parts: list[dict[str, Any]]) -> list[tuple[str, str]]:
     if not texts:
         return story
     scores = "; ".join(
-        f"{name} {percent(text['accuracy'])} ({span(text['ci95'])}), guessing {percent(text['chance'])}"
+        f"{name} {with_span(text['accuracy'], text['ci95'])}, guessing {percent(text['chance'])}"
         for name, text in texts.items()
     )
     gives = any(text["ci95"][0] > text["chance"] for text in texts.values())

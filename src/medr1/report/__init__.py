@@ -242,6 +242,16 @@ def span_points(ci: Sequence[float] | None) -> str:
     return "–" if ci is None else f"{points(ci[0])} to {points(ci[1])}"
 
 
+def with_span(share: float | None, ci: Sequence[float] | None) -> str:
+    """A share in percent and its interval: "62.5 % (58.2–66.6)"."""
+    return f"{percent(share)} ({span(ci)})"
+
+
+def points_with_span(change: dict[str, Any]) -> str:
+    """A paired change {difference, ci95} in points and its interval: "+9.6 (+3.3 to +15.6)"."""
+    return f"{points(change['difference'])} ({span_points(change['ci95'])})"
+
+
 def p_value(p: float | None) -> str:
     """Three decimals, or that it is smaller; a dash where undefined."""
     return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"

@@ -18,7 +18,7 @@ from tabulate import LATEX_ESCAPE_RULES, tabulate
 from medr1 import NOTICE
 from medr1.metrics import AXES
 from medr1.records import write_atomic
-from medr1.report import p_value, percent, points, span, span_points
+from medr1.report import p_value, percent, points_with_span, with_span
 from medr1.report.study_numbers import CONTROLS, StudyResults
 
 MARKS = {"up": " *", "down": " *", "too few": " (too few)", "noise": ""}
@@ -277,7 +277,7 @@ def _option_order(numbers: dict[str, Any]) -> Table:
             low, high = flips["ci95"] or (None, None)
             about = {"model": model["label"], "condition": condition}
             records.append({**about, "flip_rate": flips["rate"], "ci_low": low, "ci_high": high, "n": flips["n"]})
-            text.append(f"{percent(flips['rate'])} ({span(flips['ci95'])})")
+            text.append(with_span(flips["rate"], flips["ci95"]))
         lines.append(text)
     caption = f"How often another option is chosen once options are reordered, and once nothing changes. {NOTICE}"
     return Table("option-order", caption, records, ["model", "reordered", "nothing changed"], lines)
@@ -320,13 +320,13 @@ def _change_fields(change: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _percent(cell: dict[str, Any]) -> str:
-    return f"{percent(cell['accuracy'])} ({span(cell['ci95'])})"
+    return with_span(cell["accuracy"], cell["ci95"])
 
 
 def _change(change: dict[str, Any] | None) -> str:
     if change is None:
         return "–"
-    return f"{points(change['difference'])} ({span_points(change['ci95'])}){MARKS[change['verdict']]}"
+    return points_with_span(change) + MARKS[change["verdict"]]
 
 
 def _axis(axis: str) -> str:

@@ -10,7 +10,7 @@ from medr1.explain import NOT_CAUSAL
 from medr1.metrics import MIN_N, Row
 from medr1.records import write_atomic
 from medr1.regions import ABOUT_REGION
-from medr1.report import environment, percent, span, span_points, thumbnail
+from medr1.report import environment, span_points, thumbnail, with_span
 from medr1.report.plots import AFTER, CHANCE, CONTROL, dot_plot, hiding_plot
 
 MAX_MAPS = 24
@@ -88,7 +88,7 @@ def _pointing(pointing: dict[str, Any] | None) -> list[tuple[str, str]]:
         return [("open", "No region is known here for a question about one: whether maps point at it cannot be told.")]
     times = about["hit"]["value"] / about["chance"]
     hits = (
-        f"In {percent(about['hit']['value'])} ({span(about['hit']['ci95'])}) of {about['n']} maps the hottest cell "
+        f"In {with_span(about['hit']['value'], about['hit']['ci95'])} of {about['n']} maps the hottest cell "
         f"lies in the region that the question is about, {times:.1f} times as often as a random cell"
     )
     rivals = {"a random cell": "over_chance", "another image's map": "over_other", "shuffled weights": "over_shuffled"}

@@ -262,12 +262,12 @@ def bases(study: StudyResults) -> list[dict[str, Any]]:
     for axis in dict.fromkeys(line.axis for line in study.lines):
         trained = {entry.trained_on for entry in study.entries if entry.axis == axis}
         for mode in MODES:
-            conditions = {name: study.base(mode, name) for name in ("image", *CONTROLS)}
-            own = {name: [row for row in rows if row[axis] in trained] for name, rows in conditions.items() if rows}
-            if shown := own.pop("image", None):
-                others = [row for row in conditions["image"] if {row[axis]} != trained]  # two values are each other's
-                controls = {name: macro(rows, axis) for name, rows in own.items()}
-                about = {"axis": axis, "mode": mode, "own": macro(shown, axis), "others": macro(others, axis)}
+            rows = study.base(mode)
+            if own := [row for row in rows if row[axis] in trained]:
+                others = [row for row in rows if {row[axis]} != trained]  # two values are each other's
+                asked = {name: asked_too(study.base(mode, name), own) for name in CONTROLS}
+                controls = {name: macro(without, axis) for name, without in asked.items() if without}
+                about = {"axis": axis, "mode": mode, "own": macro(own, axis), "others": macro(others, axis)}
                 found.append({**about, "controls": controls})
     return found
 
