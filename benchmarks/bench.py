@@ -45,10 +45,10 @@ from workload import (
 )
 
 import medr1.training.grpo as ours_module
-from medr1.evaluation import evaluate
-from medr1.images import load_image
-from medr1.models import VLM, load_vlm
-from medr1.prompts import build_messages
+from medr1.data.images import load_image
+from medr1.data.prompts import build_messages
+from medr1.evaluation.run import evaluate
+from medr1.policy.vlm import VLM, load_vlm
 
 HERE = Path(__file__).resolve().parent
 HEADLINE = (Workload("no-think, 16 tokens", new_tokens=16), Workload("think, 48 tokens"))

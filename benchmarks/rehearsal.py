@@ -19,7 +19,7 @@ from bench import MIB, PARTS, Side, status, timed_functions
 from transformers import AutoProcessor, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from workload import Workload, write_records
 
-from medr1.models import TINY, VLM
+from medr1.policy.vlm import TINY, VLM
 
 TEXT = {
     "vocab_size": 151936,

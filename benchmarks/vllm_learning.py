@@ -17,9 +17,9 @@ import torch
 import typer
 
 from medr1.config import Config, load_config
-from medr1.data import load_parts
-from medr1.models import load_vlm
-from medr1.records import read_jsonl, write_atomic
+from medr1.data.parts import load_parts
+from medr1.data.records import read_jsonl, write_atomic
+from medr1.policy.vlm import load_vlm
 from medr1.training import GRPOTrainer
 
 ENGINES = ("local", "vllm")

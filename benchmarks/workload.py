@@ -26,11 +26,11 @@ from trl import GRPOConfig
 from trl import GRPOTrainer as TRLTrainer
 
 from medr1 import GRPOTrainer, load_config, load_vlm
-from medr1.models import TINY, VLM
-from medr1.phantoms import draw_options, draw_phantom
-from medr1.prompts import build_messages
-from medr1.records import LETTERS, QUESTION_TYPES, Record
-from medr1.rewards import load_rewards
+from medr1.data.phantoms import draw_options, draw_phantom
+from medr1.data.prompts import build_messages
+from medr1.data.records import LETTERS, QUESTION_TYPES, Record
+from medr1.policy.vlm import TINY, VLM
+from medr1.training.rewards import load_rewards
 
 MODE = "think"
 LEARNING_RATE = 1e-6

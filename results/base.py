@@ -14,11 +14,11 @@ from collect import keep_rows
 from tabulate import tabulate
 
 from medr1.config import DataConfig
-from medr1.controls import text_only_prior
-from medr1.data import load_parts
-from medr1.metrics import accuracy_table, compare
-from medr1.records import read_jsonl, write_atomic
-from medr1.report import percent, points_with_span, with_span
+from medr1.data.parts import load_parts
+from medr1.data.records import read_jsonl, write_atomic
+from medr1.evaluation.controls import text_only_prior
+from medr1.evaluation.metrics import accuracy_table, compare
+from medr1.report.pages import percent, points_with_span, with_span
 from medr1.report.plots import change_plot, standalone
 
 HEAD = (

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from medr1.metrics import accuracy_table, compare
-from medr1.records import read_jsonl, write_atomic
-from medr1.report import percent, points_with_span, with_span
-from medr1.report.study_numbers import StudyResults, asked_too
+from medr1.data.records import read_jsonl, write_atomic
+from medr1.evaluation.metrics import accuracy_table, compare
+from medr1.report.pages import percent, points_with_span, with_span
+from medr1.study.numbers import StudyResults, asked_too
 
 FIELDS = ("id", "modality", "question_type", "group", "gold", "letter", "correct", "outcome", "tokens", "reply")
 

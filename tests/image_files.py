@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from medr1.data.images import load_image, read_image
 from medr1.errors import MedR1Error
-from medr1.images import load_image, read_image
 
 
 def grey(reference: Path | str) -> np.ndarray:

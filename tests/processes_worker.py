@@ -22,11 +22,11 @@ from test_training import StopAfter, recipe
 from tiny_vlms import picture, tiny_vlm
 from transformers import TrainerCallback
 
-from medr1.data import load_parts
+from medr1.data.parts import load_parts
+from medr1.data.records import Record
 from medr1.errors import MedR1Error
-from medr1.models import VLM
+from medr1.policy.vlm import VLM
 from medr1.processes import agree, join, leave
-from medr1.records import Record
 from medr1.training import GRPOTrainer, SFTTrainer
 from medr1.training.base import RecordTrainer
 

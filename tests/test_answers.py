@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medr1.answers import Answer, extract_answer, is_correct
-from medr1.datasets import load_records
-from medr1.records import LETTERS, Record
+from medr1.data.answers import Answer, extract_answer, is_correct
+from medr1.data.datasets import load_records
+from medr1.data.records import LETTERS, Record
 
 OPTIONS = ("CT", "MRI", "Ultrasound", "X-ray")
 

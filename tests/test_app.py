@@ -18,12 +18,12 @@ import psutil
 import pytest
 from PIL import Image
 
-import medr1.app
+import medr1.ask.app
 from medr1 import NOTICE
 
 pytest.importorskip("gradio", reason="needs the extra medr1[app]")
 
-from medr1.app import Gate, running
+from medr1.ask.app import Gate, running
 
 ANSWERED = "document.querySelector('#said').innerText.startsWith('Answered')"
 WATCH = """() => {
@@ -184,7 +184,7 @@ def test_stop_ends_the_model_too(page: Any, monkeypatch: pytest.MonkeyPatch) -> 
     ended = threading.Event()
 
     def endless(respondent: Any, record: Any, *, on_update: Any, **settings: Any) -> None:
-        case = medr1.ask.Case("endless", "", record, "think", 1, 0, 0, (), reply="word ")
+        case = medr1.ask.ask.Case("endless", "", record, "think", 1, 0, 0, (), reply="word ")
         try:
             for _ in range(1200):
                 on_update(case)
@@ -192,7 +192,7 @@ def test_stop_ends_the_model_too(page: Any, monkeypatch: pytest.MonkeyPatch) -> 
         finally:
             ended.set()
 
-    monkeypatch.setattr(medr1.app, "ask", endless)
+    monkeypatch.setattr(medr1.ask.app, "ask", endless)
     page.get_by_label("Question").fill("What?")
     page.get_by_role("button", name="Ask", exact=True).click()
     page.wait_for_selector("#answers article")
@@ -302,7 +302,7 @@ def test_the_gate_counts_each_clients_requests_of_a_minute(monkeypatch: pytest.M
         await send({"type": "http.response.body", "body": b"through"})
 
     now = 1000.0
-    monkeypatch.setattr(medr1.app, "monotonic", lambda: now)
+    monkeypatch.setattr(medr1.ask.app, "monotonic", lambda: now)
     gate = Gate(behind, max_bytes=2_000_000, per_minute=3)
     for _ in range(3):
         code, headers, body = through(gate, "POST", "/gradio_api/queue/join")
@@ -341,7 +341,7 @@ def test_the_command_warns_of_an_open_door(monkeypatch: pytest.MonkeyPatch) -> N
         def wait(self) -> None:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(medr1.app, "running", fake)
+    monkeypatch.setattr(medr1.ask.app, "running", fake)
     monkeypatch.setattr("medr1.cli.threading.Event", Interrupted)
     said = CliRunner().invoke(app, ["app", "--compare", "tiny", "--host", "0.0.0.0"])
     assert asked["models"] == ["tiny", "tiny"] and asked["host"] == "0.0.0.0"

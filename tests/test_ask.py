@@ -12,20 +12,21 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-import medr1.ask
+import medr1.ask.ask
 from medr1 import NOTICE
-from medr1.ask import Case, Respondent, ask, image_faults, load_respondent, question_about
-from medr1.calibration import Calibration, write_calibration
-from medr1.case import OUTCOMES, case_cards, case_page, write_case, write_heatmaps
-from medr1.confidence import option_logprobs, reasoning_of
+from medr1.ask.ask import Case, Respondent, ask, image_faults, load_respondent, question_about
+from medr1.ask.case import OUTCOMES, case_cards, case_page, write_case, write_heatmaps
 from medr1.config import load_config, to_toml
-from medr1.datasets import load_records
+from medr1.data.datasets import load_records
+from medr1.data.phantoms import write_phantoms
+from medr1.data.prompts import build_messages
+from medr1.data.records import Record
 from medr1.errors import MedR1Error
-from medr1.evaluation import evaluate
-from medr1.models import TINY, encode_prompts, evaluating
-from medr1.phantoms import write_phantoms
-from medr1.prompts import build_messages
-from medr1.records import Record
+from medr1.evaluation.calibration import Calibration, write_calibration
+from medr1.evaluation.confidence import option_logprobs, reasoning_of
+from medr1.evaluation.run import evaluate
+from medr1.policy.encoding import encode_prompts
+from medr1.policy.vlm import TINY, evaluating
 
 OPTIONS = ("Cyst", "Abscess", "Tumour")
 NASTY = "<script>alert(1)</script> & <b>"
@@ -103,8 +104,8 @@ class Scripted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, replies: list[list[str]], first: list[float]) -> None:
         self.replies, self.first = iter(replies), iter(first)
-        monkeypatch.setattr(medr1.ask, "sample", self.sample)
-        monkeypatch.setattr(medr1.ask, "option_logprobs", self.option_logprobs)
+        monkeypatch.setattr(medr1.ask.ask, "sample", self.sample)
+        monkeypatch.setattr(medr1.ask.ask, "option_logprobs", self.option_logprobs)
 
     def sample(self, vlm: Any, prompts: Any, *, num_completions: int, **settings: Any) -> SimpleNamespace:
         texts = next(self.replies)
@@ -264,6 +265,6 @@ def test_a_page_stands_alone_names_nobody_and_shows_text_as_text(
 def test_every_outcome_without_an_answer_has_words() -> None:
     from typing import get_args
 
-    from medr1.answers import Outcome
+    from medr1.data.answers import Outcome
 
     assert set(OUTCOMES) == set(get_args(Outcome)) - {"letter", "text"}

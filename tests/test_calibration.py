@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from medr1.calibration import (
+from medr1.cli import app
+from medr1.data.records import LETTERS, write_jsonl
+from medr1.errors import MedR1Error
+from medr1.evaluation.calibration import (
     abstains,
     answered,
     applied,
@@ -22,10 +25,7 @@ from medr1.calibration import (
     with_confidence,
     write_calibration,
 )
-from medr1.cli import app
-from medr1.errors import MedR1Error
-from medr1.metrics import MIN_N, Row
-from medr1.records import LETTERS, write_jsonl
+from medr1.evaluation.metrics import MIN_N, Row
 
 OPTIONS = ["Cyst", "Tumour", "Scar"]
 

@@ -14,13 +14,13 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from medr1.checks import check_data, print_check, write_check
-from medr1.checks.images import MAX_DISTANCE, copies, correlations, near_pairs
-from medr1.checks.page import tell
-from medr1.checks.texts import answers, letters, options, plain, questions
 from medr1.cli import app
+from medr1.data.records import Record
 from medr1.errors import MedR1Error
-from medr1.records import Record
+from medr1.report.checks import check_data, print_check, write_check
+from medr1.report.checks.images import MAX_DISTANCE, copies, correlations, near_pairs
+from medr1.report.checks.page import tell
+from medr1.report.checks.texts import answers, letters, options, plain, questions
 
 
 def row(number: int, **changes: Any) -> dict[str, Any]:

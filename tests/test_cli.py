@@ -13,8 +13,8 @@ import pytest
 from safetensors.torch import load_file
 
 from medr1.cli import main
-from medr1.phantoms import write_phantoms
-from medr1.records import read_jsonl
+from medr1.data.phantoms import write_phantoms
+from medr1.data.records import read_jsonl
 
 ROOT = Path(__file__).parents[1]
 SMALL = [

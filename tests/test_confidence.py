@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_vlms import FAMILIES, picture, tiny_vlm
 
-from medr1.answers import extract_answer
-from medr1.confidence import AFTER_REASONING, ANSWERS, continued, option_logprobs, spellings
+from medr1.data.answers import extract_answer
+from medr1.data.prompts import build_messages
+from medr1.data.records import LETTERS, Record
 from medr1.errors import MedR1Error
-from medr1.models import VLM, PromptBatch, encode_prompts
-from medr1.prompts import build_messages
-from medr1.records import LETTERS, Record
+from medr1.evaluation.confidence import AFTER_REASONING, ANSWERS, continued, option_logprobs, spellings
+from medr1.policy.encoding import PromptBatch, encode_prompts
+from medr1.policy.vlm import VLM
 
 IMAGES = [[picture(1)], [picture(2, 112, 84), picture(3, 56, 56)], []]
 OPTIONS = [("Cyst", "Lung cyst"), ("B", "A", "2 cm"), ("Yes", "No", "yes", "Not sure")]
@@ -183,8 +184,8 @@ def test_what_cannot_be_scored_is_said() -> None:
 
 def test_tiny_prefers_what_it_writes() -> None:
     """The model in the package writes option texts after a space; its greedy answer is the most probable option."""
-    from medr1.models import load_vlm
-    from medr1.rollouts import sample
+    from medr1.policy.rollouts import sample
+    from medr1.policy.vlm import load_vlm
 
     vlm = load_vlm("tiny")
     records = [make_records()[0].model_copy(update={"options": ("CT", "MRI", "OCT")})]

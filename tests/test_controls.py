@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_vlms import tiny_vlm
 
-from medr1.controls import (
+from medr1.data.datasets import load_records
+from medr1.data.records import Record, read_jsonl
+from medr1.errors import MedR1Error
+from medr1.evaluation.controls import (
     CONDITIONS,
     as_shown,
     blank_image,
@@ -19,11 +22,8 @@ from medr1.controls import (
     shuffled_partners,
     text_only_prior,
 )
-from medr1.datasets import load_records
-from medr1.errors import MedR1Error
-from medr1.evaluation import evaluate, score
-from medr1.metrics import flip_rate
-from medr1.records import Record, read_jsonl
+from medr1.evaluation.metrics import flip_rate
+from medr1.evaluation.run import evaluate, score
 
 
 def record(id: str, options: tuple[str, ...] = ("x", "y"), answer: str = "A", **fields: object) -> Record:

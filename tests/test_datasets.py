@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from medr1.datasets import load_records
-from medr1.datasets.medr1_splits import modality_of_image
-from medr1.datasets.rows import canonical_modality, canonical_question_type
+from medr1.data.datasets import load_records
+from medr1.data.datasets.medr1_splits import modality_of_image
+from medr1.data.datasets.rows import canonical_modality, canonical_question_type
+from medr1.data.records import MODALITIES, QUESTION_TYPES, Record
 from medr1.errors import MedR1Error
-from medr1.records import MODALITIES, QUESTION_TYPES, Record
 
 ROW = {
     "dataset": "HAM10000",

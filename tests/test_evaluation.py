@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from tiny_vlms import tiny_vlm
 
-import medr1.evaluation as module
+import medr1.evaluation.run as module
+from medr1.data.records import Record, read_jsonl
 from medr1.errors import MedR1Error
-from medr1.evaluation import evaluate, score, weights_fingerprint
-from medr1.metrics import summarise
-from medr1.models import VLM
-from medr1.records import Record, read_jsonl
+from medr1.evaluation.metrics import summarise
+from medr1.evaluation.run import evaluate, score, weights_fingerprint
+from medr1.policy.vlm import VLM
 
 
 def make_records(folder: Path, count: int = 6) -> list[Record]:

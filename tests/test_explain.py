@@ -9,13 +9,14 @@ import torch
 from PIL import Image
 from tiny_vlms import FAMILIES, picture, plain_logprobs, tiny_smolvlm, tiny_vlm
 
-import medr1.explain as module
-from medr1.confidence import option_logprobs
+import medr1.trust.explain as module
+from medr1.data.prompts import build_messages
+from medr1.data.records import Record
 from medr1.errors import MedR1Error
-from medr1.explain import METHODS, Heatmap, Subject, gradient, occlusion, overlay
-from medr1.models import VLM, encode_prompts, evaluating, image_cells
-from medr1.prompts import build_messages
-from medr1.records import Record
+from medr1.evaluation.confidence import option_logprobs
+from medr1.policy.encoding import encode_prompts, image_cells
+from medr1.policy.vlm import VLM, evaluating
+from medr1.trust.explain import METHODS, Heatmap, Subject, gradient, occlusion, overlay
 
 
 def record_of(folder: Path, *images: Image.Image) -> Record:

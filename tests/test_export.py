@@ -17,12 +17,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
 from medr1 import NOTICE
+from medr1.bases.export import export_model, push_to_hub
 from medr1.cli import app
 from medr1.config import load_config
 from medr1.errors import MedR1Error
-from medr1.evaluation import evaluate
-from medr1.export import export_model, push_to_hub
-from medr1.models import VLM, add_lora, load_vlm
+from medr1.evaluation.run import evaluate
+from medr1.policy.adapters import add_lora
+from medr1.policy.vlm import VLM, load_vlm
 from medr1.training.base import write_recipe
 
 

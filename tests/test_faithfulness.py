@@ -9,11 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-import medr1.evaluation
-import medr1.faithfulness as module
-from medr1.confidence import reasoning_of
+import medr1.evaluation.run
+import medr1.trust.faithfulness as module
+from medr1.data.records import LETTERS, Record, read_jsonl
 from medr1.errors import MedR1Error
-from medr1.faithfulness import (
+from medr1.evaluation.confidence import reasoning_of
+from medr1.evaluation.metrics import Row
+from medr1.policy.vlm import load_vlm
+from medr1.trust.faithfulness import (
     HINT,
     conclude,
     edits,
@@ -23,9 +26,6 @@ from medr1.faithfulness import (
     verdict,
     with_hint,
 )
-from medr1.metrics import Row
-from medr1.models import load_vlm
-from medr1.records import LETTERS, Record, read_jsonl
 
 FINDINGS = ("Cyst", "Tumour", "Scar")
 
@@ -58,10 +58,10 @@ class Stub:
         self.scored = 0
         processor = SimpleNamespace(image_processor=SimpleNamespace(to_dict=lambda: {"max_pixels": 1}))
         self.vlm = SimpleNamespace(model=torch.nn.Linear(2, 2), processor=processor, name="stub")
-        for place in (medr1.evaluation, module):
+        for place in (medr1.evaluation.run, module):
             monkeypatch.setattr(place, "encode_prompts", self.encode)
             monkeypatch.setattr(place, "option_logprobs", self.option_logprobs)
-        monkeypatch.setattr(medr1.evaluation, "sample", self.sample)
+        monkeypatch.setattr(medr1.evaluation.run, "sample", self.sample)
 
     def encode(self, vlm: object, messages: list, images: list) -> SimpleNamespace:
         texts = [message[0]["content"][-1]["text"] for message in messages]

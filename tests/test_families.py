@@ -7,14 +7,15 @@ import torch
 from tiny_vlms import conversation, picture, plain_logprobs, ragged_prompts, tiny_smolvlm, tiny_vlm
 
 from medr1.config import load_config
-from medr1.data import load_parts
+from medr1.data.parts import load_parts
+from medr1.data.phantoms import write_phantoms
+from medr1.data.records import read_jsonl
 from medr1.errors import MedR1Error
-from medr1.evaluation import evaluate
-from medr1.models import encode_prompts, load_vlm
-from medr1.phantoms import write_phantoms
-from medr1.records import read_jsonl
-from medr1.rollouts import sample
-from medr1.shared_prefix import completion_logprobs
+from medr1.evaluation.run import evaluate
+from medr1.policy.encoding import encode_prompts
+from medr1.policy.rollouts import sample
+from medr1.policy.shared_prefix import completion_logprobs
+from medr1.policy.vlm import load_vlm
 from medr1.training import GRPOTrainer
 
 

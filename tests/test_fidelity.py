@@ -12,24 +12,24 @@ from PIL import Image
 from test_explain import answers_from_cell, record_of
 from tiny_vlms import FAMILIES, picture, tiny_vlm
 
-import medr1.explain
-import medr1.fidelity as module
-from medr1.datasets import load_records
+import medr1.trust.explain
+import medr1.trust.fidelity as module
+from medr1.data.datasets import load_records
+from medr1.data.phantoms import write_phantoms
+from medr1.data.records import Record, read_jsonl
+from medr1.data.regions import ABOUT_REGION, read_regions
 from medr1.errors import MedR1Error
-from medr1.explain import Heatmap, Subject
-from medr1.fidelity import conclude, curves, measure_heatmaps, rank_correlation, shuffled_weights
-from medr1.models import load_vlm
-from medr1.phantoms import write_phantoms
-from medr1.records import Record, read_jsonl
-from medr1.regions import ABOUT_REGION, read_regions
+from medr1.policy.vlm import load_vlm
 from medr1.report.heatmaps import tell, write_heatmaps_page
+from medr1.trust.explain import Heatmap, Subject
+from medr1.trust.fidelity import conclude, curves, measure_heatmaps, rank_correlation, shuffled_weights
 
 
 def test_curves_of_a_model_that_reads_one_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hiding or showing that cell is the only step that the probability takes."""
     image = Image.new("RGB", (84, 56), (90, 90, 90))
     image.paste((250, 250, 250), (56, 28, 84, 56))
-    monkeypatch.setattr(medr1.explain, "option_logprobs", answers_from_cell(5))
+    monkeypatch.setattr(medr1.trust.explain, "option_logprobs", answers_from_cell(5))
     subject = Subject.read(tiny_vlm("qwen2_vl"), record_of(tmp_path, image), mode="no-think")
     with_cell, without = subject.logprobs_without(torch.eye(6, dtype=torch.bool)[[0, 5]])[:, 0].exp().tolist()
     assert with_cell > without + 0.3

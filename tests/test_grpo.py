@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medr1.errors import MedR1Error
-from medr1.grpo import group_advantages, kl_k3, loss_denominator, policy_loss, rollout_weights
+from medr1.training.objective import group_advantages, kl_k3, loss_denominator, policy_loss, rollout_weights
 
 
 def test_advantages_by_hand() -> None:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from medr1.data.images import MAX_PIXELS, load_image
 from medr1.errors import MedR1Error
-from medr1.images import MAX_PIXELS, load_image
 
 
 def saved(image: Image.Image, path: Path, **options) -> Path:

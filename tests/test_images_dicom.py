@@ -24,14 +24,14 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
 
+from medr1.data.images import Reading, expand_reference, group_of, kind_of, load_image, read_image
+from medr1.data.images.display import by_table, windowed
+from medr1.data.images.limits import MAX_PIXELS
+from medr1.data.records import Record
 from medr1.errors import MedR1Error
-from medr1.evaluation import evaluate
-from medr1.images import Reading, expand_reference, group_of, kind_of, load_image, read_image
-from medr1.images.display import by_table, windowed
-from medr1.images.limits import MAX_PIXELS
-from medr1.models import load_vlm
-from medr1.records import Record
-from medr1.report import report_from_files
+from medr1.evaluation.run import evaluate
+from medr1.policy.vlm import load_vlm
+from medr1.report.run import report_from_files
 
 TEST_FILES = Path(pydicom.__file__).parent / "data" / "test_files"
 
@@ -477,7 +477,7 @@ def test_compressed_pixels_that_lie_about_their_size(tmp_path: Path) -> None:
 def test_a_deflated_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = TEST_FILES / "image_dfl.dcm"
     assert load_image(path).size == (512, 512)
-    monkeypatch.setattr("medr1.images.dicom.MAX_BYTES", 100_000)  # its 262,144 pixels are more
+    monkeypatch.setattr("medr1.data.images.dicom.MAX_BYTES", 100_000)  # its 262,144 pixels are more
     assert "inflates to more than" in error_of(path)
     assert "medr1" not in traceback.format_exc()
 

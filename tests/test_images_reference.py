@@ -9,9 +9,7 @@ from PIL import Image
 from tiny_vlms import FAMILIES, tiny_vlm
 
 from medr1.cli import app
-from medr1.data import leave_out_unreadable
-from medr1.errors import MedR1Error
-from medr1.images import (
+from medr1.data.images import (
     content_digest,
     expand_reference,
     file_of,
@@ -21,9 +19,11 @@ from medr1.images import (
     read_image,
     resolve_inside,
 )
-from medr1.images.reference import Reference
-from medr1.records import Record, read_jsonl
-from medr1.splits import split_by_group
+from medr1.data.images.reference import Reference
+from medr1.data.parts import leave_out_unreadable
+from medr1.data.records import Record, read_jsonl
+from medr1.data.splits import split_by_group
+from medr1.errors import MedR1Error
 
 
 def picture(path: Path, value: int = 200, size: tuple[int, int] = (10, 6)) -> Path:
@@ -203,7 +203,7 @@ def test_unreadable_images_are_left_out_and_listed(tmp_path: Path, capsys: pytes
 def test_eval_and_train_go_on_without_unreadable_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from medr1.phantoms import write_phantoms
+    from medr1.data.phantoms import write_phantoms
 
     write_phantoms(tmp_path / "data", num_images=32, seed=0)
     images = sorted((tmp_path / "data" / "Images").rglob("*.png"))

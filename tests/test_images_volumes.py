@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from image_files import error_of, grey
 from PIL import Image
 
+from medr1.data.images import expand_reference, group_of, load_image, read_image
 from medr1.errors import MedR1Error
-from medr1.images import expand_reference, group_of, load_image, read_image
 
 NIBABEL = Path(nibabel.__file__).parent / "tests" / "data"
 SKIMAGE = Path(skimage.__file__).parent / "data"

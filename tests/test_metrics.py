@@ -12,7 +12,7 @@ from scipy.stats import binom, binomtest, permutation_test
 from statsmodels.stats.contingency_tables import mcnemar
 
 from medr1.errors import MedR1Error
-from medr1.metrics import (
+from medr1.evaluation.metrics import (
     MIN_N,
     bootstrap,
     cluster_bootstrap,

@@ -16,11 +16,13 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from medr1 import models
 from medr1.errors import MedR1Error
-from medr1.models import VLM, add_lora, encode_prompts, freeze_vision, load_vlm
-from medr1.rollouts import sample
-from medr1.shared_prefix import completion_logprobs
+from medr1.policy import vlm as models
+from medr1.policy.adapters import add_lora, freeze_vision
+from medr1.policy.encoding import encode_prompts
+from medr1.policy.rollouts import sample
+from medr1.policy.shared_prefix import completion_logprobs
+from medr1.policy.vlm import VLM, load_vlm
 
 
 @pytest.fixture

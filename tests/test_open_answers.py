@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_vlms import tiny_vlm
 
-from medr1.answers import exact_match, extract_answer, is_correct, read_answer, token_f1
-from medr1.controls import permuted, text_only_prior
-from medr1.evaluation import evaluate, score
-from medr1.metrics import accuracy_table, compare, flip_rate, open_table, summarise
-from medr1.prompts import build_messages
-from medr1.records import Record, normalise_answer
-from medr1.report import ReportData, write_report
-from medr1.rewards import load_rewards
+from medr1.data.answers import exact_match, extract_answer, is_correct, read_answer, token_f1
+from medr1.data.prompts import build_messages
+from medr1.data.records import Record, normalise_answer
+from medr1.evaluation.controls import permuted, text_only_prior
+from medr1.evaluation.metrics import accuracy_table, compare, flip_rate, open_table, summarise
+from medr1.evaluation.run import evaluate, score
+from medr1.report.run import ReportData, write_report
+from medr1.training.rewards import load_rewards
 
 
 def record(id: str = "1", answer: str = "heart", **fields: object) -> Record:

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
-from medr1.checks import check_data
 from medr1.cli import app
-from medr1.datasets import load_records
-from medr1.datasets.convert import convert
+from medr1.data.datasets import load_records
+from medr1.data.datasets.convert import convert
+from medr1.data.images import load_image
+from medr1.data.phantoms import write_phantoms
+from medr1.data.records import MODALITIES, QUESTION_TYPES, Record, read_jsonl
 from medr1.errors import MedR1Error
-from medr1.images import load_image
-from medr1.phantoms import write_phantoms
-from medr1.records import MODALITIES, QUESTION_TYPES, Record, read_jsonl
+from medr1.report.checks import check_data
 from medr1.report.show import write_samples
 
 HEADER = "image,question,option_a,option_b,option_c,answer,modality,question_type,group,source\n"

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medr1.controls import text_only_prior
-from medr1.datasets import load_records
-from medr1.phantoms import LOCATIONS, draw_options, draw_phantom, write_phantoms
-from medr1.records import MODALITIES, QUESTION_TYPES
-from medr1.regions import read_regions
-from medr1.splits import split_by_group
+from medr1.data.datasets import load_records
+from medr1.data.phantoms import LOCATIONS, draw_options, draw_phantom, write_phantoms
+from medr1.data.records import MODALITIES, QUESTION_TYPES
+from medr1.data.regions import read_regions
+from medr1.data.splits import split_by_group
+from medr1.evaluation.controls import text_only_prior
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,11 @@ from typer.testing import CliRunner
 from medr1.cli import app
 from medr1.config import load_config
 from medr1.errors import MedR1Error
-from medr1.models import VLM, add_lora, encode_prompts, load_vlm
-from medr1.plan import UTILISATION, VISION_SAVED, Sizes, count, plan, remedy, saved_by_layer
-from medr1.shared_prefix import completion_logprobs
+from medr1.policy.adapters import add_lora
+from medr1.policy.encoding import encode_prompts
+from medr1.policy.shared_prefix import completion_logprobs
+from medr1.policy.vlm import VLM, load_vlm
+from medr1.training.plan import UTILISATION, VISION_SAVED, Sizes, count, plan, remedy, saved_by_layer
 
 QWEN2_VL_2B = {
     "model_type": "qwen2_vl",

@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 from test_training import LETTERS
 from tiny_vlms import tiny_vlm
 
+from medr1.data.phantoms import write_phantoms
+from medr1.data.records import read_jsonl
 from medr1.errors import MedR1Error
-from medr1.phantoms import write_phantoms
 from medr1.processes import agree, gather, is_first
-from medr1.records import read_jsonl
 
 ROOT = Path(__file__).parents[1]
 BASE = {"optimizer.prompts_per_step": 4, "log.eval_every": 2, "log.eval_records": 5}

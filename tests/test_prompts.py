@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from medr1.datasets import load_records
+from medr1.data.datasets import load_records
+from medr1.data.prompts import INSTRUCTION, MODES, build_messages
+from medr1.data.records import Record
 from medr1.errors import MedR1Error
-from medr1.prompts import INSTRUCTION, MODES, build_messages
-from medr1.records import Record
 
 RECORD = Record(
     id="secret_id",

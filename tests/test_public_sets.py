@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from medr1.checks import check_data
-from medr1.datasets import load_records
+from medr1.data.datasets import load_records
+from medr1.data.records import Record
+from medr1.data.splits import split_by_group
 from medr1.errors import MedR1Error
-from medr1.records import Record
-from medr1.splits import split_by_group
+from medr1.report.checks import check_data
 
 
 @pytest.fixture(autouse=True)

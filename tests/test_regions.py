@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from medr1.data.regions import overlap, overlap_chance, pointing, read_regions, region_cells
 from medr1.errors import MedR1Error
-from medr1.regions import overlap, overlap_chance, pointing, read_regions, region_cells
 
 grids = st.tuples(st.integers(1, 6), st.integers(1, 6))
 

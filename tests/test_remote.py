@@ -17,15 +17,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
-import medr1.remote as module
+import medr1.evaluation.remote as module
 from medr1.cli import main
+from medr1.data.images import load_image
+from medr1.data.phantoms import write_phantoms
+from medr1.data.prompts import build_messages
+from medr1.data.records import Record, read_jsonl
 from medr1.errors import MedR1Error
-from medr1.images import load_image
-from medr1.metrics import summarise
-from medr1.phantoms import write_phantoms
-from medr1.prompts import build_messages
-from medr1.records import Record, read_jsonl
-from medr1.remote import evaluate_remote, token_totals
+from medr1.evaluation.metrics import summarise
+from medr1.evaluation.remote import evaluate_remote, token_totals
 
 MODEL = "org/big@72b"
 Fault = tuple[int, Any, dict[str, str]]
@@ -443,9 +443,9 @@ def test_a_secret_in_the_url_is_refused_unsaid(records: list[Record], tmp_path: 
 
 def test_without_the_client(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "openai", None)
-    monkeypatch.delitem(sys.modules, "medr1.remote")
+    monkeypatch.delitem(sys.modules, "medr1.evaluation.remote")
     with pytest.raises(MedR1Error, match=r"pip install 'medr1\[remote\]'"):
-        __import__("medr1.remote")
+        __import__("medr1.evaluation.remote")
 
 
 @pytest.fixture(scope="module")

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from medr1.calibration import calibrating
 from medr1.config import Config, to_toml
+from medr1.data.records import append_jsonl
 from medr1.errors import MedR1Error
-from medr1.faithfulness import verdict
-from medr1.metrics import accuracy_table, summarise
-from medr1.records import append_jsonl
-from medr1.report import ReportData, report_from_files, tell, write_report
+from medr1.evaluation.calibration import calibrating
+from medr1.evaluation.metrics import accuracy_table, summarise
 from medr1.report.plots import learning_curves
+from medr1.report.run import ReportData, report_from_files, tell, write_report
 from medr1.report.trust import calibration_section, faithfulness_section
+from medr1.trust.faithfulness import verdict
 
 NASTY = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> </script> B & A"
 LOG = [{"step": step, "reward_accuracy": step / 20, "format_rate": 0.9, "loss": 0.1} for step in range(1, 21)]

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from medr1.data.answers import format_ok
+from medr1.data.records import Record
 from medr1.errors import MedR1Error
-from medr1.records import Record
-from medr1.rewards import accuracy_reward, format_ok, format_reward, load_rewards
+from medr1.training.rewards import accuracy_reward, format_reward, load_rewards
 
 RECORD = Record(
     id="1",

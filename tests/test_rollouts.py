@@ -9,10 +9,12 @@ from scipy.stats import chisquare
 from tiny_vlms import FAMILIES, conversation, picture, ragged_prompts, tiny_vlm, token_kinds
 from torch import Tensor
 
-from medr1 import rollouts
-from medr1.models import VLM, PromptBatch, add_lora, encode_prompts
-from medr1.rollouts import Rollout, sample
-from medr1.shared_prefix import completion_logprobs
+from medr1.policy import rollouts
+from medr1.policy.adapters import add_lora
+from medr1.policy.encoding import PromptBatch, encode_prompts
+from medr1.policy.rollouts import Rollout, sample
+from medr1.policy.shared_prefix import completion_logprobs
+from medr1.policy.vlm import VLM
 
 
 @contextmanager

@@ -11,11 +11,11 @@ from tiny_vlms import picture, plain_logprobs, tiny_vlm
 from torch import Tensor, nn
 
 from medr1.config import load_config
-from medr1.evaluation import evaluate
-from medr1.grpo import loss_denominator, policy_loss
-from medr1.models import VLM
-from medr1.records import Record
+from medr1.data.records import Record
+from medr1.evaluation.run import evaluate
+from medr1.policy.vlm import VLM
 from medr1.training import GRPOTrainer, SFTTrainer
+from medr1.training.objective import loss_denominator, policy_loss
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_evaluation_batches_change_nothing(records: list[Record], tmp_path: Path
 def test_controls_show_as_many_images(records: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[Image.Image]] = []
 
-    from medr1 import evaluation
+    from medr1.evaluation import run as evaluation
 
     encode = evaluation.encode_prompts
 

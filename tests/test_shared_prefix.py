@@ -5,22 +5,14 @@ import torch
 from tiny_vlms import FAMILIES, conversation, picture, plain_logprobs, ragged_prompts, tiny_vlm
 from torch import Tensor
 
-from medr1 import shared_prefix
-from medr1.attention import PackedGroups, Prefill, tree_mask
-from medr1.grpo import policy_loss
-from medr1.models import (
-    VLM,
-    FeatureCache,
-    PromptBatch,
-    add_lora,
-    compile_text_layers,
-    encode_prompts,
-    freeze_vision,
-    vision_tower,
-    with_vision_features,
-)
-from medr1.rollouts import sample
-from medr1.shared_prefix import completion_logprobs, restrict
+from medr1.policy import shared_prefix
+from medr1.policy.adapters import add_lora, compile_text_layers, freeze_vision
+from medr1.policy.attention import PackedGroups, Prefill, tree_mask
+from medr1.policy.encoding import FeatureCache, PromptBatch, encode_prompts, with_vision_features
+from medr1.policy.rollouts import sample
+from medr1.policy.shared_prefix import completion_logprobs, restrict
+from medr1.policy.vlm import VLM, vision_tower
+from medr1.training.objective import policy_loss
 
 G, T = 3, 7
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from medr1.datasets import load_records
-from medr1.evaluation import evaluate
-from medr1.models import TINY, load_vlm
-from medr1.phantoms import write_phantoms
-from medr1.small import build, language
-from medr1.small.build import Builder, Stage, facts_of, rationale
+from medr1.bases.small import build, language
+from medr1.bases.small.build import Builder, Stage, facts_of, rationale
+from medr1.data.datasets import load_records
+from medr1.data.phantoms import write_phantoms
+from medr1.evaluation.run import evaluate
+from medr1.policy.vlm import TINY, load_vlm
 
 TEXT = "A chest radiograph of 2024 shows 12 nodules.\n<|im_start|>user\nWhich modality?<|im_end|>\n"
 EYES = {"depth": 1, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2}

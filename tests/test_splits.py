@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medr1.datasets import load_records
+from medr1.data.datasets import load_records
+from medr1.data.records import Record
+from medr1.data.splits import split_by_group
 from medr1.errors import MedR1Error
-from medr1.records import Record
-from medr1.splits import split_by_group
 
 
 def record(number: int, group: str, image: str, modality: str | None = "CT") -> Record:

@@ -16,17 +16,17 @@ from typing import Any, get_args
 import pytest
 from typer.testing import CliRunner
 
-import medr1.remote
-import medr1.study as module
+import medr1.evaluation.remote
+import medr1.study.run as module
 from medr1.cli import app
 from medr1.config import load_config
-from medr1.controls import CONDITIONS, text_only_prior
-from medr1.data import load_parts
+from medr1.data.parts import load_parts
+from medr1.data.phantoms import write_phantoms
+from medr1.data.prompts import MODES
+from medr1.data.records import append_jsonl, read_jsonl
 from medr1.errors import MedR1Error
-from medr1.phantoms import write_phantoms
-from medr1.prompts import MODES
-from medr1.records import append_jsonl, read_jsonl
-from medr1.study import Cell, Plan, Study, cell_recipe, list_cells, load_study, make_plan, run_study
+from medr1.evaluation.controls import CONDITIONS, text_only_prior
+from medr1.study.run import Cell, Plan, Study, cell_recipe, list_cells, load_study, make_plan, run_study
 
 ROOT = Path(__file__).parents[1]
 MICRO = """
@@ -401,7 +401,7 @@ def test_baselines_go_to_their_server_in_every_mode(
         calls.append((name, len(records), out.name, settings))
         append_jsonl(out, [{"key": "1"}])
 
-    monkeypatch.setattr(medr1.remote, "evaluate_remote", record_call)
+    monkeypatch.setattr(medr1.evaluation.remote, "evaluate_remote", record_call)
     (tmp_path / "evaluations").mkdir()
     module._answer(plan, cells[0], tmp_path)
     name = "baseline-openai-big-one-http-localhost-1-v1-think"

@@ -12,12 +12,12 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
-import medr1.report.study as study_report
+import medr1.study.report as study_report
+from medr1.data.records import LETTERS, MODALITIES, QUESTION_TYPES, append_jsonl, read_jsonl, write_atomic
 from medr1.errors import MedR1Error
-from medr1.metrics import accuracy_table
-from medr1.records import LETTERS, MODALITIES, QUESTION_TYPES, append_jsonl, read_jsonl, write_atomic
-from medr1.report.study import tell, write_study_report
-from medr1.report.study_numbers import StudyResults, study_numbers
+from medr1.evaluation.metrics import accuracy_table
+from medr1.study.numbers import StudyResults, study_numbers
+from medr1.study.report import tell, write_study_report
 
 NASTY = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> </script> B & A"
 VALUES = {"modality": MODALITIES, "question_type": QUESTION_TYPES}

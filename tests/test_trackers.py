@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from test_training import LETTERS, make_trainer, recipe
 
+from medr1.data.phantoms import write_phantoms
+from medr1.data.records import read_jsonl
 from medr1.errors import MedR1Error
-from medr1.phantoms import write_phantoms
-from medr1.records import read_jsonl
 from medr1.training.trackers import check_trackers
 
 

@@ -13,10 +13,10 @@ from tiny_vlms import tiny_vlm
 from transformers import TrainerCallback
 
 from medr1.config import Config, load_config
-from medr1.data import load_parts
+from medr1.data.parts import load_parts
+from medr1.data.phantoms import write_phantoms
+from medr1.data.records import Record, read_jsonl
 from medr1.errors import MedR1Error
-from medr1.phantoms import write_phantoms
-from medr1.records import Record, read_jsonl
 from medr1.training import GRPOTrainer, SFTTrainer
 from medr1.training.base import RecordOrder, RecordTrainer
 

@@ -13,9 +13,9 @@ import torch
 from tiny_vlms import conversation, picture, tiny_vlm
 from torch import Tensor
 
-from medr1.grpo import group_advantages, loss_denominator, policy_loss
-from medr1.models import encode_prompts
-from medr1.shared_prefix import completion_logprobs
+from medr1.policy.encoding import encode_prompts
+from medr1.policy.shared_prefix import completion_logprobs
+from medr1.training.objective import group_advantages, loss_denominator, policy_loss
 
 trl = pytest.importorskip("trl", reason="TRL is a test dependency: pip install 'medr1[test]'")
 datasets = pytest.importorskip("datasets")

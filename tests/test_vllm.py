@@ -18,19 +18,22 @@ import torch
 import vllm_env
 from transformers import TrainerCallback
 
-from medr1 import rollouts_vllm
 from medr1.config import Config, load_config, to_toml
-from medr1.data import load_parts
+from medr1.data.images import load_image
+from medr1.data.parts import load_parts
+from medr1.data.phantoms import write_phantoms
+from medr1.data.prompts import build_messages
+from medr1.data.records import Record, read_jsonl
 from medr1.errors import MedR1Error
-from medr1.evaluation import evaluate
-from medr1.images import load_image
-from medr1.models import VLM, PromptBatch, add_lora, encode_prompts, load_vlm
-from medr1.phantoms import write_phantoms
-from medr1.prompts import build_messages
-from medr1.records import Record, read_jsonl
-from medr1.remote import api_messages, evaluate_remote
-from medr1.rollouts_vllm import VLLMServer
-from medr1.shared_prefix import completion_logprobs
+from medr1.evaluation.remote import evaluate_remote
+from medr1.evaluation.run import evaluate
+from medr1.policy import rollouts_vllm
+from medr1.policy.adapters import add_lora
+from medr1.policy.client import api_messages
+from medr1.policy.encoding import PromptBatch, encode_prompts
+from medr1.policy.rollouts_vllm import VLLMServer
+from medr1.policy.shared_prefix import completion_logprobs
+from medr1.policy.vlm import VLM, load_vlm
 from medr1.training import GRPOTrainer
 
 SAMPLING: dict[str, Any] = {"num_completions": 8, "max_new_tokens": 24, "temperature": 0.7, "seed": 3}

@@ -30,7 +30,8 @@ from transformers import (
     SmolVLMVideoProcessor,
 )
 
-from medr1.models import VLM, PromptBatch, encode_prompts
+from medr1.policy.encoding import PromptBatch, encode_prompts
+from medr1.policy.vlm import VLM
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3")
 SPECIAL = (

@@ -6,35 +6,35 @@ The names below are the public API. Those that need torch are imported on first 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from medr1.answers import Answer, extract_answer
+from medr1.data.answers import Answer, extract_answer
+from medr1.data.records import Record
 from medr1.errors import MedR1Error
-from medr1.records import Record
 
 NOTICE = "Research use only. Not a medical device, not for clinical use."
 """Stands on every page and under every answer."""
 
 if TYPE_CHECKING:
     from medr1.config import load_config
-    from medr1.controls import text_only_prior
-    from medr1.datasets import load_records
-    from medr1.evaluation import evaluate, score
-    from medr1.metrics import compare, summarise
-    from medr1.models import load_vlm
-    from medr1.splits import split_by_group
+    from medr1.data.datasets import load_records
+    from medr1.data.splits import split_by_group
+    from medr1.evaluation.controls import text_only_prior
+    from medr1.evaluation.metrics import compare, summarise
+    from medr1.evaluation.run import evaluate, score
+    from medr1.policy.vlm import load_vlm
     from medr1.training import GRPOTrainer, SFTTrainer
 
 _LAZY = {
     "GRPOTrainer": "training",
     "SFTTrainer": "training",
-    "compare": "metrics",
-    "evaluate": "evaluation",
+    "compare": "evaluation.metrics",
+    "evaluate": "evaluation.run",
     "load_config": "config",
-    "load_records": "datasets",
-    "load_vlm": "models",
-    "score": "evaluation",
-    "split_by_group": "splits",
-    "summarise": "metrics",
-    "text_only_prior": "controls",
+    "load_records": "data.datasets",
+    "load_vlm": "policy.vlm",
+    "score": "evaluation.run",
+    "split_by_group": "data.splits",
+    "summarise": "evaluation.metrics",
+    "text_only_prior": "evaluation.controls",
 }
 
 __all__ = [

@@ -16,9 +16,9 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1] / "src")]
 
 INSTRUMENTED = {
-    "image": ("medr1.images", "pydicom", "nibabel", "tifffile", "PIL"),
-    "dataset": ("medr1.datasets", "medr1.records"),
-    "reply": ("medr1.answers",),
+    "image": ("medr1.data.images", "pydicom", "nibabel", "tifffile", "PIL"),
+    "dataset": ("medr1.data.datasets", "medr1.data.records"),
+    "reply": ("medr1.data.answers",),
 }
 
 
@@ -30,9 +30,9 @@ def search(target: str, seconds: int, out: Path) -> int:
         import targets
 
         if target == "image":
-            import medr1.images.dicom
-            import medr1.images.nifti
-            import medr1.images.slide  # noqa: F401
+            import medr1.data.images.dicom
+            import medr1.data.images.nifti
+            import medr1.data.images.slide  # noqa: F401
     import seeds
 
     corpus = out / target

@@ -11,11 +11,11 @@ import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
-from medr1.answers import EXTRACTOR_VERSION, extract_answer
-from medr1.datasets import load_records
+from medr1.data.answers import EXTRACTOR_VERSION, extract_answer
+from medr1.data.datasets import load_records
+from medr1.data.images import expand_reference, read_image
+from medr1.data.records import LETTERS
 from medr1.errors import MedR1Error
-from medr1.images import expand_reference, read_image
-from medr1.records import LETTERS
 
 FOLDER = Path(tempfile.mkdtemp(prefix="medr1-fuzz-"))
 

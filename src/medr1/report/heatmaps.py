@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from medr1 import NOTICE
-from medr1.explain import NOT_CAUSAL
-from medr1.metrics import MIN_N, Row
-from medr1.records import write_atomic
-from medr1.regions import ABOUT_REGION
-from medr1.report import environment, span_points, thumbnail, with_span
+from medr1.data.records import write_atomic
+from medr1.data.regions import ABOUT_REGION
+from medr1.evaluation.metrics import MIN_N, Row
+from medr1.report.pages import environment, span_points, thumbnail, with_span
 from medr1.report.plots import AFTER, CHANCE, CONTROL, dot_plot, hiding_plot
+from medr1.trust.explain import NOT_CAUSAL
 
 MAX_MAPS = 24
 """Questions whose maps the page shows; of more so many are drawn at random."""

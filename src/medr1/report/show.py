@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from medr1 import NOTICE
-from medr1.records import Record, write_atomic
-from medr1.report import environment, thumbnail
+from medr1.data.records import Record, write_atomic
+from medr1.report.pages import environment, thumbnail
 
 
 def write_samples(

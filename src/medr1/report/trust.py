@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from medr1.calibration import COVERAGE, Calibration, assess, calibrate
 from medr1.errors import MedR1Error
-from medr1.faithfulness import MARGIN
-from medr1.metrics import Row
+from medr1.evaluation.calibration import COVERAGE, Calibration, assess, calibrate
+from medr1.evaluation.metrics import Row
 from medr1.report.plots import (
     AFTER,
     BEFORE,
@@ -18,6 +17,7 @@ from medr1.report.plots import (
     reliability_plot,
     truncation_plot,
 )
+from medr1.trust.faithfulness import MARGIN
 
 Story = list[tuple[str, str]]
 """Sentences, each with its worth: "good", "bad" or "open"."""

@@ -34,22 +34,16 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from medr1.config import RECIPE, Config, to_toml
+from medr1.data.images import load_image
+from medr1.data.prompts import build_messages
+from medr1.data.records import Record, append_jsonl, read_jsonl, write_atomic, write_jsonl
 from medr1.errors import MedR1Error
-from medr1.evaluation import Row, evaluate, weights_fingerprint
-from medr1.images import load_image
-from medr1.metrics import summarise
-from medr1.models import (
-    VLM,
-    PromptBatch,
-    add_lora,
-    compile_text_layers,
-    computes_in_bfloat16,
-    encode_prompts,
-    freeze_vision,
-)
+from medr1.evaluation.metrics import summarise
+from medr1.evaluation.run import Row, evaluate, weights_fingerprint
+from medr1.policy.adapters import add_lora, compile_text_layers, freeze_vision
+from medr1.policy.encoding import PromptBatch, encode_prompts
+from medr1.policy.vlm import VLM, computes_in_bfloat16
 from medr1.processes import agree, gather
-from medr1.prompts import build_messages
-from medr1.records import Record, append_jsonl, read_jsonl, write_atomic, write_jsonl
 from medr1.training.trackers import check_trackers
 
 LOG = "log.jsonl"

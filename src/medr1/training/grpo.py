@@ -21,21 +21,22 @@ import torch
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 
-from medr1.answers import read_answer
 from medr1.config import Config
+from medr1.data.answers import format_ok, read_answer
+from medr1.data.records import Record
 from medr1.errors import MedR1Error
-from medr1.grpo import group_advantages, loss_denominator, policy_loss, rollout_weights
-from medr1.models import VLM, FeatureCache, PromptBatch, evaluating, with_vision_features
+from medr1.policy.encoding import FeatureCache, PromptBatch, with_vision_features
+from medr1.policy.rollouts import Rollout, sample
+from medr1.policy.shared_prefix import completion_logprobs
+from medr1.policy.vlm import VLM, evaluating
 from medr1.processes import agree, gather
-from medr1.records import Record
-from medr1.rewards import format_ok, load_rewards
-from medr1.rollouts import Rollout, sample
-from medr1.shared_prefix import completion_logprobs
 from medr1.training.base import RecordTrainer
+from medr1.training.objective import group_advantages, loss_denominator, policy_loss, rollout_weights
+from medr1.training.rewards import load_rewards
 from medr1.training.trackers import SendCompletions
 
 if TYPE_CHECKING:
-    from medr1.rollouts_vllm import VLLMServer
+    from medr1.policy.rollouts_vllm import VLLMServer
 
 COMPLETIONS = "completions.jsonl"
 WEIGHTS = "vllm-weights"
@@ -106,7 +107,7 @@ class GRPOTrainer(RecordTrainer):
         self.reads_prompts_once &= self.server is None
 
     def _connect(self) -> "VLLMServer":
-        from medr1.rollouts_vllm import VLLMServer  # needs the openai client
+        from medr1.policy.rollouts_vllm import VLLMServer  # needs the openai client
 
         rollout, lora = self.config.rollout, self.config.model.lora_rank > 0
         return VLLMServer(self.vlm, rollout.vllm_url, self.out / WEIGHTS, mode=rollout.mode, lora=lora)

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from medr1.config import Config
-from medr1.data import leave_out_unreadable, load_parts
-from medr1.models import load_vlm
+from medr1.data.parts import leave_out_unreadable, load_parts
+from medr1.policy.vlm import load_vlm
 from medr1.processes import agree, join
 from medr1.training.base import RecordTrainer
 from medr1.training.grpo import GRPOTrainer

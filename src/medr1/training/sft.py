@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from medr1.config import Config
+from medr1.data.records import Record
 from medr1.errors import MedR1Error
-from medr1.models import VLM
+from medr1.policy.shared_prefix import completion_logprobs
+from medr1.policy.vlm import VLM
 from medr1.processes import agree, gather
-from medr1.records import Record
-from medr1.shared_prefix import completion_logprobs
 from medr1.training.base import RecordTrainer
 
 

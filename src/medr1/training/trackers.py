@@ -16,9 +16,9 @@ from PIL import Image
 from transformers import TrainerCallback
 from transformers.integrations import MLflowCallback, TensorBoardCallback, TrackioCallback, WandbCallback
 
+from medr1.data.images import load_image
+from medr1.data.records import Record
 from medr1.errors import MedR1Error
-from medr1.images import load_image
-from medr1.records import Record
 
 Row = dict[str, Any]
 

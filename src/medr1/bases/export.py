@@ -1,0 +1,218 @@
+"""A trained model as a plain Hugging Face folder, and, if asked, on the hub.
+
+    medr1 export runs/ct --out exported --answers runs/ct/image.jsonl --push-to-hub me/ct-grpo
+
+An adapter is merged into its base in float32 and only then rounded to the type asked for. The folder loads in
+transformers, vLLM and llama.cpp's converter without this package.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HTTPError
+from safetensors import SafetensorError
+from tabulate import tabulate
+
+from medr1 import NOTICE
+from medr1.config import RECIPE, Config, load_config, to_toml
+from medr1.data.records import read_jsonl
+from medr1.errors import MedR1Error
+from medr1.evaluation.metrics import summarise
+from medr1.evaluation.run import weights_fingerprint
+from medr1.policy.vlm import load_vlm, merged
+from medr1.report.pages import package_versions
+
+ABOUT = "medr1.json"
+"""In an exported folder: what it was made from. A folder with it may be written anew."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def export_model(
+    model: str, out: Path, *, dtype: str = "float32", answers: Sequence[Path] = (), name: str | None = None
+) -> dict[str, Any]:
+    """Write a model, its adapter merged, with processor, generation settings, recipe and model card.
+
+    Args:
+        model: a run's folder, or anything that `load_vlm` takes.
+        out: a new folder, or one of an earlier export, which is replaced when the new one is whole.
+        dtype: a key of DTYPES.
+        answers: files of `medr1 eval` with this model, for the card.
+        name: the model's name on its card; default is the folder's.
+
+    Returns:
+        folder, base, merged (whether there was an adapter), dtype, parameters, bytes.
+
+    Raises:
+        MedR1Error: an unfinished run, an unknown type, `out` holds other files, no answers in a file, or a full disk.
+    """
+    if dtype not in DTYPES:
+        raise MedR1Error(f"--dtype {dtype}: is not known; choose {', '.join(DTYPES)}")
+    if out.exists() and not (out / ABOUT).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise MedR1Error(f"{out}: holds files that are not of an export; name a new folder")
+    evaluations = [_evaluation(path) for path in answers]
+    run = Path(model).expanduser()
+    recipe = load_config(run / RECIPE) if (run / RECIPE).is_file() else None
+    if recipe and not (run / "model").is_dir():
+        raise MedR1Error(f"{run}: holds no model yet; train to the end with the command that began it")
+    source = str(run / "model") if recipe else model
+    vlm = load_vlm(source, dtype="float32", device="cpu")
+    has_adapter = vlm.core is not vlm.model
+    core = merged(vlm).to(DTYPES[dtype])
+    base = _public_name(recipe.model.name if recipe else _base(source))
+    about = {
+        "base_model": base,
+        "merged_adapter": has_adapter,
+        "dtype": dtype,
+        "weights_sha256": weights_fingerprint(core),
+        "versions": package_versions(),
+    }
+    card = _card(name or out.resolve().name, about, recipe, evaluations)
+
+    def write(folder: Path) -> None:
+        core.save_pretrained(folder)
+        vlm.processor.save_pretrained(folder)
+        if recipe:
+            (folder / RECIPE).write_text(to_toml(_without_folders(recipe)), encoding="utf-8")
+        (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+    _replace_folder(out.resolve(), write)
+    return {
+        "folder": str(out),
+        "base": base,
+        "merged": has_adapter,
+        "dtype": dtype,
+        "parameters": core.num_parameters(),
+        "bytes": sum(path.stat().st_size for path in out.rglob("*") if path.is_file()),
+    }
+
+
+def push_to_hub(folder: Path, repository: str, *, public: bool = False) -> str:
+    """Upload an exported folder as one commit; the repository is made where there is none, private by default.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        MedR1Error: no `README.md` with the research notice, the hub refuses or cannot be reached, or the repository is
+            public and `public` was not asked for.
+    """
+    card = folder / "README.md"
+    if not card.is_file() or NOTICE not in card.read_text(encoding="utf-8"):
+        raise MedR1Error(f"{card}: does not carry the research notice; export again")
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=not public, exist_ok=True)
+        if not public and not api.model_info(repository).private:
+            raise MedR1Error(f"--push-to-hub {repository}: is a public repository; add --public to publish there")
+        commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="medr1 export")
+    except (HTTPError, OSError, ValueError) as error:  # no answer; no token, or a refusal; a bad name
+        reason = " ".join(str(error).split())[:200]
+        raise MedR1Error(
+            f"--push-to-hub {repository}: {reason}; log in with `hf auth login`, check name and network,"
+            f" and run the same command again"
+        ) from error
+    return commit.commit_url
+
+
+def _replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """A folder in the place of an older one when it is whole, never a half."""
+    hidden = folder.parent / f".{folder.name}.saving"
+    try:
+        shutil.rmtree(hidden, ignore_errors=True)
+        hidden.mkdir(parents=True)
+        write(hidden)
+        shutil.rmtree(folder, ignore_errors=True)
+        hidden.replace(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
+        reason = str(error).split("\n")[0]
+        raise MedR1Error(f"{folder}: cannot be written ({reason}); free space and run again") from error
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _base(source: str) -> str:
+    """Name of the base of an adapter's folder; a model is its own base."""
+    adapter = Path(source) / "adapter_config.json"
+    return json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else source
+
+
+def _public_name(name: str) -> str:
+    """A hub name as it is; of a folder only its own name, since the rest is about the machine it lies on."""
+    is_folder = name and (Path(name).expanduser().exists() or name.startswith((".", "/", "~")))
+    return Path(name).resolve().name if is_folder else name
+
+
+def _without_folders(recipe: Config) -> Config:
+    """The recipe with the names of its folders only."""
+    data = {"path": _public_name(recipe.data.path), "image_root": _public_name(recipe.data.image_root)}
+    model = {"name": _public_name(recipe.model.name)}
+    return recipe.model_copy(
+        update={"data": recipe.data.model_copy(update=data), "model": recipe.model.model_copy(update=model)}
+    )
+
+
+def _evaluation(path: Path) -> dict[str, Any]:
+    """What the card says of one file of answers: a caption, a Markdown table and the overall result."""
+    rows = read_jsonl(path)
+    if not rows or "correct" not in rows[0]:
+        raise MedR1Error(f"{path}: holds no answers of `medr1 eval`; give the .jsonl file that it wrote")
+    summary = summarise(rows)
+    cells = {**summary["by_modality"], **summary["by_question_type"], "all": summary}
+    lines = [
+        [name, cell["n"], f"{100 * cell['accuracy']:.1f}", _span(cell["ci95"]), f"{100 * cell['chance']:.1f}"]
+        for name, cell in cells.items()
+        if cell["accuracy"] is not None
+    ]
+    head = ["", "n", "accuracy, %", "95 % interval", "chance, %"]
+    first = rows[0]
+    return {
+        "caption": f"`{path.name}`: condition {first['condition']}, mode {first['mode']}.",
+        "table": tabulate(lines, head, tablefmt="github", disable_numparse=True),
+        "condition": first["condition"],
+        "accuracy": summary["accuracy"],
+    }
+
+
+def _span(interval: tuple[float, float] | None) -> str:
+    return "–" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
+
+
+def _card(name: str, about: dict[str, Any], recipe: Config | None, evaluations: list[dict[str, Any]]) -> str:
+    measured = [
+        EvalResult(
+            task_type="visual-question-answering",
+            dataset_type="multiple-choice",
+            dataset_name=f"{_public_name(recipe.data.path) if recipe else 'held-out questions'}, condition "
+            f"{evaluation['condition']}",
+            metric_type="accuracy",
+            metric_value=round(evaluation["accuracy"], 4),
+        )
+        for evaluation in evaluations
+    ]
+    data = ModelCardData(
+        model_name=name,
+        base_model=base if (base := about["base_model"]).count("/") == 1 else None,
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=["medr1", "research-use-only"],
+        eval_results=measured or None,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_str=(files("medr1.bases") / "export-card.md.j2").read_text(encoding="utf-8"),
+        name=name,
+        notice=NOTICE,
+        base=base,
+        merged=about["merged_adapter"],
+        recipe=recipe and _without_folders(recipe),
+        evaluations=evaluations,
+        **{key: about[key] for key in ("dtype", "weights_sha256", "versions")},
+    )
+    return str(card)

@@ -1,0 +1,130 @@
+"""Commands about one case: ask, app."""
+
+import contextlib
+import signal
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from medr1 import NOTICE
+from medr1.cli.options import CalibrationOption, JsonOption, ModelOption, ModeOption
+from medr1.cli.printing import console, finish, percent
+
+if TYPE_CHECKING:
+    from medr1.ask.ask import Case
+
+app = typer.Typer()
+
+
+@app.command()
+def ask(
+    image: Annotated[list[Path], typer.Argument(help="image file(s), then the question")],
+    question: Annotated[str, typer.Argument(help="the question")],
+    option: Annotated[
+        list[str] | None, typer.Option("--option", help="an answer to choose from: two or more, or none to ask openly")
+    ] = None,
+    model: ModelOption = "tiny",
+    compare: Annotated[
+        list[str] | None, typer.Option("--compare", help="another model to ask the same, such as the base; repeatable")
+    ] = None,
+    mode: ModeOption = "think",
+    modality: Annotated[str | None, typer.Option("--modality", help="of the image, to warn where it is new")] = None,
+    samples: Annotated[int, typer.Option("--samples", min=0, help="replies drawn to see how many agree")] = 0,
+    heatmap: Annotated[
+        Path | None, typer.Option("--heatmap", help="a .png file: what in the image speaks for the answer")
+    ] = None,
+    calibration: CalibrationOption = None,
+    out: Annotated[Path | None, typer.Option("--out", help="an .html file: the case as a page, without names")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="the reply is cut here")] = 256,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask one question about an image: reasoning, answer, its probability, and what speaks against trusting it."""
+    from medr1.ask.ask import ask as run
+    from medr1.ask.ask import load_respondent, question_about
+    from medr1.ask.case import write_case, write_heatmaps
+
+    record = question_about(image, question, option or [], modality)
+    settings: dict[str, Any] = {"mode": mode, "num_samples": samples, "max_new_tokens": max_new_tokens}
+    models = [load_respondent(model, calibration), *map(load_respondent, compare or [])]
+    cases = [run(each, record, heatmap=bool(heatmap), **settings) for each in models]
+    if heatmap:
+        paths = write_heatmaps(cases, heatmap)
+        console.print(f"heatmap: {', '.join(map(str, paths))}", highlight=False, markup=False)
+    if out:
+        write_case(cases, out)
+    if not as_json:
+        for case in cases:
+            _print_case(case)
+    first, *others = (case.as_dict() for case in cases)
+    finish(first | ({"compared": others} if others else {}), as_json)
+
+
+def _print_case(case: "Case") -> None:
+    said = Console(highlight=False, markup=False, soft_wrap=True)
+    said.print(f"{case.model}\n{case.reply}\n")
+    answer = f"{case.letter}) {case.answer}" if case.letter else case.answer
+    said.print(f"answer: {answer}" if answer else f"no answer: {case.outcome}", style="bold")
+    if case.abstained and case.calibration:
+        said.print(f"but it abstains: less sure than {percent(case.calibration.threshold)} %", style="bold yellow")
+    table = Table()
+    for heading in ("option", "probability", *([f"votes of {case.num_samples}"] if case.votes else [])):
+        table.add_column(heading, justify="left" if heading == "option" else "right")
+    for letter, text, probability in zip(
+        case.record.letters, case.record.options, case.probabilities or (), strict=True
+    ):
+        votes = [str(case.votes.get(letter, 0))] if case.votes else []
+        table.add_row(Text(f"{letter}) {text}"), f"{percent(probability)} %", *votes)
+    if case.record.options:
+        said.print(table)
+    for warning in case.warnings or ():
+        said.print(f"! {warning}", style="yellow")
+
+
+@app.command("app")
+def app_command(
+    model: ModelOption = "tiny",
+    compare: Annotated[
+        list[str] | None, typer.Option("--compare", help="another model, shown beside it; may be repeated")
+    ] = None,
+    calibration: CalibrationOption = None,
+    host: Annotated[str, typer.Option("--host", help="address to listen on; 0.0.0.0 lets other machines in")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[
+        int | None, typer.Option("--port", min=1, max=65535, help="default: the first free one from 7860")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="replies are cut here")] = 256,
+    max_upload_mb: Annotated[int, typer.Option("--max-upload-mb", min=1, help="largest upload, in MB")] = 64,
+    requests_per_minute: Annotated[
+        int, typer.Option("--requests-per-minute", min=1, help="limit for each client address")
+    ] = 60,
+) -> None:
+    """Open a page in the browser to ask about images; on this machine only, nothing is stored."""
+    from medr1.ask.app import LOOPBACK, running
+
+    if host not in LOOPBACK:
+        console.print(
+            f"{host}: other machines can reach this app. It has no login and no encryption: put nothing in"
+            " that names a patient, and stop it when you are done.",
+            style="bold yellow",
+            soft_wrap=True,
+        )
+    with running(
+        [model, *(compare or [])],
+        calibration=calibration,
+        host=host,
+        port=port,
+        max_new_tokens=max_new_tokens,
+        max_upload_mb=max_upload_mb,
+        requests_per_minute=requests_per_minute,
+    ) as url:
+        typer.echo(f"{url}  (Ctrl-C ends it)")
+        console.print(NOTICE, style="dim")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: uploads are removed
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()

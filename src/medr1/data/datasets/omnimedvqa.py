@@ -1,0 +1,65 @@
+"""Reader of OmniMedVQA's layout: `QA_information/Open-access/<source>.json` beside `Images/<source>/…`.
+
+A row has `dataset, question_id, question_type, question, gt_answer, image_path, option_A, option_B[, …],
+modality_type`; `gt_answer` is the text of the right option, and an item with fewer options lacks the later
+keys. Only the open-access part is read: the restricted part comes without images.
+
+Known defect of the public files: one item of "Chest CT Scan.json" names its modality under `modality` instead
+of `modality_type`. Both keys are read.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from medr1.data.datasets.rows import (
+    ImageFolder,
+    canonical_modality,
+    canonical_question_type,
+    letter_of,
+    read_records,
+    text_field,
+)
+from medr1.data.datasets.tables import read_table
+from medr1.data.records import LETTERS, Record
+from medr1.errors import MedR1Error
+
+
+def read_omnimedvqa(root: Path, refused: list[str] | None = None) -> list[Record]:
+    """Every question of the open-access part below a folder that holds QA_information and Images.
+
+    Args:
+        refused: gets a line for each bad row, see `read_records`.
+
+    Raises:
+        MedR1Error: no question file, a file that is not JSON, or a bad row.
+    """
+    files = sorted((root / "QA_information" / "Open-access").glob("*.json"))
+    if not files:
+        raise MedR1Error(f"{root}: no QA_information/Open-access/*.json; unpack OmniMedVQA.zip here")
+    folder = ImageFolder(root)
+    return read_records(map(read_table, files), lambda table, number, row: _record(folder, row), refused)
+
+
+def _record(folder: ImageFolder, row: dict[str, Any]) -> Record:
+    options = _options(row)
+    image = text_field(row, "image_path")
+    modality_key = "modality" if "modality" in row and "modality_type" not in row else "modality_type"
+    return Record(
+        id=text_field(row, "question_id"),
+        images=(folder.locate(image),),
+        question=text_field(row, "question"),
+        options=options,
+        answer=letter_of(text_field(row, "gt_answer"), options),
+        modality=canonical_modality(text_field(row, modality_key)),
+        question_type=canonical_question_type(text_field(row, "question_type")),
+        source=text_field(row, "dataset"),
+        group=folder.group(image),
+    )
+
+
+def _options(row: dict[str, Any]) -> tuple[str, ...]:
+    given = sorted(key for key in row if re.fullmatch("option_[A-Z]", key) and row[key] is not None)
+    if given != [f"option_{letter}" for letter in LETTERS[: len(given)]]:
+        raise ValueError(f"option keys {', '.join(given)} are not A, B, … without a gap")
+    return tuple(text_field(row, key) for key in given)

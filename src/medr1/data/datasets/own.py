@@ -1,0 +1,149 @@
+"""The format for one's own data: a row a question, in CSV, TSV, JSON, JSON lines or Parquet.
+
+    image, question, answer                              needed; several images with ";" between, or a JSON list
+    option_a, option_b, … or options (";", JSON list)    none: the question is open
+    id, modality, question_type, group, source, licence  optional; alternatives: other right answers, of open ones
+
+`answer` is the letter of the right option or its text; of an open question the text. Image paths start from the
+folder that was given (or the table's), and may carry a selector ("scan.dcm#frame=3") or ask for several slices
+("volume.nii.gz#slices=4"). Without `group` an image's patient (DICOM) or content is the group. A record dumped as
+JSON is a row of this format. So are VQA-RAD and PathVQA as republished in Parquet, with images inside the rows.
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medr1.data.datasets.embedded import keep_image
+from medr1.data.datasets.rows import ImageFolder, canonical_modality, canonical_question_type, letter_of, text_field
+from medr1.data.datasets.tables import Table
+from medr1.data.records import LETTERS, Record, normalise_option
+
+Row = dict[str, Any]
+
+REPUBLISHED = {"vqarad": ("VQA-RAD", "CC0-1.0"), "pathvqa": ("PathVQA", "images belong to their publishers")}
+"""Source and terms of tables that say neither, by a part of their name in lower-case letters."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a row stands, and what its images start from."""
+
+    table: Table
+    number: int
+    """From 1."""
+    folder: ImageFolder
+    language: str
+    """Keep rows in this language where rows say theirs ("en"); "all" keeps every row."""
+
+    @property
+    def id(self) -> str:
+        """An id for a row that has none."""
+        return f"{self.table.stem}/{self.number}"
+
+
+def read_own(row: Row, place: Place) -> Record:
+    """A row of the format above, under the names of `tables.by_column`, as a record."""
+    options = _options(row)
+    images, group = _images(row, place)
+    name = re.sub(r"[^a-z]", "", place.table.name.casefold())
+    source, licence = next(
+        (known for part, known in REPUBLISHED.items() if part in name), (place.table.stem, "follows the source")
+    )
+    return Record(
+        id=said(row, "id") if "id" in row else place.id,
+        images=images,
+        question=text_field(row, "question"),
+        options=options,
+        answer=answer_letter(said(row, "answer"), options) if options else said(row, "answer"),
+        modality=canonical_modality(text_field(row, "modality")) if "modality" in row else None,
+        question_type=canonical_question_type(text_field(row, "question type")) if "question type" in row else None,
+        source=said(row, "source") if "source" in row else source,
+        group=said(row, "group") if "group" in row else group or place.id,
+        licence=said(row, "licence") if "licence" in row else licence,
+        alternatives=_listed(row.get("alternatives", []), "alternatives"),
+    )
+
+
+def said(row: Row, name: str) -> str:
+    """A cell as text: a number as it is written, true as "yes".
+
+    Raises:
+        ValueError: the cell is empty, or holds something else.
+    """
+    value = row.get(name)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value) if isinstance(value, int | float) else text_field(row, name)
+
+
+def answer_letter(answer: str, options: tuple[str, ...]) -> str:
+    """Letter of the right option, given as a letter ("B", "b", "B)", "(B)") or as the option's text.
+
+    Raises:
+        ValueError: it is neither, or it is the text of one option and the letter of another.
+    """
+    letters = LETTERS[: len(options)]
+    match = re.fullmatch(r"\(([A-Z])\)|([A-Z])[).]?", answer) or re.fullmatch(r"()([a-z])", answer)
+    letter = (match[1] or match[2]).upper() if match else ""
+    texts = [normalise_option(option) for option in options]
+    if letter not in letters or not letter:
+        return letter_of(answer, options)
+    if normalise_option(answer) in texts and letter_of(answer, options) != letter:
+        raise ValueError(f"the answer {answer!r} is the letter of one option and the text of another; write ({letter})")
+    return letter
+
+
+def _options(row: Row) -> tuple[str, ...]:
+    named = sorted(name for name in row if re.fullmatch("option [a-z]", name))
+    if named and "options" in row:
+        raise ValueError(f"options stand in 'options' and in {named[0]!r}; keep one")
+    if "options" in row:
+        return _listed(row["options"], "options")
+    if named != [f"option {letter.lower()}" for letter in LETTERS[: len(named)]]:
+        raise ValueError(f"option columns {', '.join(named)} are not a, b, … without a gap")
+    return tuple(said(row, name) for name in named)
+
+
+def _listed(value: Any, name: str) -> tuple[str, ...]:
+    """Texts of a list, of a JSON list in a cell, or of a cell with semicolons between."""
+    if isinstance(value, str):
+        value = _json_list(value, name) if value.lstrip().startswith("[") else value.split(";")
+    if not isinstance(value, list):
+        raise ValueError(f"{name!r} is neither a list nor a text but {value!r:.40}")
+    return tuple(said({name: item}, name) for item in value)
+
+
+def _json_list(text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{name!r} begins like a JSON list and is none ({error})") from error
+
+
+def _images(row: Row, place: Place) -> tuple[tuple[Path, ...], str]:
+    """Paths of a row's images, and the group of the first; "" without one."""
+    if "image" in row and "images" in row:
+        raise ValueError("images stand in 'image' and in 'images'; keep one")
+    name = "images" if "images" in row else "image"
+    given = row.get(name)
+    if given is None:
+        raise ValueError(f"{name!r} is missing; write [] where a question has no image")
+    if isinstance(given, str):
+        whole = place.folder.root is not None and os.path.isfile(place.folder.root / given)  # a name with ";" in it
+        given = [given] if whole else list(_listed(given, name))
+    images: list[Path] = []
+    group = ""
+    for image in given if isinstance(given, list) else [given]:
+        if isinstance(image, str):
+            images += place.folder.expand(image.strip())
+            group = group or place.folder.group_by_content(image.strip())
+        elif isinstance(image, dict) and isinstance(image.get("bytes"), bytes):  # as Parquet tables of the hub
+            images.append(keep_image(image["bytes"]))
+            group = group or images[0].stem
+        else:
+            raise ValueError(f"{name!r} is neither a path nor a picture but {image!r:.40}")
+    return tuple(images), group

@@ -1,0 +1,249 @@
+"""What every reader shares: spellings of modality and question type, safe image paths, one line for bad rows.
+
+A reader turns one row of a table into a `Record` and raises `ValueError` where it cannot; `read_records` runs
+it over all rows of all tables and lists the rows that it refused. No row is ever left out silently.
+"""
+
+import csv
+import io
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from medr1.data.datasets.tables import Table, read_text
+from medr1.data.images import expand_reference, file_of, group_of, resolve_inside
+from medr1.data.records import LETTERS, MODALITIES, QUESTION_TYPES, Record, normalise_option
+from medr1.errors import MedR1Error
+
+# Keys are lower-case letters only, without what follows an opening bracket: the public files spell
+# "CT(Computed Tomography)", "MR (Mag-netic Resonance Imaging)" and "OCT (Optical Coherence Tomography" (never
+# closed).
+_MODALITY_OF_KEY = {
+    "ct": "CT",
+    "mr": "MRI",
+    "mri": "MRI",
+    "ultrasound": "Ultrasound",
+    "us": "Ultrasound",
+    "dermoscopy": "Dermoscopy",
+    "fundus": "Fundus Photography",
+    "fundusphotography": "Fundus Photography",
+    "oct": "OCT",
+    "microscopy": "Microscopy",
+    "microscopyimages": "Microscopy",
+    "xray": "X-Ray",
+}
+
+
+def _key(text: str) -> str:
+    return re.sub(r"[^a-z]", "", text.partition("(")[0].casefold())
+
+
+_TYPE_OF_KEY = {_key(question_type): question_type for question_type in QUESTION_TYPES}
+
+
+def canonical_modality(text: str) -> str:
+    """The member of MODALITIES that a spelling such as "MR (Mag-netic Resonance Imaging)" or "x-ray" means.
+
+    Raises:
+        ValueError: the spelling is not known.
+    """
+    if _key(text) not in _MODALITY_OF_KEY:
+        raise ValueError(f"unknown modality {text!r}, expected one of {', '.join(MODALITIES)}")
+    return _MODALITY_OF_KEY[_key(text)]
+
+
+def canonical_question_type(text: str) -> str:
+    """The member of QUESTION_TYPES that a spelling such as "disease_diagnosis" means.
+
+    Raises:
+        ValueError: the spelling is not known.
+    """
+    if _key(text) not in _TYPE_OF_KEY:
+        raise ValueError(f"unknown question type {text!r}, expected one of {', '.join(QUESTION_TYPES)}")
+    return _TYPE_OF_KEY[_key(text)]
+
+
+def text_field(row: dict[str, Any], key: str) -> str:
+    """The stripped text under a key.
+
+    Raises:
+        ValueError: the key is absent, or its value is not a text that UTF-8 can hold.
+    """
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise ValueError(f"{key!r} is missing" if value is None else f"{key!r} is not a text but {value!r}")
+    value.encode()  # a lone surrogate, which JSON can hold, raises here rather than when results are written
+    return value.strip()
+
+
+def letter_of(gold: str, options: Sequence[str]) -> str:
+    """Letter of the option whose text is `gold`: the same text, else the same up to case and white space.
+
+    Raises:
+        ValueError: no option has that text, or more than one.
+    """
+    found = [letter for letter, option in zip(LETTERS, options, strict=False) if option == gold]
+    if not found:
+        wanted = normalise_option(gold)
+        found = [letter for letter, option in zip(LETTERS, options, strict=False) if normalise_option(option) == wanted]
+    if not found:
+        raise ValueError(f"the answer {gold!r} is not among the options {list(options)}")
+    if len(found) > 1:
+        raise ValueError(f"duplicate options {' and '.join(found)} both read as the answer, {gold!r}; remove one")
+    return found[0]
+
+
+class ImageFolder:
+    """The folder that image paths are relative to, and its groups.csv (image_path,group) where there is one.
+
+    Args:
+        root: None where a table has no folder (one of the hub): every path in it is then refused.
+
+    Raises:
+        MedR1Error: groups.csv lacks a column or a value, or gives one image two groups.
+    """
+
+    def __init__(self, root: Path | None) -> None:
+        self.root = root
+        self._groups_file = root / "groups.csv" if root else Path()
+        self._groups = _read_groups(self._groups_file) if self._groups_file.is_file() else None
+
+    def locate(self, relative: str) -> Path:
+        """Path of an image (or reference, see `medr1.data.images`), which need not exist.
+
+        Raises:
+            ValueError: the path is empty or absolute, or leads out of the folder by ".." or a symbolic link.
+        """
+        if self.root is None:
+            raise ValueError(f"image {relative!r} is a file of its own; download the images and give --image-root")
+        return resolve_inside(self.root, relative)
+
+    def find(self, name: str, *folders: str) -> Path:
+        """Path of an image that lies in the root or in one of these folders of it; in the first where it is nowhere.
+
+        Raises:
+            ValueError: as `locate`.
+        """
+        places = [self.locate(relative) for relative in (name, *(f"{folder}/{name}" for folder in folders))]
+        return next((place for place in places if os.path.isfile(place)), places[1])
+
+    def expand(self, relative: str) -> list[Path]:
+        """Paths of the images that a reference names: several where it asks for several slices or frames.
+
+        Raises:
+            ValueError: as `locate`; or the reference asks for what the file does not have.
+        """
+        path = self.locate(relative)
+        if "#" not in relative:
+            return [path]
+        try:
+            return [Path(one) for one in expand_reference(path)]
+        except MedR1Error as error:
+            raise ValueError(str(error)) from error
+
+    def group(self, relative: str) -> str:
+        """Group of an image: its line in groups.csv, or without that file the path itself.
+
+        Raises:
+            ValueError: groups.csv is there and does not list the image.
+        """
+        if self._groups is None:
+            return relative
+        if relative not in self._groups:
+            raise ValueError(f"image {relative!r} is not in {self._groups_file}; add a line for it")
+        return self._groups[relative]
+
+    def group_by_content(self, relative: str) -> str:
+        """As `group`; without groups.csv the image's patient (DICOM) or content, or the path of an absent file.
+
+        Raises:
+            ValueError: as `group`; or the file cannot be read.
+        """
+        path = self.locate(relative)
+        if self._groups is not None or not os.path.isfile(file_of(path)):
+            return self.group(relative)
+        try:
+            return group_of(path)
+        except MedR1Error as error:
+            raise ValueError(str(error)) from error
+
+
+def _read_groups(path: Path) -> dict[str, str]:
+    groups: dict[str, str] = {}
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    if not {"image_path", "group"} <= set(reader.fieldnames or ()):
+        raise MedR1Error(f"{path}: the first line must name the columns image_path and group")
+    for row in reader:
+        image, group = row["image_path"], row["group"]
+        if not image or not group:
+            raise MedR1Error(f"{path}: line {reader.line_num} lacks an image path or a group; fill it in")
+        if groups.setdefault(image, group) != group:
+            raise MedR1Error(f"{path}: line {reader.line_num} gives {image!r} a second group; keep one")
+    return groups
+
+
+class NotAsked(ValueError):
+    """A row that is sound and filtered out (another language): told among the refused rows, never an error."""
+
+
+def read_records(
+    tables: Iterable[Table], read: Callable[[Table, int, dict[str, Any]], Record], refused: list[str] | None = None
+) -> list[Record]:
+    """All rows of all tables as records. `read(table, number, row)` makes one, with rows counted from 1.
+
+    Args:
+        refused: gets one line for each row that is left out; None: no bad row is tolerated.
+
+    Raises:
+        MedR1Error: a table cannot be read, or no row is good, or rows are bad and `refused` is None: names the first
+            bad one, with the number of all.
+    """
+    records: list[Record] = []
+    places: dict[str, str] = {}
+    bad: list[str] = []
+    not_asked: list[str] = []
+    for table in tables:
+        for number, row in enumerate(table.rows, start=1):
+            place = f"{table.name}: row {number}"
+            try:
+                if isinstance(row, ValueError):
+                    raise row
+                if not isinstance(row, dict):
+                    raise ValueError(f"not an object but {row!r:.40}")
+                record = read(table, number, row)
+                if record.id in places:
+                    raise ValueError(f"id {record.id!r} was used before, at {places[record.id]}; make ids unique")
+            except NotAsked as reason:
+                not_asked.append(f"{place}: {reason}")
+            except ValueError as error:
+                bad.append(f"{place}: {_reason(error)}")
+            else:
+                places[record.id] = place
+                records.append(record)
+    if refused is None or not records:
+        refuse(bad or (not_asked if not records else []))
+    else:
+        refused += [*bad, *not_asked]
+    return records
+
+
+def refuse(bad: Sequence[str]) -> None:
+    """Raise for a list of faults, one line each: the first is told, and how many there are.
+
+    Raises:
+        MedR1Error: the list is not empty.
+    """
+    if bad:
+        raise MedR1Error(bad[0] if len(bad) == 1 else f"{bad[0]} (the first of {len(bad)} bad rows)")
+
+
+def _reason(error: ValueError) -> str:
+    """One line for a row's fault; pydantic's own text has several."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    return ": ".join([*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")])

@@ -1,0 +1,424 @@
+"""DICOM to 8-bit RGB, in the order of PS3.3: modality LUT or rescale, VOI LUT or window, polarity, 8 bits.
+
+Of the header only the elements below are read, and of these nothing but numbers and the standard's own words is told.
+pydicom's warnings, log lines and exceptions quote values, perhaps a patient's: they are never passed on.
+"""
+
+import logging
+import re
+import struct
+import threading
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from decimal import Decimal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from medr1.data.images.display import (
+    CT_WINDOWS,
+    Grey,
+    Values,
+    by_table,
+    given_window,
+    robust_range,
+    square_pixels,
+    stretched,
+    windowed,
+)
+from medr1.data.images.limits import MAX_BYTES, MAX_PIXELS, extra
+from medr1.data.images.reference import Reference
+from medr1.errors import MedR1Error
+
+# fmt: off
+_HEADER = [
+    "SOPClassUID", "ImageType", "Modality", "BurnedInAnnotation", "PresentationIntentType", "PresentationLUTShape",
+    "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "NumberOfFrames", "Rows", "Columns",
+    "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit",
+    "PixelAspectRatio", "PixelSpacing", "ImagerPixelSpacing", "RescaleSlope", "RescaleIntercept", "RescaleType",
+    "ModalityLUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence", "PixelPresentation",
+    "RedPaletteColorLookupTableDescriptor", "RedPaletteColorLookupTableData",
+    "GreenPaletteColorLookupTableDescriptor", "GreenPaletteColorLookupTableData",
+    "BluePaletteColorLookupTableDescriptor", "BluePaletteColorLookupTableData",
+    "SegmentedRedPaletteColorLookupTableData", "SegmentedGreenPaletteColorLookupTableData",
+    "SegmentedBluePaletteColorLookupTableData", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+]
+# fmt: on
+
+_BURNED_IN = {
+    "US": "ultrasound",
+    "SC": "secondary capture",
+    "XA": "angiography",
+}
+"""Modalities whose images often carry a name in the pixels."""
+
+_NUMBERS = ("US", "SS", "US or SS", "IS", "DS")
+"""Value representations of numbers."""
+
+_ONE_AT_A_TIME = threading.RLock()
+
+_JPEG_FRAMES = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF, 0xF7}
+"""Second byte of the markers that start a frame (ITU-T T.81 table B.1; F7: JPEG-LS)."""
+
+
+def read_dicom(reference: Reference) -> tuple[Image.Image, dict[str, Any]]:
+    """A frame, the middle one by default; only its pixels are decoded.
+
+    Window: the selector's, else the first VOI LUT or window of the file. A file without any keeps its full range where
+    that is meant to be looked at (8 bits or fewer, FOR PRESENTATION), else see `grey.robust_range`, padding left out.
+    Pixels that are not square by the header are made so.
+    """
+    reference.allow("DICOM file", "frame", "window")
+    with _nothing_told(reference):
+        header = _header(reference)
+        _refuse_unsupported(reference, header)
+        frames = int(header.get("NumberOfFrames") or 1)
+        frame = reference.whole("frame", frames // 2 + 1, 1, frames) - 1
+        show = _Display(reference, header, frame)
+        stored = _stored(reference, header, frame, frames)
+        is_grey = header.PhotometricInterpretation in ("MONOCHROME1", "MONOCHROME2")
+        values, decisions = show.grey(stored) if is_grey else show.colour(stored)
+        image, aspect = show.square(Image.fromarray(values).convert("RGB"))
+        return image, {
+            "kind": "DICOM",
+            "modality": show.word("Modality"),
+            "transfer_syntax": header.file_meta.TransferSyntaxUID.name,
+            "frame": f"{frame + 1} of {frames}",
+            **decisions,
+            **aspect,
+            "warnings": show.warnings,
+        }
+
+
+def num_frames(reference: Reference) -> int:
+    """Frames that the header declares."""
+    with _nothing_told(reference):
+        return int(_header(reference).get("NumberOfFrames") or 1)
+
+
+def identifiers(path: Path) -> dict[str, str]:
+    """PatientID and StudyInstanceUID as "patient" and "study", empty where absent. Only to be hashed."""
+    reference = Reference(path)
+    with _nothing_told(reference):
+        header = _header(reference, ["PatientID", "StudyInstanceUID"])
+        return {
+            "patient": str(header.get("PatientID") or "").strip(),
+            "study": str(header.get("StudyInstanceUID") or "").strip(),
+        }
+
+
+@contextmanager
+def _nothing_told(reference: Reference) -> Iterator[None]:
+    """Neither warning nor log line nor exception of pydicom's leaves the block, since they quote the header."""
+    extra("pydicom", reference)
+    logger = logging.getLogger("pydicom")
+    with _ONE_AT_A_TIME, warnings.catch_warnings():  # both silences are of the whole process
+        warnings.simplefilter("ignore")
+        disabled, logger.disabled = logger.disabled, True
+        try:
+            yield
+        except (MedR1Error, KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        # At bad bytes pydicom and its plugins raise nearly anything, also the panic of the one in Rust: no Exception.
+        except BaseException as error:
+            raise _undecodable(reference, type(error).__name__) from None
+        finally:
+            logger.disabled = disabled
+
+
+def _undecodable(reference: Reference, why: str) -> MedR1Error:
+    return MedR1Error(f"{reference}: this DICOM file cannot be decoded ({why}); fetch it again or convert it to PNG")
+
+
+def _header(reference: Reference, keywords: list[str] = _HEADER) -> Any:
+    """The data set of these elements, with a transfer syntax; pixels stay in the file."""
+    import pydicom
+    from pydicom import uid
+    from pydicom.datadict import dictionary_VM, dictionary_VR
+
+    path = reference.path
+    _refuse_inflation(reference)
+    header = pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=keywords)
+    # A broken length or type makes texts, or other elements' bytes, of a number; nothing of that is to be told.
+    for element in header:
+        is_number = dictionary_VR(element.tag) in _NUMBERS and dictionary_VM(element.tag) == "1"
+        if is_number and not element.is_empty and not isinstance(element.value, int | float | Decimal):
+            raise _undecodable(reference, f"{element.keyword} is not one number")
+    if "TransferSyntaxUID" not in header.file_meta:
+        implicit, little = header.original_encoding
+        explicit = uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
+        header.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if implicit else explicit
+    return header
+
+
+def _refuse_inflation(reference: Reference) -> None:
+    """Raise MedR1Error if the file is a deflated data set of more than MAX_BYTES, which pydicom would inflate whole."""
+    from pydicom import uid
+    from pydicom.filereader import read_file_meta_info
+
+    with reference.path.open("rb") as file:
+        if file.read(132)[128:] != b"DICM":
+            return
+        meta = read_file_meta_info(reference.path)
+        if meta.get("TransferSyntaxUID") != uid.DeflatedExplicitVRLittleEndian:
+            return
+        file.seek(144 + meta.FileMetaInformationGroupLength)  # preamble, prefix, and the element of the length itself
+        inflater, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
+        while chunk := inflater.unconsumed_tail or file.read(1 << 20):
+            size += len(inflater.decompress(chunk, 1 << 24))
+            if size > MAX_BYTES:
+                raise MedR1Error(f"{reference}: inflates to more than {MAX_BYTES >> 30} GiB; it is broken or a bomb")
+
+
+def _refuse_unsupported(reference: Reference, header: Any) -> None:
+    """Raise MedR1Error for what would come out wrong, too large, or not at all."""
+    from pydicom import uid
+    from pydicom.pixels import get_decoder
+
+    if header.file_meta.get("MediaStorageSOPClassUID") == uid.MediaStorageDirectoryStorage:
+        raise MedR1Error(f"{reference}: is a DICOMDIR, an index of other files; name one of those")
+    if not header.get("Rows") or not header.get("Columns"):
+        kind = uid.UID(header.get("SOPClassUID") or "")
+        name = f" ({kind.name})" if kind in uid.UID_dictionary else ""
+        raise MedR1Error(f"{reference}: this DICOM file holds no image{name}; leave it out")
+    if header.Rows * header.Columns > MAX_PIXELS:
+        size = f"{header.Columns} x {header.Rows}"
+        raise MedR1Error(f"{reference}: {size} pixels are above the limit of {MAX_PIXELS}; shrink it")
+    if "HighBit" in header and header.HighBit != header.BitsStored - 1:
+        raise _undecodable(reference, f"{header.BitsStored} bits stored, and the highest is number {header.HighBit}")
+    syntax = header.file_meta.TransferSyntaxUID
+    name = syntax.name if syntax in uid.UID_dictionary else "an unknown transfer syntax"
+    try:
+        decoder = get_decoder(syntax)
+    except NotImplementedError:
+        raise MedR1Error(f"{reference}: its pixels are {name}, which medr1 does not read; convert it") from None
+    if not decoder.is_available:
+        raise MedR1Error(f"{reference}: its pixels are {name}, which needs a decoder; pip install 'medr1[images]'")
+
+
+def _stored(reference: Reference, header: Any, frame: int, frames: int) -> Any:
+    """Pixels of one frame as they are stored, colour as RGB: (rows, columns) or (rows, columns, 3), any number type."""
+    import pydicom
+    from pydicom import uid
+    from pydicom.encaps import get_frame
+    from pydicom.pixels import pixel_array
+    from pydicom.pixels.utils import get_expected_length
+
+    syntax, path = header.file_meta.TransferSyntaxUID, reference.path
+    if syntax == uid.DeflatedExplicitVRLittleEndian:
+        return pixel_array(pydicom.dcmread(path), index=frame)
+    with path.open("rb") as file:
+        pydicom.dcmread(file, force=True, stop_before_pixels=True, specific_tags=["Rows"])
+        start = file.tell()  # of the pixels' element, whose tag and length take 8 bytes or 12
+        if not syntax.is_encapsulated:
+            if start + 8 + get_expected_length(header) > path.stat().st_size:
+                raise _undecodable(reference, "it is cut off: its header tells of more pixels")
+            return pixel_array(path, index=frame, transfer_syntax_uid=syntax)
+        file.seek(start + 12)
+        coded = get_frame(file, frame, number_of_frames=frames)
+    size = _coded_size(coded)
+    if size not in (None, (header.Rows, header.Columns)):
+        raise _undecodable(reference, "its header and its compressed pixels differ in size")
+    if syntax == uid.JPEGExtended12Bit and header.BitsStored > 8:  # no plugin of a free licence decodes it
+        return extra("imagecodecs", reference).jpeg8_decode(coded)
+    return pixel_array(path, index=frame)
+
+
+def _coded_size(frame: bytes) -> tuple[int, int] | None:
+    """(rows, columns) that a JPEG, JPEG-LS or JPEG 2000 code stream declares; None for others, such as RLE."""
+    start = frame.find(b"\xff\x4f\xff\x51", 0, 1024)
+    if start == 0 or (start > 0 and frame[4:8] == b"jP  "):  # bare, or in the boxes of a JP2 file
+        # ISO/IEC 15444-1 A.5.1: size of the reference grid less its offset
+        width, height, left, top = struct.unpack(">IIII", frame[start + 8 : start + 24])
+        return height - top, width - left
+    place = 2
+    while frame[:2] == b"\xff\xd8" and place + 9 <= len(frame) and frame[place] == 0xFF:
+        if frame[place + 1] in _JPEG_FRAMES:
+            return struct.unpack(">HH", frame[place + 5 : place + 9])
+        place += 1 if frame[place + 1] == 0xFF else 2 + struct.unpack(">H", frame[place + 2 : place + 4])[0]
+    return None
+
+
+class _Display:
+    """What the header says of how one frame is to be shown: its own functional groups, the shared ones, the rest."""
+
+    def __init__(self, reference: Reference, header: Any, frame: int) -> None:
+        self.reference, self.header = reference, header
+        own = header.get("PerFrameFunctionalGroupsSequence") or []
+        groups = [*own[frame : frame + 1], *(header.get("SharedFunctionalGroupsSequence") or [])]
+        names = ("PixelValueTransformationSequence", "FrameVOILUTSequence", "PixelMeasuresSequence")
+        self.places = [group[name][0] for group in groups for name in names if group.get(name)] + [header]
+        self.is_ct = header.get("Modality") == "CT"
+        self.warnings = self._warnings()
+
+    def get(self, keyword: str) -> Any:
+        """The value of an element in the first place that has one, else None."""
+        return next((place[keyword].value for place in self.places if place.get(keyword) not in (None, "")), None)
+
+    def numbers(self, keyword: str) -> list[float]:
+        """All values of a numeric element."""
+        value = self.get(keyword)
+        return [] if value is None else [float(one) for one in (value if hasattr(value, "__iter__") else [value])]
+
+    def colour(self, stored: Any) -> tuple[Any, dict[str, Any]]:
+        """Colour of a palette or of three samples as uint8 (rows, columns, 3), and what was decided."""
+        if "window" in self.reference.selector:
+            raise self.reference.wrong("window", "none: this image has colours")
+        kind = self.header.PhotometricInterpretation
+        if kind == "PALETTE COLOR":
+            from pydicom.pixels import apply_color_lut
+
+            values = apply_color_lut(stored, self.header)[..., :3]
+            # Some writers put 8-bit colours into entries of 16 bits.
+            values = values >> 8 if values.dtype == np.uint16 and values.max() > 255 else values
+            return values.astype(np.uint8), {"scale": "colours of its palette"}
+        if kind not in ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"):
+            raise _undecodable(self.reference, "its kind of colour is not known here")
+        bits = self.header.BitsStored
+        return stretched(stored, 0, 2**bits - 1), {"scale": f"0 to {2**bits - 1}"}
+
+    def grey(self, stored: Any) -> tuple[Grey, dict[str, Any]]:
+        """Grey as uint8 (rows, columns), and what was decided."""
+        rescale, to_values = self._modality()
+        scale, to_grey = self._window(stored, to_values)
+        inverted = (
+            self.header.PhotometricInterpretation == "MONOCHROME1" or self.get("PresentationLUTShape") == "INVERSE"
+        )
+
+        def shown(values: Any) -> Grey:
+            grey = to_grey(to_values(values))
+            return 255 - grey if inverted else grey
+
+        grey = by_table(stored, shown) if stored.dtype.kind in "iu" else shown(stored)
+        if grey.min() == grey.max() and stored.min() != stored.max():
+            self.warnings.append("all of it came out in one grey: choose another window")
+        polarity = "inverted (MONOCHROME1 or INVERSE)" if inverted else "as stored"
+        return grey, {"rescale": rescale, "window": scale, "polarity": polarity}
+
+    def _modality(self) -> tuple[str, Callable[[Any], Values]]:
+        """From stored values to the modality's own, such as Hounsfield units."""
+        if lut := self.get("ModalityLUTSequence"):
+            table, first, _ = _lookup_table(lut[0], self.header)
+            return "lookup table of the modality", lambda stored: _looked_up(stored, table, first)
+        if not self.numbers("RescaleSlope") and not self.numbers("RescaleIntercept"):
+            return "none", np.asarray
+        (slope, *_), (intercept, *_) = self.numbers("RescaleSlope") or [1.0], self.numbers("RescaleIntercept") or [0.0]
+        unit = " (Hounsfield units)" if self.in_hounsfield else ""
+        return f"slope {slope:g}, intercept {intercept:g}{unit}", lambda stored: stored * slope + intercept
+
+    @property
+    def in_hounsfield(self) -> bool:
+        """Whether rescaled values are Hounsfield units: a CT that rescales and names no other unit."""
+        rescaled = self.get("RescaleIntercept") is not None and not self.get("ModalityLUTSequence")
+        return self.header.get("Modality") == "CT" and rescaled and self.get("RescaleType") in (None, "HU")
+
+    def _window(self, stored: Any, to_values: Callable[[Any], Values]) -> tuple[str, Callable[[Values], Grey]]:
+        """How the modality's values become grey: in words, and as a function of them."""
+        if given := given_window(self.reference, numbered=True):
+            center, width, words = given
+            if self.reference.selector["window"] in CT_WINDOWS and not self.in_hounsfield:
+                raise self.reference.wrong("window", "CENTRE,WIDTH, since these are not Hounsfield units of a CT")
+            return words, lambda values: windowed(values, center, width)
+        own = self._own_windows()
+        if "window" in self.reference.selector and not own:
+            raise self.reference.wrong(
+                "window", "CENTRE,WIDTH, since the file has no window of its own that can be used"
+            )
+        if own:
+            number = self.reference.whole("window", 1, 1, len(own))
+            words, function = own[number - 1]
+            return f"{words}, {number} of {len(own)} in the file", function
+        is_whole = stored.dtype.kind in "iu" and not self.get("ModalityLUTSequence")
+        bits, is_signed = self.header.get("BitsStored"), self.header.get("PixelRepresentation") == 1
+        is_ready = self.header.get("PresentationIntentType") == "FOR PRESENTATION"
+        if is_whole and (is_ready or (bits <= 8 and self.get("RescaleSlope") is None)):
+            ends = np.array([-(2 ** (bits - 1)), 2 ** (bits - 1) - 1] if is_signed else [0, 2**bits - 1])
+            low, high = (float(value) for value in sorted(to_values(ends)))
+            return f"none in the file; all {bits} bits, {low:g} to {high:g}", lambda v: stretched(v, low, high)
+        low, high, words = robust_range(to_values(self._without_padding(stored)))
+        return f"none in the file; {words}", lambda values: stretched(values, low, high)
+
+    def _own_windows(self) -> list[tuple[str, Callable[[Values], Grey]]]:
+        """The file's VOI LUTs, then its windows that can be computed; the others become a warning."""
+        windows: list[tuple[str, Callable[[Values], Grey]]] = []
+        for item in self.get("VOILUTSequence") or []:
+            table, first, bits = _lookup_table(item, self.header)
+            windows.append(("VOI LUT", partial(_through_voi_lut, table=table, first=first, bits=bits)))
+        function = str(self.get("VOILUTFunction") or "LINEAR")
+        for center, width in zip(self.numbers("WindowCenter"), self.numbers("WindowWidth"), strict=False):
+            try:
+                windowed(np.zeros(1), center, width, function)
+            except ValueError as error:
+                self.warnings.append(f"a window of the file was left out: {error}")
+            else:
+                words = f"centre {center:g}, width {width:g} ({function})"
+                windows.append((words, partial(windowed, center=center, width=width, function=function)))
+        return windows
+
+    def _without_padding(self, stored: Any) -> Any:
+        """Pixels that are none of the padding, or all where nothing is left."""
+        ends = [*self.numbers("PixelPaddingValue"), *self.numbers("PixelPaddingRangeLimit")]
+        kept = stored[(stored < min(ends)) | (stored > max(ends))] if ends else stored
+        return kept if kept.size else stored
+
+    def square(self, image: Image.Image) -> tuple[Image.Image, dict[str, str]]:
+        """The image with square pixels, and what was done."""
+        for keyword in ("PixelSpacing", "ImagerPixelSpacing", "PixelAspectRatio"):
+            if len(sides := self.numbers(keyword)) == 2 and all(side > 0 for side in sides):
+                height, width = sides
+                square = square_pixels(self.reference, image, height, width)
+                if square.size == image.size:
+                    break
+                before, after = f"{image.width} x {image.height}", f"{square.width} x {square.height}"
+                return square, {"aspect": f"pixels {height:g} high, {width:g} wide: {before} became {after}"}
+        return image, {}
+
+    def word(self, keyword: str) -> str | None:
+        """A code of the standard's own kind, such as CT; None for anything else that may stand there."""
+        value = str(self.header.get(keyword) or "")
+        return value if re.fullmatch(r"[A-Z]{2,10}", value) else None
+
+    def _warnings(self) -> list[str]:
+        """Why a name may stand in the pixels."""
+        modality, kind = self.header.get("Modality"), [str(one) for one in self.header.get("ImageType") or []]
+        signs = []
+        if modality in _BURNED_IN:
+            signs.append(_BURNED_IN[modality])
+        elif str(self.header.get("SOPClassUID")).startswith("1.2.840.10008.5.1.4.1.1.7"):
+            signs.append("secondary capture")
+        if self.header.get("BurnedInAnnotation") == "YES":
+            signs.append("BurnedInAnnotation YES")
+        signs += [word for word in ("DERIVED", "SECONDARY") if word in kind[:2]]
+        if not signs:
+            return []
+        return [f"text may be burnt into the pixels ({', '.join(signs)}): look, and blacken it with redact="]
+
+
+def _lookup_table(item: Any, header: Any) -> tuple[Values, int, int]:
+    """Entries of a modality or VOI LUT, the stored value of the first, and bits an entry (PS3.3 C.11.1.1)."""
+    num_entries, first, bits = (int(value) for value in item.LUTDescriptor)
+    num_entries = num_entries or 1 << 16
+    data = item.LUTData
+    if isinstance(data, bytes):
+        order = "<" if header.file_meta.TransferSyntaxUID.is_little_endian else ">"
+        data = np.frombuffer(data, np.uint8 if len(data) < 2 * num_entries else f"{order}u2")
+    table = np.atleast_1d(np.asarray(data, dtype=np.int64))[:num_entries]
+    if len(table) < num_entries:
+        raise ValueError
+    if header.get("PixelRepresentation") == 1 and first >= 1 << 15:
+        first -= 1 << 16  # signed, though the element may be read as unsigned
+    return table, first, bits
+
+
+def _looked_up(values: Values, table: Values, first: int) -> Values:
+    """Entries for values; those before and after the table take its first and last."""
+    return table[np.clip(np.rint(values).astype(np.int64) - first, 0, len(table) - 1)]
+
+
+def _through_voi_lut(values: Values, table: Values, first: int, bits: int) -> Grey:
+    return stretched(_looked_up(values, table, first), 0, 2**bits - 1)

@@ -1,0 +1,146 @@
+"""From a recipe's [data] section to training and held-out records: the one way in, for every command.
+
+The split comes before the filters. So a model trained on one modality and an evaluation over all of them agree about
+which images are held out.
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+from medr1.config import DataConfig, recipe_of
+from medr1.data.datasets import load_records, require_images, select_records
+from medr1.data.datasets.embedded import cache_folder
+from medr1.data.images import load_image
+from medr1.data.phantoms import write_phantoms
+from medr1.data.records import Record, write_jsonl
+from medr1.data.splits import split_by_group
+from medr1.errors import MedR1Error
+from medr1.processes import is_first
+
+
+def load_parts(config: DataConfig) -> tuple[list[Record], list[Record]]:
+    """(training records, held-out records), divided by group with the recipe's seed, then filtered.
+
+    Rows that could not be read are left out, and told on stderr.
+
+    Raises:
+        MedR1Error: bad data, or filters that leave a part empty.
+    """
+    root = Path(config.image_root) if config.image_root else None
+    refused: list[str] = []
+    records = load_records(
+        data_path(config), image_root=root, check_images=False, language=config.language, refused=refused
+    )
+    tell_refused(config.path, len(records), tuple(refused))
+    train, test = split_by_group(records, test_fraction=config.test_fraction, seed=config.split_seed)
+    filters = {
+        "modalities": config.modalities or None,
+        "question_types": config.question_types or None,
+        "sources": config.sources or None,
+    }
+    train, test = select_records(train, **filters), select_records(test, **filters)
+    if not config.skip_unreadable:
+        require_images([*train, *test])
+    return train, test
+
+
+def split_of_run(model: str, path: str) -> dict[str, float]:
+    """Settings of the split that a model was trained with, to ask it about images that it was not trained on.
+
+    Empty unless the model lies in the folder of a run, beside its recipe, and `path` is that run's data.
+
+    Raises:
+        MedR1Error: the recipe is damaged.
+    """
+    recipe = recipe_of(model)
+    if recipe is None:
+        return {}
+    trained = recipe.data
+    if trained.path != path and (not Path(path).exists() or Path(trained.path).resolve() != Path(path).resolve()):
+        return {}
+    kept = ("test_fraction", "split_seed", *(["num_phantoms"] if path == "phantoms" else []))
+    return {f"data.{name}": getattr(trained, name) for name in kept}
+
+
+def data_path(config: DataConfig) -> Path:
+    """The file or folder of questions that a recipe names; phantoms are drawn on first use."""
+    return phantom_folder(config.num_phantoms) if config.path == "phantoms" else Path(config.path)
+
+
+def image_folder(config: DataConfig) -> Path:
+    """The folder that the questions' image paths start from."""
+    path = data_path(config)
+    return Path(config.image_root) if config.image_root else path if path.is_dir() else path.parent
+
+
+def leave_out_unreadable(records: Sequence[Record], out: Path) -> list[Record]:
+    """The records all of whose images can be decoded; the others are counted on stderr and listed in a file.
+
+    Every image is decoded once. The file lies beside `out`, the file or folder of the results: NAME.skipped.jsonl with
+    id, image and reason of each record, for NAME or NAME.jsonl. It is there only if a record was left out.
+
+    Raises:
+        MedR1Error: nothing is left, or the list cannot be written.
+    """
+    problems: dict[Path, str | None] = {}
+    skipped = []
+    for record in track(records, "images", console=Console(stderr=True), disable=not is_first()):
+        for image in record.images:
+            if image not in problems:
+                problems[image] = _problem(image)
+            if reason := problems[image]:
+                skipped.append({"id": record.id, "image": str(image), "reason": reason})
+                break
+    listing = out.with_name(f"{out.name.removesuffix('.jsonl')}.skipped.jsonl")
+    left_out = {row["id"] for row in skipped}
+    if is_first():
+        if skipped:
+            write_jsonl(listing, skipped)
+            told = f"{len(skipped)} of {len(records)} records left out: an image cannot be read; see {listing}"
+            Console(stderr=True, soft_wrap=True).print(told, style="yellow", markup=False, highlight=False)
+        else:
+            listing.unlink(missing_ok=True)
+    if len(left_out) == len(records):
+        raise MedR1Error(f"{listing}: of all {len(records)} records an image cannot be read; mend the images")
+    return [record for record in records if record.id not in left_out]
+
+
+def _problem(image: Path) -> str | None:
+    try:
+        load_image(image)
+    except MedR1Error as error:
+        return str(error)
+    return None
+
+
+@lru_cache  # a study reads its data again and again
+def tell_refused(path: str, num_records: int, refused: tuple[str, ...]) -> None:
+    """Say on stderr, once and in the first process alone, how many rows of a data set were left out."""
+    if refused and is_first():
+        line = f"{path}: {len(refused)} of {num_records + len(refused)} rows left out, first {refused[0]}"
+        console = Console(stderr=True, soft_wrap=True)
+        console.print(f"{line}; `medr1 data check {path}` lists them", style="yellow", markup=False, highlight=False)
+
+
+def phantom_folder(num_images: int, seed: int = 0) -> Path:
+    """Phantoms as an OmniMedVQA folder in the user's cache (MEDR1_CACHE moves it), drawn on first use."""
+    cache = cache_folder()
+    folder = cache / f"phantoms2-{num_images}-seed{seed}"  # the second layout of this folder: with regions.csv
+    if not folder.is_dir():
+        drawing = cache / f".{folder.name}.{os.getpid()}"
+        try:
+            write_phantoms(drawing, num_images=num_images, seed=seed)
+            drawing.rename(folder)
+        except OSError as error:
+            shutil.rmtree(drawing, ignore_errors=True)
+            if not folder.is_dir():  # another process may have drawn it meanwhile
+                raise MedR1Error(
+                    f"{folder}: cannot be written ({error.strerror}); free space or set MEDR1_CACHE"
+                ) from error
+    return folder

@@ -1,0 +1,190 @@
+"""Evaluation of a model behind an OpenAI-compatible server (vLLM, SGLang, llama.cpp, a paid service).
+
+Prompts, conditions, extractor, rows and resume are those of `medr1.evaluation.run`; only the reply comes from
+elsewhere, through OpenAI's own client, which retries and times out. Every image and question is sent to that server.
+
+    vllm serve Qwen/Qwen2-VL-72B-Instruct --tensor-parallel-size 4
+    medr1 eval --model openai:Qwen/Qwen2-VL-72B-Instruct@http://localhost:8000/v1 --data OmniMedVQA --out 72b.jsonl
+"""
+
+import asyncio
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import HttpUrl, ValidationError
+
+from medr1.data.prompts import build_messages
+from medr1.data.records import Record
+from medr1.errors import MedR1Error
+from medr1.evaluation.run import Evaluation, Row, open_evaluation
+from medr1.policy.client import NO_KEY, TIMEOUT, api_key, api_messages, openai, reason_of
+
+MAX_RETRIES = 4
+"""Further attempts at a request that met no server, 408, 409, 429 or 5xx; the client waits longer each time."""
+
+
+def evaluate_remote(
+    name: str,
+    records: Sequence[Record],
+    *,
+    mode: str,
+    out: Path,
+    max_new_tokens: int = 256,
+    condition: str = "image",
+    seed: int = 0,
+    donors: Sequence[Record] | None = None,
+    concurrency: int = 8,
+) -> list[Row]:
+    """As `medr1.evaluation.run.evaluate`, with the replies of a server at temperature 0.
+
+    A row's key has the server's name of the model in place of weights: neither the URL, which may change between
+    two sessions, nor what lies behind the name, which we cannot see. OPENAI_API_KEY is sent where it is set, and
+    is never logged or written. Not to be called inside a running event loop, such as a notebook's.
+
+    Args:
+        name: "openai:MODEL@URL", MODEL as the server calls it, URL up to and with /v1.
+        concurrency: requests under way at a time. Rows are written as replies arrive.
+
+    Returns:
+        The rows of `evaluate`. "model" is MODEL; "finish" is the server's finish_reason; "tokens" and
+        "prompt_tokens" (images included) are the server's count, None where it states none; "served_model" is
+        what the server says that it ran; "seconds" is one request's own time, retries included.
+
+    Raises:
+        MedR1Error: as `evaluate`; a malformed name; or the server cannot be reached, knows no such model or key,
+            refuses a record, fails or stays silent. No record is left out. Rows written until then are whole and
+            used again.
+    """
+    model, url = _parse(name)
+    key = api_key()
+    with open_evaluation(
+        records,
+        name=model,
+        model=["openai", model],
+        mode=mode,
+        out=out,
+        max_new_tokens=max_new_tokens,
+        condition=condition,
+        seed=seed,
+        donors=donors,
+    ) as evaluation:
+        server = _Server(model, url, key, max_new_tokens)
+        try:
+            asyncio.run(server.answer(evaluation, concurrency))
+        except ExceptionGroup as failures:  # of the workers; the first says enough
+            first = failures.exceptions[0]
+            raise first from first.__cause__
+    return evaluation.result
+
+
+def token_totals(rows: Sequence[Row]) -> dict[str, int | None]:
+    """Tokens of all rows by the server's count: prompt_tokens (images included) and completion_tokens.
+
+    None where the server did not state them for every row. Attempts that failed are not in it.
+    """
+    counts = {
+        "prompt_tokens": [row["prompt_tokens"] for row in rows],
+        "completion_tokens": [row["tokens"] for row in rows],
+    }
+    return {name: None if None in tokens else sum(tokens) for name, tokens in counts.items()}
+
+
+@dataclass(frozen=True)
+class _Server:
+    model: str
+    url: str
+    key: str
+    max_new_tokens: int
+
+    async def answer(self, evaluation: Evaluation, concurrency: int) -> None:
+        """Ask what is pending and add each row as its reply arrives; the first failure ends it all."""
+        questions = iter(evaluation.pending)
+        timeout = openai.Timeout(TIMEOUT, connect=10.0)
+        async with openai.AsyncOpenAI(
+            api_key=self.key, base_url=self.url, timeout=timeout, max_retries=MAX_RETRIES
+        ) as client:
+
+            async def work() -> None:
+                for key, record in questions:
+                    messages = await asyncio.to_thread(_messages, evaluation, record)
+                    started = time.perf_counter()
+                    reply = await self._reply(client, messages, record)
+                    evaluation.add([(key, reply | {"seconds": round(time.perf_counter() - started, 4)})])
+
+            async with asyncio.TaskGroup() as workers:
+                for _ in range(concurrency):
+                    workers.create_task(work())
+
+    async def _reply(self, client: openai.AsyncOpenAI, messages: Any, record: Record) -> Row:
+        try:
+            completion = await client.chat.completions.create(
+                model=self.model, messages=messages, temperature=0, max_tokens=self.max_new_tokens
+            )
+            choice = completion.choices[0]
+            text = choice.message.content or choice.message.refusal or ""
+        except openai.NotFoundError as error:
+            raise self._error(f"no model {self.model} there ({reason_of(error)})", await _offer(client)) from error
+        except openai.APIError as error:
+            raise self._failure(error, record) from error
+        except (AttributeError, IndexError, TypeError, ValueError) as error:  # whatever else speaks HTTP
+            raise self._error("its reply is no chat completion", "mend the URL, most end in /v1") from error
+        return {
+            "reply": text.encode(errors="replace").decode(),  # half a surrogate pair could not be written
+            "finish": choice.finish_reason,
+            "tokens": completion.usage.completion_tokens if completion.usage else None,
+            "prompt_tokens": completion.usage.prompt_tokens if completion.usage else None,
+            "served_model": completion.model,
+        }
+
+    def _failure(self, error: openai.APIError, record: Record) -> MedR1Error:
+        reason = reason_of(error)
+        match error:
+            case openai.APITimeoutError():
+                attempts = f"no reply within {TIMEOUT:g} seconds, {MAX_RETRIES + 1} times"
+                return self._error(attempts, "see whether the server works, or lower --concurrency")
+            case openai.APIConnectionError():
+                return self._error(f"cannot be reached ({reason})", "start the server or mend the URL")
+            case openai.AuthenticationError() | openai.PermissionDeniedError():
+                return self._error(f"refuses the key ({reason})", "set OPENAI_API_KEY")
+            case openai.RateLimitError():
+                return self._error(f"takes no more requests ({reason})", "lower --concurrency or wait")
+            case openai.InternalServerError():
+                return self._error(f"fails at record {record.id} ({reason})", "look into the server's log")
+        remedy = "raise the server's limits, shrink the image, or leave the record out of the data"
+        return self._error(f"refuses record {record.id} ({reason})", remedy)
+
+    def _error(self, problem: str, remedy: str) -> MedR1Error:
+        line = f"{self.url}: {problem}; {remedy}; the same command goes on from the rows that are written"
+        return MedR1Error(line if self.key == NO_KEY else line.replace(self.key, "…"))
+
+
+def _parse(name: str) -> tuple[str, str]:
+    """Model and URL of openai:MODEL@URL."""
+    match = re.fullmatch(r"openai:(.+?)@(https?://\S+)", name)
+    try:
+        url = HttpUrl(match[2]) if match else None
+    except ValidationError:
+        url = None
+    if match is None or url is None:
+        example = "openai:Qwen/Qwen2-VL-72B-Instruct@http://localhost:8000/v1"
+        raise MedR1Error(f"--model {name}: is not openai:MODEL@URL; write it like {example}")
+    if url.username or url.password or url.query or url.fragment:
+        raise MedR1Error(f"--model openai:{match[1]}@…: name the URL without password or query; set OPENAI_API_KEY")
+    return match[1], match[2]
+
+
+def _messages(evaluation: Evaluation, record: Record) -> list[dict[str, Any]]:
+    return api_messages(build_messages(record, evaluation.mode), evaluation.images(record))
+
+
+async def _offer(client: openai.AsyncOpenAI) -> str:
+    """The remedy for an unknown model: those that the server has, or another URL."""
+    try:
+        names = [model.id async for model in client.models.list()]
+    except (openai.APIError, AttributeError, TypeError, ValueError):
+        names = []
+    return f"it offers {', '.join(names)}" if names else "mend the URL, most end in /v1"

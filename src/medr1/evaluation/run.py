@@ -1,0 +1,420 @@
+"""Evaluation: one greedy reply a record, one JSON line a reply, and scoring as a second step over the raw
+text.
+
+The file is the interface: tables and reports read it and never run the model again. Rows are appended batch
+by batch and forced to disk, so that a killed evaluation goes on where it stopped. A row is known by the
+content it came from (weights, processor, prompt, image bytes, generation settings, condition), never by its
+place or a file's name. The extractor's version is not part of that: `score` reads the stored replies again.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch.distributed.tensor import DTensor
+
+from medr1.data.answers import EXTRACTOR_VERSION, Answer, format_ok, is_correct, read_answer, token_f1
+from medr1.data.images import content_digest, load_image
+from medr1.data.prompts import build_messages
+from medr1.data.records import LETTERS, Record, append_jsonl, read_jsonl, write_jsonl
+from medr1.errors import MedR1Error
+from medr1.evaluation.calibration import with_confidence
+from medr1.evaluation.confidence import option_logprobs, reasoning_of, voted
+from medr1.evaluation.controls import as_shown, blank_image
+from medr1.policy.encoding import PromptBatch, encode_prompts
+from medr1.policy.rollouts import sample
+from medr1.policy.vlm import VLM, evaluating
+from medr1.processes import is_first
+
+Row = dict[str, Any]
+
+ROW_START = b'{"key": "'
+"""How each line of a file of rows begins, so that no other file is taken for one and changed."""
+
+
+def evaluate(
+    vlm: VLM,
+    records: Sequence[Record],
+    *,
+    mode: str,
+    out: Path,
+    max_new_tokens: int = 256,
+    batch_size: int = 16,
+    condition: str = "image",
+    seed: int = 0,
+    donors: Sequence[Record] | None = None,
+    scoring: str = "reply",
+    num_samples: int = 0,
+    fingerprint: str | None = None,
+) -> list[Row]:
+    """Answer every record once, greedily, and write one row each to `out`.
+
+    Images are all read before the model runs: an unreadable one stops the evaluation at once, since leaving
+    its record out would change the denominator. Rows already in `out` are kept and not computed again; the
+    file must hold nothing else, so that what is in it is always one evaluation.
+
+    Args:
+        mode: one of prompts.MODES.
+        out: a .jsonl file. Image paths in its rows are relative to its folder.
+        max_new_tokens: a longer reply is cut there and counts as it stands.
+        condition: "image", "repeat" (the same once more), or a control: "blank" (mean colour, same size), "no_image"
+            (a text-only prompt), "shuffled" (the image of another group of the same modality), "shuffled_other" (the
+            image of another modality), "permuted" (the options in another order); drawn by `seed`.
+        donors: records whose images "shuffled" and "shuffled_other" show; None takes them from `records`.
+        scoring: "reply"; "options" also weighs the options (see `confidence.option_logprobs`), after the reply's
+            reasoning in mode "think", and in mode "no-think" without any reply: the most probable option is the
+            answer; "votes" answers with the option that most of `num_samples` replies, sampled by `seed`, name.
+        fingerprint: `weights_fingerprint` of the model, where the caller has it.
+
+    Returns:
+        One row a record, in the order of `records`:
+        key, id, modality, question_type, source, group, images, question, options, gold (letter), chance, all as
+        the model was asked (images that were shown, options in the order shown, the right letter in that order; of
+        an open question options is empty, gold a text, and alternatives lists other right texts);
+        model, condition, mode; reply (raw text), finish ("stop" or "length"), tokens, seconds (its batch's
+        time divided by the batch's rows); outcome, letter, correct, format_ok, extractor_version, and of an open
+        question text and token_f1 (see `score`). Where options are weighed or votes taken also scoring,
+        option_probs (in the order shown, sum 1), confidence (the chosen option's; None without one), and samples
+        (raw texts) of votes.
+
+    Raises:
+        MedR1Error: no records, two records of one id, an unreadable image, no partner to shuffle with, rows
+            of another evaluation in `out`, or a full disk. Rows written until then are whole and used again.
+    """
+    model = [fingerprint or weights_fingerprint(vlm.model), vlm.processor.image_processor.to_dict()]
+    with open_evaluation(
+        records,
+        name=vlm.name,
+        model=model,
+        mode=mode,
+        out=out,
+        max_new_tokens=max_new_tokens,
+        condition=condition,
+        seed=seed,
+        donors=donors,
+        scoring=f"{scoring} {num_samples}" if scoring == "votes" else scoring,
+    ) as evaluation:
+        ordered = _reading_order(list(evaluation.records.items()), mode)
+        pending = [(key, record) for key, record in ordered if key not in evaluation.rows]
+        for start in range(0, len(pending), batch_size):
+            batch = pending[start : start + batch_size]
+            started = time.perf_counter()
+            loaded = {record.images: evaluation.images(record) for _, record in batch}
+            prompts = encode_prompts(
+                vlm,
+                [build_messages(record, mode) for _, record in batch],
+                [loaded[record.images] for _, record in batch],
+            )
+            answers = _answer(
+                vlm,
+                prompts,
+                [record for _, record in batch],
+                mode=mode,
+                max_new_tokens=max_new_tokens,
+                scoring=scoring,
+                num_samples=num_samples,
+                seed=int(_digest([seed, batch[0][0]])[:12], 16),
+            )
+            seconds = round((time.perf_counter() - started) / len(batch), 4)
+            evaluation.add(
+                (key, {**answer, "seconds": seconds}) for (key, _), answer in zip(batch, answers, strict=True)
+            )
+    return evaluation.result
+
+
+def _answer(
+    vlm: VLM,
+    prompts: PromptBatch,
+    records: Sequence[Record],
+    *,
+    mode: str,
+    max_new_tokens: int,
+    scoring: str,
+    num_samples: int,
+    seed: int,
+) -> list[Row]:
+    """What a row says of the reply: reply, finish, tokens; where options are weighed scoring and option_probs too."""
+    if scoring == "options" and mode == "no-think":
+        replies: list[Row] = [{"finish": "stop", "tokens": 0} for _ in records]
+    else:
+        votes = scoring == "votes"
+        rollout = sample(
+            vlm,
+            prompts,
+            num_completions=num_samples if votes else 1,
+            max_new_tokens=max_new_tokens,
+            greedy=not votes,
+            seed=seed,
+        )
+        replies = [
+            {"reply": text, "finish": "stop" if finished else "length", "tokens": tokens}
+            for text, finished, tokens in zip(
+                rollout.texts, rollout.finished_N.tolist(), rollout.mask_NT.sum(1).tolist(), strict=True
+            )
+        ]
+    if scoring == "reply":
+        return replies
+    if scoring == "votes":
+        groups = [replies[start : start + num_samples] for start in range(0, len(replies), num_samples)]
+        return [
+            {**voted(group, record.options), "scoring": scoring, "samples": group}
+            for group, record in zip(groups, records, strict=True)
+        ]
+    reasoning = [reasoning_of(reply["reply"]) for reply in replies] if mode == "think" else None
+    with evaluating(vlm.model):
+        logps = option_logprobs(vlm, prompts, records, mode=mode, reasoning=reasoning)
+    return [
+        {
+            "reply": f"<answer>{LETTERS[int(logp.argmax())]}</answer>",  # where none was written
+            **reply,
+            "scoring": scoring,
+            "option_probs": [float(f"{p:.6g}") for p in logp.exp().tolist()],
+        }
+        for reply, logp in zip(replies, logps, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation under way: what is asked, the rows that are there, and the file that they are added to."""
+
+    name: str
+    mode: str
+    condition: str
+    out: Path
+    records: dict[str, Record]
+    """The record as the condition asks it, by the key of its row."""
+    rows: dict[str, Row]
+    """By key."""
+    progress: Progress
+    task: TaskID
+
+    @property
+    def pending(self) -> list[tuple[str, Record]]:
+        """Key and record of each question without a row."""
+        return [(key, record) for key, record in self.records.items() if key not in self.rows]
+
+    @property
+    def result(self) -> list[Row]:
+        """One row a record, in the order of the records."""
+        return [self.rows[key] for key in self.records]
+
+    def images(self, record: Record) -> list[Image.Image]:
+        """What the model sees when this record is asked, RGB."""
+        images = [load_image(path) for path in record.images]
+        return [blank_image(image) for image in images] if self.condition == "blank" else images
+
+    def add(self, replies: Iterable[tuple[str, Row]]) -> None:
+        """Score replies (key; reply, finish, tokens, seconds) and force their rows to disk."""
+        new = score(
+            {
+                "key": key,
+                **_record_fields(self.records[key], self.out.parent),
+                "model": self.name,
+                "condition": self.condition,
+                "mode": self.mode,
+                **reply,
+            }
+            for key, reply in replies
+        )
+        append_jsonl(self.out, new)
+        self.rows.update({row["key"]: row for row in new})
+        self.progress.advance(self.task, len(new))
+
+
+@contextmanager
+def open_evaluation(
+    records: Sequence[Record],
+    *,
+    name: str,
+    model: list[Any],
+    mode: str,
+    out: Path,
+    max_new_tokens: int,
+    condition: str,
+    seed: int,
+    donors: Sequence[Record] | None = None,
+    scoring: str = "reply",
+) -> Iterator[Evaluation]:
+    """Read every image, find the rows that `out` already has, and show progress until the block is left.
+
+    Args:
+        model: JSON-like values that tell this model from any other; with the settings, the prompt and the
+            images they make a row's key.
+        scoring: "reply", or how options are weighed as well.
+
+    Raises:
+        MedR1Error: as `evaluate`.
+    """
+    if not records:
+        raise MedR1Error(f"{out}: no records to evaluate; widen the filters")
+    if scoring != "reply" and (unlisted := [record.id for record in records if not record.options]):
+        raise MedR1Error(f"record {unlisted[0]}: an open question has no options to weigh; score replies instead")
+    ids = Counter(record.id for record in records)
+    if len(ids) < len(records):
+        raise MedR1Error(f"record {ids.most_common(1)[0][0]} is there twice; give each record its own id")
+    shown = as_shown(records, condition, seed, donors)
+
+    with _progress() as progress:
+        digests = _read_images(progress.track(shown, description="images"))
+        settings = {"max_new_tokens": max_new_tokens, "greedy": True, "condition": condition}
+        settings |= {} if scoring == "reply" else {"scoring": scoring}  # nothing new in the keys of older rows
+        run = _digest([*model, settings])
+        by_key = {}
+        for record in shown:
+            # Without defaults, so that rows made before a field was added keep their keys.
+            content = record.model_dump_json(exclude={"images", "licence"}, exclude_defaults=True)
+            images = [digests[path] for path in record.images]
+            by_key[_digest([run, build_messages(record, mode), content, images])] = record
+
+        rows = {row["key"]: row for row in _resume(out)}
+        if foreign := rows.keys() - by_key.keys():
+            raise MedR1Error(f"{out}: holds {len(foreign)} rows of another model, setting or data; name another file")
+        task = progress.add_task(f"{name}, {condition}", total=len(records), completed=len(rows))
+        yield Evaluation(name, mode, condition, out, by_key, rows, progress, task)
+
+
+def score(rows: Iterable[Row]) -> list[Row]:
+    """The same rows with outcome, letter, correct, format_ok and confidence read anew from the stored replies.
+
+    Rows of open questions also get text (what was answered, None without an answer) and token_f1 (see
+    `medr1.data.answers`); in them `correct` says whether the answer is the same text or the same yes or no.
+    """
+    scored = []
+    for row in rows:
+        record = Record(
+            id=row["id"],
+            images=(),
+            question=row["question"],
+            options=tuple(row["options"]),
+            answer=row["gold"],
+            modality=row["modality"],
+            question_type=row["question_type"],
+            source=row["source"],
+            group=row["group"],
+            alternatives=tuple(row.get("alternatives", ())),
+        )
+        if "samples" in row:
+            row = {**row, **voted(row["samples"], record.options)}
+        answer = read_answer(row["reply"], record)
+        scored.append(
+            with_confidence(
+                {
+                    **row,
+                    "outcome": answer.outcome,
+                    "letter": answer.letter,
+                    "correct": is_correct(answer, record),
+                    "format_ok": format_ok(row["reply"], row["mode"]),
+                    "extractor_version": EXTRACTOR_VERSION,
+                    **(_open_fields(answer, record) if record.is_open else {}),
+                }
+            )
+        )
+    return scored
+
+
+def _open_fields(answer: Answer, record: Record) -> Row:
+    return {"text": answer.text, "token_f1": token_f1(answer.text or "", (record.answer, *record.alternatives))}
+
+
+def weights_fingerprint(model: torch.nn.Module) -> str:
+    """SHA-256 (hex) of all names, types and values of a model's state, adapters included.
+
+    Of a model whose weights are sharded over processes, all of these must call it.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _read_images(records: Iterable[Record]) -> dict[Path, str]:
+    """`content_digest` of each image, all of them decoded once to see that they can be."""
+    digests: dict[Path, str] = {}
+    failures: dict[Path, str] = {}
+    for record in records:
+        for path in record.images:
+            if path in digests or path in failures:
+                continue
+            try:
+                load_image(path)
+                digests[path] = content_digest(path)
+            except MedR1Error as error:
+                failures[path] = f"record {record.id}: {error}"
+    if failures:
+        first = next(iter(failures.values()))
+        others = f" (the first of {len(failures)} unreadable images)" if len(failures) > 1 else ""
+        raise MedR1Error(f"{first}{others}; or leave their records out")
+    return digests
+
+
+def _reading_order(asked: list[tuple[str, Record]], mode: str) -> list[tuple[str, Record]]:
+    """Questions about the same images side by side, so that a batch reads these once; among them, and among sets of
+    images, prompts of like length, so that there is little padding. Longest first: too little memory shows at once.
+    """
+    lengths = {record.id: len(build_messages(record, mode)[0]["content"][-1]["text"]) for _, record in asked}
+    longest: dict[tuple[Path, ...], int] = {}
+    for _, record in asked:
+        longest[record.images] = max(lengths[record.id], longest.get(record.images, 0))
+
+    def place(item: tuple[str, Record]) -> tuple[int, tuple[Path, ...], int]:
+        return -longest[item[1].images], item[1].images, -lengths[item[1].id]
+
+    return sorted(asked, key=place)
+
+
+def _record_fields(record: Record, folder: Path) -> Row:
+    return {
+        "id": record.id,
+        "modality": record.modality,
+        "question_type": record.question_type,
+        "source": record.source,
+        "group": record.group,
+        "images": [os.path.relpath(path, folder) for path in record.images],
+        "question": record.question,
+        "options": list(record.options),
+        "gold": record.answer,
+        "chance": record.chance,
+        **({"alternatives": list(record.alternatives)} if record.is_open else {}),
+    }
+
+
+def _resume(out: Path) -> list[Row]:
+    """Rows that a former run left, scored by the present extractor; a torn last line is cut off the file."""
+    if not out.exists():
+        return []
+    content = out.read_bytes()
+    if not content.startswith(ROW_START[: len(content)]):
+        raise MedR1Error(f"{out}: is no file of evaluation rows; give another file")
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(out, whole)
+    rows = read_jsonl(out)
+    if any(row["extractor_version"] != EXTRACTOR_VERSION for row in rows):
+        rows = score(rows)
+        write_jsonl(out, rows)
+    return rows
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(file=sys.stderr), disable=not is_first())

@@ -1,0 +1,186 @@
+"""Sampling G completions a prompt: the prompt is read once, then one token a step for all rows.
+
+Sampling is from softmax(logits / temperature) itself: no top-k, no top-p, no repetition penalty, whatever the model's
+generation_config says (Qwen2-VL's top_k = 1 would make all completions of a group equal), and never an image, video
+or vision-boundary token. So the log-probabilities kept here are those of `shared_prefix.completion_logprobs`.
+
+Shapes: B prompts, G completions each, N = B*G rows in prompt-major order, T completion tokens, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from medr1.policy.attention import Decoding, Prefill
+from medr1.policy.encoding import PromptBatch
+from medr1.policy.shared_prefix import restrict
+from medr1.policy.vlm import VLM, evaluating
+
+COMPACT_BELOW = 0.75
+"""Finished rows are dropped when this share of the rows, or less, would remain."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """N sampled completions; row b*G + g is completion g of prompt b."""
+
+    completion_ids_NT: Tensor
+    """Right-padded to the longest."""
+    mask_NT: Tensor
+    """1 at sampled tokens, the stop token included; 0 at padding. Boolean."""
+    logp_NT: Tensor
+    """Log-probability of each token when it was sampled, 0 at padding."""
+    finished_N: Tensor
+    """Whether the completion ended with a stop token; False means it ran into max_new_tokens."""
+    texts: list[str]
+    """Without special tokens; tags such as <think> are text and stay."""
+    prefill: Prefill | None = None
+    """The prompts' keys, values and first logits with gradient, where `sample` was asked to keep them."""
+
+
+def sample(
+    vlm: VLM,
+    prompts: PromptBatch,
+    *,
+    num_completions: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    greedy: bool = False,
+    seed: int,
+    part: tuple[int, int] = (0, 1),
+    keep_prefill: bool = False,
+    on_step: Callable[[Tensor], None] | None = None,
+) -> Rollout:
+    """Sample completions from the policy, or take its most likely token at each step (greedy).
+
+    Args:
+        num_completions: G, completions a prompt.
+        max_new_tokens: a completion without a stop token ends here.
+        seed: of a generator that this call owns, so that the same call gives the same completions.
+        part: (i, n): these prompts are the i-th of n equal parts of a batch that n processes share, and get the draws
+            that they would get in a call with the whole batch.
+        keep_prefill: read the prompts with gradient, so that `completion_logprobs` need not read them again. One
+            backward pass only, before the weights change.
+        on_step: called after each token with all ids so far (N, T), padding after a stop token; what it raises ends
+            the call.
+    """
+    num_rows = len(prompts) * num_completions
+    device = prompts.input_ids_BP.device
+    generator = torch.Generator().manual_seed(seed)
+    # All draws at once on the CPU: a row's draws depend neither on the device nor on which rows have finished.
+    index, parts = part
+    uniform = torch.rand(max_new_tokens, parts * num_rows, dtype=torch.float64, generator=generator)
+    uniform = uniform[:, index * num_rows :][:, :num_rows].to(device)
+    stops = torch.tensor(vlm.stop_token_ids, device=device)
+    ids = torch.full((num_rows, max_new_tokens), vlm.pad_token_id, device=device)
+    mask = torch.zeros(num_rows, max_new_tokens, dtype=torch.bool, device=device)
+    finished = torch.zeros(num_rows, dtype=torch.bool, device=device)
+
+    with evaluating(vlm.model):
+        with torch.set_grad_enabled(keep_prefill):
+            prefill = _read(vlm, prompts)
+        assert prefill.logits_BV is not None
+        logits = prefill.logits_BV.repeat_interleave(num_completions, dim=0)
+        decoding = Decoding(prefill, num_completions, max_new_tokens)
+        positions = prompts.next_position_B.repeat_interleave(num_completions)
+        axes = len(prompts.position_ids_ABP)
+        rows = torch.arange(num_rows, device=device)  # of the completions still in the decoder
+        logp = torch.zeros(num_rows, max_new_tokens, dtype=torch.promote_types(logits.dtype, torch.float32))
+        logp = logp.to(device)
+        for step in range(max_new_tokens):
+            logits = restrict(logits, temperature, vlm.banned_token_ids)
+            tokens, chosen = _greedy(logits) if greedy else _draw(logits, uniform[step, rows])
+            alive = ~finished[rows]
+            now = rows[alive]
+            ids[now, step] = tokens[alive]
+            mask[now, step] = True
+            logp[now, step] = chosen[alive]
+            finished[now] = torch.isin(tokens[alive], stops)
+            if on_step is not None:
+                on_step(ids[:, : step + 1])
+            if step + 1 == max_new_tokens or bool(finished.all()):
+                break
+            kept = _compact(decoding, finished[rows])
+            if kept is not None:
+                rows, tokens, positions = rows[kept], tokens[kept], positions[kept]
+            logits = vlm.model(
+                input_ids=tokens[:, None],
+                position_ids=_axes(positions.expand(axes, -1)[:, :, None]),
+                shared_prefix=decoding,
+                use_cache=False,
+            ).logits[:, -1]
+            positions = positions + 1
+            decoding.step += 1
+
+    length = int(mask.sum(1).max())
+    ids, mask, logp = ids[:, :length], mask[:, :length], logp[:, :length]
+    texts = vlm.tokenizer.batch_decode(
+        [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)], skip_special_tokens=True
+    )
+    return Rollout(ids, mask, logp, finished, texts, prefill if keep_prefill else None)
+
+
+def _read(vlm: VLM, prompts: PromptBatch) -> Prefill:
+    """Read the prompts; images that several of them ask about, and the text before these, only once."""
+    shared = prompts.split_after_images(vlm.core.config)
+    if shared is None:
+        return _call(vlm, prompts, Prefill(prompts.attention_mask_BP))
+    beginnings, ends, owners = shared
+    before = _call(vlm, beginnings, Prefill(beginnings.attention_mask_BP))
+    owner_B = torch.tensor(owners, device=prompts.input_ids_BP.device)
+    return _call(vlm, ends, Prefill(ends.attention_mask_BP, before, owner_B))
+
+
+def _call(vlm: VLM, prompts: PromptBatch, prefill: Prefill) -> Prefill:
+    prefill.logits_BV = vlm.model(
+        input_ids=prompts.input_ids_BP,
+        position_ids=_axes(prompts.position_ids_ABP),
+        shared_prefix=prefill,
+        logits_to_keep=1,
+        use_cache=False,
+        **prompts.model_inputs(),
+    ).logits[:, -1]
+    return prefill
+
+
+def _axes(position_ids_ABP: Tensor) -> Tensor:
+    """Models with one rotary axis take positions without that dimension."""
+    return position_ids_ABP if len(position_ids_ABP) > 1 else position_ids_ABP[0]
+
+
+def _greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The most likely token of each row and its log-probability."""
+    best, tokens = logits.max(-1)
+    return tokens, best - logits.logsumexp(-1)
+
+
+def _draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """A token of each row by inversion of the cumulative distribution, and its log-probability.
+
+    A token of probability 0 is never drawn: its cumulative value equals that of the token before it.
+    """
+    shifted = logits - logits.amax(-1, keepdim=True)
+    cumulative = shifted.exp().cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)
+    return tokens[:, 0], (shifted.gather(-1, tokens) - total.log())[:, 0].to(logits.dtype)
+
+
+def _compact(decoding: Decoding, finished: Tensor) -> Tensor | None:
+    """Drop finished rows from the decoder when enough have finished; the indices of the rows that stay, or None.
+
+    The decoder needs the same number of rows a prompt, so the slowest group decides, and shorter groups keep some
+    finished rows as filler. Prompts without unfinished rows go entirely.
+    """
+    grouped = finished.view(-1, decoding.num_completions)
+    unfinished = (~grouped).sum(1)
+    prompts = unfinished.nonzero()[:, 0]
+    num_completions = int(unfinished.max())
+    if len(prompts) * num_completions > COMPACT_BELOW * grouped.numel():
+        return None
+    order = grouped[prompts].to(torch.uint8).argsort(dim=1, stable=True)[:, :num_completions]
+    rows = (prompts[:, None] * decoding.num_completions + order).flatten()
+    decoding.keep(prompts, rows, num_completions)
+    return rows

@@ -1,0 +1,186 @@
+"""What the check says: the findings in sentences, on the console and as one self-contained HTML page."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from medr1.data.records import write_atomic
+from medr1.report.checks.images import MAX_DISTANCE, MIN_CORRELATION, SIDE
+from medr1.report.pages import environment, percent, thumbnail, with_span
+
+MAX_PAIRS = 36
+"""Pairs of pictures that look alike shown in the page, of all that were found."""
+MAX_EXAMPLES = 20
+"""Examples shown in the page for any other finding; check.json lists more."""
+UNEVEN = 0.001
+"""p below which the letters of the right options are called uneven."""
+
+MARKS = {"good": Text("✓", "blue"), "bad": Text("✗", "red"), "open": Text("?", "dim")}
+
+
+def tell(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """The findings of `check_data` in sentences, each with its worth ("good", "bad", "open")."""
+    return [*_pictures(report["images"]), *_parts(report["parts"]), *_words(report)]
+
+
+def _pictures(images: dict[str, Any]) -> list[tuple[str, str]]:
+    if not images["read"] and not images["unreadable"]["num"]:
+        return [("open", f"None of the {images['num']:,} image files is there: nothing could be checked on them.")]
+    story = []
+    for name, what in (("missing", "are missing"), ("unreadable", "cannot be decoded")):
+        if num := images[name]["num"]:
+            story.append(("bad", f"{num:,} of {images['num']:,} image files {what}, first {images[name]['listed'][0]}"))
+    if not story:
+        story.append(("good", f"All {images['num']:,} image files could be read."))
+    if not images["read"]:
+        return story
+    if same := images["pixel_copies"]["num"]:
+        kept = f"{_count(same, 'picture')} kept in several files ({images['byte_copies']['num']:,} byte for byte)"
+        if across := images["pixel_copies_across_groups"]["num"]:
+            story.append(
+                ("bad", f"{kept}, {across:,} under several groups: a split by group can put it on both sides.")
+            )
+        else:
+            story.append(("open", f"{kept}, each within one group."))
+    else:
+        story.append(("good", "No two image files hold the same pixels."))
+    if num := images["near_duplicates"]["num"]:
+        story.append(
+            (
+                "open",
+                f"{_count(num, 'pair')} of pictures look alike, {images['near_across_groups']:,} across groups and "
+                f"{images['near_across_parts']:,} across our own train and test: candidates to look at, not verdicts.",
+            )
+        )
+    else:
+        story.append(("good", "No two pictures look alike without being the same."))
+    return story
+
+
+def _parts(parts: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    if not parts:
+        return [("open", "Too few groups to divide into train and test.")]
+    story = []
+    for part in parts:
+        image, group, copy = part["image_in_train"], part["group_in_train"], part["copy_in_train"]
+        counts = {
+            "show an image of train": image,
+            "are of a group of train": group if group != image else 0,
+            "show the pixels of a train image": copy if copy != image else 0,
+            "repeat image and question": part["question_in_train"],
+        }
+        shared = ", ".join(f"{num:,} {what}" for what, num in counts.items() if num)
+        if shared:
+            story.append(("bad", f"{part['name']}: of {part['test']:,} test questions {shared}."))
+        else:
+            story.append(("good", f"{part['name']}: train and test share no image, no group and no question."))
+    texts = {part["name"]: part["text_only"] for part in parts if part["text_only"]["n"]}
+    if not texts:
+        return story
+    scores = "; ".join(
+        f"{name} {with_span(text['accuracy'], text['ci95'])}, guessing {percent(text['chance'])}"
+        for name, text in texts.items()
+    )
+    gives = any(text["ci95"][0] > text["chance"] for text in texts.values())
+    told = "give answers away" if gives else "give nothing away"
+    story.append(("bad" if gives else "good", f"Option texts alone, without image or question, {told}: {scores}."))
+    return story
+
+
+def _words(report: dict[str, Any]) -> list[tuple[str, str]]:
+    found, story = report["questions"], []
+    if num := report["refused"]["num"]:
+        story.append(("bad", f"{_count(num, 'row')} left out, first {report['refused']['listed'][0]}"))
+    else:
+        story.append(("good", "Every row could be read."))
+    if found["conflicting"]["num"]:
+        again = _count(found["conflicting"]["num"], "question")
+        story.append(("bad", f"{again} asked again about the same picture with another right answer."))
+    if found["repeated"]["num"] or found["near_same"]["num"]:
+        repeated, near_same = found["repeated"]["num"], found["near_same"]["num"]
+        story.append(
+            ("open", f"Asked again about the same picture: {repeated:,}; in nearly the same words: {near_same:,}.")
+        )
+    else:
+        story.append(("good", "No question is asked twice about one picture."))
+    if num := report["options"]["duplicates"]["num"]:
+        story.append(("bad", f"{_count(num, 'question')} with two wrong options that read the same."))
+    else:
+        story.append(("good", "No question has two options that read the same."))
+    if num := report["options"]["variants"]["num"]:
+        story.append(("bad", f"{_count(num, 'option text')} spelt in several ways: the spelling may tell the answer."))
+    if num := report["options"]["stem_variants"]["num"]:
+        story.append(("open", f"{_count(num, 'question text')} spelt in several ways."))
+    if num := report["spellings"]["spaces"]["num"]:
+        story.append(("open", f"{_count(num, 'row')} with doubled or outer white space."))
+    if rows := report["spellings"]["mended"]:
+        story.append(("open", f"{rows:,} spellings of modality, type, key or answer were mended while reading."))
+    letters = report["letters"]
+    if letters is None:
+        return story
+    uneven = letters["p"] < UNEVEN
+    always = f"always {letters['best']} scores {percent(letters['best_share'])}, guessing {percent(report['chance'])}"
+    stands = f"The right option stands {'un' * uneven}evenly over the letters (p = {letters['p']:.2g}): {always}."
+    story.append(("bad" if uneven else "good", stands))
+    return story
+
+
+def print_check(report: dict[str, Any], console: Console) -> None:
+    """Print the findings, counts and answers of a report of `check_data`; the page holds the rest."""
+    console.print(
+        f"{report['records']:,} questions, {report['images']['num']:,} images, {report['groups']:,} groups, "
+        f"{len(report['sources'])} sources: {report['path']}",
+        style="bold",
+        markup=False,
+        highlight=False,
+    )
+    for worth, sentence in tell(report):
+        line = Table.grid(padding=(0, 1))
+        line.add_row(MARKS[worth], Text(sentence))
+        console.print(line)
+    for line in report["refused"]["listed"][:MAX_EXAMPLES]:
+        console.print(f"left out: {line}", markup=False, highlight=False)
+    for name, counts in report["counts"].items():
+        listed = ", ".join(f"{value} {num:,}" for value, num in counts.items())
+        console.print(f"{name.replace('_', ' ')}: {listed}", markup=False, highlight=False)
+    table = Table("", "questions", "different answers", "always the commonest", "guessing")
+    for kind, line in report["answers"].items():
+        shares = (percent(line["majority"]), percent(line["chance"]))
+        table.add_row(kind, f"{line['n']:,}", f"{line['distinct']:,}", *shares)
+    console.print(table)
+
+
+def write_check(report: dict[str, Any], out: Path) -> None:
+    """Write check.json and check.html into the folder `out`. The page needs no network.
+
+    Raises:
+        MedR1Error: the folder cannot be written.
+    """
+    write_atomic(out / "check.json", json.dumps(report, ensure_ascii=False, indent=1) + "\n")
+    near = report["images"]["near_duplicates"]
+    shown = [
+        pair | {"thumbnails": [thumbnail(Path(report["folder"]) / name) for name in pair["images"]]}
+        for pair in (near["listed"] if near else [])[:MAX_PAIRS]
+    ]
+    page = (
+        environment()
+        .get_template("check.html.j2")
+        .render(
+            report=report,
+            story=tell(report),
+            pairs=shown,
+            max_examples=MAX_EXAMPLES,
+            max_distance=MAX_DISTANCE,
+            min_correlation=MIN_CORRELATION,
+            side=SIDE,
+        )
+    )
+    write_atomic(out / "check.html", page)
+
+
+def _count(num: int, thing: str) -> str:
+    return f"{num:,} {thing}{'' if num == 1 else 's'}"

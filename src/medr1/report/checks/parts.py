@@ -1,0 +1,80 @@
+"""What train and test share: the published pairs of files, and our own split, which must share nothing."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from medr1.config import DataConfig
+from medr1.data.records import Record
+from medr1.data.splits import split_by_group
+from medr1.errors import MedR1Error
+from medr1.evaluation.controls import group_disjoint, image_disjoint, text_only_prior
+from medr1.report.checks.images import Pictures
+from medr1.report.checks.texts import plain
+
+Parts = tuple[Sequence[Record], Sequence[Record]]
+
+_PART = re.compile(r"(?P<name>.*[_\- ]|)(?P<part>train|test)")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}(-\w+)?$")
+
+
+def by_file(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """Records of files whose rows are numbered "<file>/<row>", by file."""
+    files: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        files[record.id.rpartition("/")[0]].append(record)
+    return dict(files)
+
+
+def published_parts(files: Mapping[str, Sequence[Record]]) -> dict[str, Parts]:
+    """(train, test) of each pair of files that differ in the word train or test: "CT_train" and "CT_test", "train" and
+    "test"; of several shards ("train-00000-of-00002-…") as one.
+    """
+    found: dict[str, dict[str, list[Record]]] = defaultdict(lambda: {"train": [], "test": []})
+    for file, records in sorted(files.items()):
+        if match := _PART.fullmatch(_SHARD.sub("", file)):
+            found[match["name"].strip("_- ") or "the published split"][match["part"]] += records
+    return {name: (parts["train"], parts["test"]) for name, parts in found.items() if all(parts.values())}
+
+
+def own_parts(records: Sequence[Record]) -> Parts | None:
+    """(train, test) as every command divides by default; None where there are too few groups to divide."""
+    defaults = DataConfig()
+    try:
+        return split_by_group(records, test_fraction=defaults.test_fraction, seed=defaults.split_seed)
+    except MedR1Error:
+        return None
+
+
+def compare_parts(train: Sequence[Record], test: Sequence[Record], pictures: Pictures) -> dict[str, Any]:
+    """What the test part shares with the training part.
+
+    Returns:
+        train, test: numbers of questions. Numbers of test questions: image_in_train (the same path),
+        group_in_train, copy_in_train (the same pixels), near_in_train (no copy, but a picture that looks alike),
+        question_in_train (the same image and stem), stem_in_train (the same stem up to case and punctuation).
+        copy_in_train and near_in_train are None where no image was read.
+        text_only: `text_only_prior` learned from the training part.
+    """
+
+    def shown(record: Record) -> tuple[str, ...]:
+        return tuple(pictures.content[image] for image in record.images)
+
+    contents = {content for record in train for content in shown(record)}
+    alike = {other for content in contents for other in pictures.near_content.get(content, ())}
+    asked = {(shown(record), plain(record.question)) for record in train}
+    stems = {stem for _, stem in asked}
+    copied = [not contents.isdisjoint(shown(record)) for record in test]
+    near = [not alike.isdisjoint(shown(record)) for record in test]
+    return {
+        "train": len(train),
+        "test": len(test),
+        "image_in_train": len(test) - len(image_disjoint(train, test)),
+        "group_in_train": len(test) - len(group_disjoint(train, test)),
+        "copy_in_train": sum(copied) if pictures.paths else None,
+        "near_in_train": sum(n and not c for n, c in zip(near, copied, strict=True)) if pictures.paths else None,
+        "question_in_train": sum((shown(record), plain(record.question)) in asked for record in test),
+        "stem_in_train": sum(plain(record.question) in stems for record in test),
+        "text_only": text_only_prior(train, test),
+    }

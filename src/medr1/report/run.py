@@ -1,0 +1,337 @@
+"""One self-contained HTML page about a training run: what improved, whether it is the image, and every
+sample.
+
+The page is drawn from stored rows and never runs a model. It needs no network, and what a model wrote is
+shown as text, never as markup.
+
+    medr1 report --base base.jsonl --trained trained.jsonl --run runs/mine --control blank=blank.jsonl
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from medr1.config import RECIPE, Config, load_config, to_toml
+from medr1.data.records import read_jsonl, write_atomic
+from medr1.errors import MedR1Error
+from medr1.evaluation.calibration import Calibration, read_calibration
+from medr1.evaluation.metrics import OPEN_SCORES, Row, compare, summarise
+from medr1.report.pages import environment, label, package_versions, percent, points, span_points, thumbnail
+from medr1.report.plots import AFTER, BEFORE, CHANCE, CONTROL, change_plot, learning_curves, story_plot
+from medr1.report.trust import calibration_section, faithfulness_section
+from medr1.trust.faithfulness import read_faithfulness
+
+MAX_SAMPLES = 600
+"""Samples in the viewer; of more rows so many are drawn at random, and the page says so."""
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """All that a report says, from the files of a run."""
+
+    base: Sequence[Row]
+    """Rows of `medr1.evaluation.run` before training, condition "image"."""
+    trained: Sequence[Row]
+    """Rows of the same records after training."""
+    image_root: Path
+    """Folder that the rows' image paths start from: that of the file of rows."""
+    controls: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    """Name ("text_only", "blank", "shuffled") to `accuracy_table` or `summarise` of the trained model."""
+    log: Sequence[dict[str, Any]] = ()
+    """Lines of the training log, each with "step"."""
+    config: Config | None = None
+    """The training recipe."""
+    calibration: Calibration | None = None
+    """Of the trained model; None fits one where the rows have option_probs."""
+    faithfulness: dict[str, Any] | None = None
+    """What `faithfulness.conclude` returned for the trained model."""
+    versions: Mapping[str, str] = field(default_factory=lambda: package_versions())
+    """Package to version; by default of this process."""
+
+
+def report_from_files(
+    base: Path,
+    trained: Path,
+    *,
+    out: Path,
+    run: Path | None = None,
+    controls: Sequence[str] = (),
+    text_only: dict[str, Any] | None = None,
+    calibration: Path | None = None,
+    faithfulness: Path | None = None,
+) -> dict[str, Any]:
+    """Write a report from files that `medr1 eval` and `medr1 train` made.
+
+    Args:
+        base: rows before training (.jsonl).
+        trained: rows after training (.jsonl).
+        out: the HTML file.
+        run: the training run's folder; its log.jsonl and recipe.toml are shown.
+        controls: NAME=FILE each; a .jsonl file of rows, or a .json file with an accuracy table.
+        text_only: what `controls.text_only_prior` returned for the training part and these records.
+        calibration: what `medr1 calibrate` wrote for the trained model.
+        faithfulness: folder that `medr1 faithfulness` wrote for the trained model.
+
+    Returns:
+        What `write_report` returns.
+
+    Raises:
+        MedR1Error: a file is missing or not what it should be.
+    """
+    tables = {"text_only": text_only} if text_only else {}
+    for control in controls:
+        name, equals, file = control.partition("=")
+        if not equals:
+            raise MedR1Error(f"--control {control}: write NAME=FILE, for example blank=blank.jsonl")
+        tables[name] = _control_table(Path(file))
+    data = ReportData(
+        base=_rows(base),
+        trained=_rows(trained),
+        image_root=base.parent,
+        controls=tables,
+        log=read_jsonl(run / "log.jsonl") if run else (),
+        config=load_config(run / RECIPE) if run else None,
+        calibration=read_calibration(calibration) if calibration else None,
+        faithfulness=read_faithfulness(faithfulness) if faithfulness else None,
+    )
+    return write_report(data, out)
+
+
+def write_report(data: ReportData, out: Path, *, max_samples: int = MAX_SAMPLES) -> dict[str, Any]:
+    """Write the page.
+
+    Returns:
+        report (path), base_macro, trained_macro, gain_points, chance, and the macro accuracy of each
+        control: what the first screen says, as fractions; gain_points in percentage points.
+
+    Raises:
+        MedR1Error: the two evaluations differ in their records, or the file cannot be written.
+    """
+    if not data.base:
+        raise MedR1Error(f"{out}: no rows to report; evaluate some records first")
+    base, trained = summarise(data.base), summarise(data.trained)
+    change = compare(data.base, data.trained)
+    samples, thumbnails = _samples(data, max_samples)
+    scores = {
+        "base": _overall(base),
+        "trained": _overall(trained),
+        "change": _overall(change),
+        "controls": {name: _overall(table) for name, table in data.controls.items()},
+    }
+    recipe = to_toml(data.config) if data.config else ""
+    page = (
+        environment()
+        .get_template("page.html.j2")
+        .render(
+            data=data,
+            base=base,
+            trained=trained,
+            change=change,
+            scores=scores,
+            models=(data.base[0]["model"], data.trained[0]["model"]),
+            table=_table(base, trained, change, data.controls),
+            open_table=_open_table(base, trained),
+            story=tell(scores, trained),
+            story_plot=story_plot(_story_lines(scores)),
+            modality_plot=_change_plot(base, trained, "by_modality"),
+            type_plot=_change_plot(base, trained, "by_question_type"),
+            curves=learning_curves(data.log),
+            calibration=calibration_section(data.base, data.trained, data.calibration),
+            faithfulness=faithfulness_section(data.faithfulness) if data.faithfulness else None,
+            how=_how(data),
+            recipe=recipe,
+            recipe_hash=hashlib.sha256(recipe.encode()).hexdigest()[:16],
+            samples=samples,
+            thumbnails=thumbnails,
+            lost_images=thumbnails.count(None),
+        )
+    )
+    write_atomic(out, page)
+    gain = scores["change"]["difference"]
+    return {
+        "report": str(out),
+        "base_macro": scores["base"]["accuracy"],
+        "trained_macro": scores["trained"]["accuracy"],
+        "gain_points": None if gain is None else 100 * gain,
+        "chance": scores["trained"]["chance"],
+        **{name: cell["accuracy"] for name, cell in scores["controls"].items()},
+    }
+
+
+def tell(scores: dict[str, Any], trained: dict[str, Any]) -> list[tuple[str, str]]:
+    """The story in sentences, each with its worth ("good", "bad", "open"); nothing within noise is a win."""
+    before, after, change = scores["base"], scores["trained"], scores["change"]
+    over = f", averaged over {after['n']} modalities" if trained["macro"]["n"] > 1 else ""
+    moved = f"from {percent(before['accuracy'])} to {percent(after['accuracy'])}{over}"
+    by = f"{points(change['difference'])} points, 95 % interval {span_points(change['ci95'])}"
+    if change["ci95"] and change["ci95"][0] > 0:
+        story = [("good", f"Training raised held-out accuracy {moved} ({by}).")]
+    elif change["ci95"] and change["ci95"][1] < 0:
+        story = [("bad", f"Training lowered held-out accuracy {moved} ({by}).")]
+    else:
+        story = [("open", f"Held-out accuracy went {moved} ({by}): a change within the noise.")]
+
+    if blank := scores["controls"].get("blank"):
+        seen = f"With the image blanked the trained model scores {percent(blank['accuracy'])}"
+        if _above(after, blank):
+            story.append(("good", f"{seen}: it looks at the image."))
+        else:
+            story.append(("bad", f"{seen}: nothing here shows that it looks at the image."))
+    else:
+        story.append(("open", "No blank-image control was run: whether the image is used is not known."))
+
+    text = scores["controls"].get("text_only")
+    if text and text["n"]:
+        alone = f"Option texts alone, without image or question, score {percent(text['accuracy'])}"
+        guessing = f"guessing {percent(text['chance'])}"
+        if not text["ci95"] or text["ci95"][0] <= text["chance"]:
+            story.append(("good", f"{alone}, no better than {guessing}: they give nothing away."))
+        elif _above(after, text):
+            story.append(("open", f"{alone} ({guessing}): they give some answers away."))
+        else:
+            story.append(
+                (
+                    "bad",
+                    f"{alone} ({guessing}): they give answers away, and the trained model does no better.",
+                )
+            )
+    elif trained["macro"]["n"] or trained["n"]:  # open questions have no options to give anything away
+        story.append(("open", "No text-only control was run: the options may give the answers away."))
+    return story
+
+
+def _how(data: ReportData) -> str:
+    """What was trained, in a line."""
+    if data.config is None:
+        return ""
+    config = data.config
+    steps = max((line["step"] for line in data.log), default=config.optimizer.steps)
+    batch = f"{config.optimizer.prompts_per_step} prompts"
+    if config.method == "grpo":
+        batch += f" × {config.rollout.num_completions} completions"
+    return (
+        f"{config.method.upper()} from {config.model.name} on {config.data.path}: "
+        f"{steps:,} steps of {batch}, prompt mode {config.rollout.mode}, "
+        f"seed {config.optimizer.seed}, split seed {config.data.split_seed}."
+    )
+
+
+def _rows(path: Path) -> list[Row]:
+    rows = read_jsonl(path)
+    if not rows or "outcome" not in rows[0]:
+        raise MedR1Error(f"{path}: holds no evaluation rows; give a file that `medr1 eval` wrote")
+    return rows
+
+
+def _control_table(path: Path) -> dict[str, Any]:
+    if path.suffix == ".jsonl":
+        return summarise(_rows(path))
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MedR1Error(f"{path}: cannot be read as JSON; give .jsonl rows or a .json accuracy table") from error
+    if not isinstance(table, dict) or "by_modality" not in table:
+        raise MedR1Error(f"{path}: is no accuracy table; give what accuracy_table or text_only_prior returned")
+    return table
+
+
+def _overall(table: dict[str, Any]) -> dict[str, Any]:
+    """The headline cell: the average over modalities, or over rows where no file states a modality; of open questions
+    where there are no others.
+    """
+    if table["macro"]["n"]:
+        return table["macro"]
+    return table if table["n"] else table.get("open") or table
+
+
+def _above(cell: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether the two intervals part: stricter than a test of the difference, and needs no pairing."""
+    return bool(cell["ci95"] and other["ci95"] and cell["ci95"][0] > other["ci95"][1])
+
+
+def _story_lines(scores: dict[str, Any]) -> list[tuple[str, dict[str, Any], Any]]:
+    chance = {"accuracy": scores["trained"]["chance"], "ci95": None}
+    lines = [
+        ("guessing", chance, CHANCE),
+        *((label(name), cell, CONTROL) for name, cell in scores["controls"].items()),
+        ("before training", scores["base"], BEFORE),
+        ("after training", scores["trained"], AFTER),
+    ]
+    return [line for line in lines if line[1]["accuracy"] is not None]
+
+
+def _change_plot(base: dict[str, Any], trained: dict[str, Any], part: str) -> str:
+    title = f"Accuracy {part.replace('_', ' ')} before and after training"
+    if not base[part]:
+        return ""
+    return change_plot([(name, cell, trained[part][name]) for name, cell in base[part].items()], title)
+
+
+def _table(
+    base: dict[str, Any],
+    trained: dict[str, Any],
+    change: dict[str, Any],
+    controls: Mapping[str, dict[str, Any]],
+) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The table of accuracies as parts with a title; a control that lacks a line has None there."""
+
+    def line(name: str, n: int | str, *path: str) -> dict[str, Any]:
+        before, after, moved, *others = (_inside(t, path) for t in (base, trained, change, *controls.values()))
+        return {
+            "name": name,
+            "n": n,
+            "chance": after["chance"],
+            "controls": [other.get("accuracy") for other in others],
+            "before": before,
+            "after": after,
+            "change": moved,
+        }
+
+    parts = [
+        (title, [line(name, cell["n"], part, name) for name, cell in base[part].items()])
+        for title, part in (("Modality", "by_modality"), ("Question type", "by_question_type"))
+    ]
+    together = [line("all questions", base["n"])] if base["n"] else []
+    if base["macro"]["n"]:
+        together.insert(0, line(f"average of {base['macro']['n']} modalities", "", "macro"))
+    return [*parts, ("Together", together)]
+
+
+def _open_table(base: dict[str, Any], trained: dict[str, Any]) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """(score, cell before, cell after) of open questions; none where there are none."""
+    if not (base["open"] and trained["open"]):
+        return []
+    cells = [(name, base["open"][part], trained["open"][part]) for name, part in OPEN_SCORES.items()]
+    return [line for line in cells if line[1]["n"]]
+
+
+def _inside(table: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    for name in path:
+        table = table.get(name, {})
+    return table
+
+
+def _samples(data: ReportData, max_samples: int) -> tuple[list[dict[str, Any]], list[str | None]]:
+    """The viewer's samples, naming images by index, and the images as data URIs (None for a lost file)."""
+    before = random.Random(0).sample(list(data.base), min(max_samples, len(data.base)))
+    after = {row["id"]: row for row in data.trained}
+    paths = {path: index for index, path in enumerate(dict.fromkeys(p for row in before for p in row["images"]))}
+    shown = ("id", "modality", "question_type", "source", "question", "options", "gold")
+    samples = [
+        {
+            **{name: row[name] for name in shown},
+            "images": [paths[path] for path in row["images"]],
+            "before": _reply(row),
+            "after": _reply(after[row["id"]]),
+        }
+        for row in before
+    ]
+    return samples, [thumbnail(data.image_root / path) for path in paths]
+
+
+def _reply(row: Row) -> dict[str, Any]:
+    return {name: row[name] for name in ("reply", "letter", "outcome", "correct", "finish", "tokens")}

@@ -1,0 +1,540 @@
+"""The whole study in one command: train on each modality and each question type, test on all, controls beside it.
+
+A study is TOML: a training recipe (the same sections as `medr1.config`), what each method changes in it, and what is
+crossed. For every value of an axis (eight modalities, five question types), method, mode and seed there is a cell: a
+model trained on the training part of that value alone and evaluated on the held-out part of all, one row of the 8x8
+or 5x5 matrix. Before the cells stands the base model in every mode, after them other models as baselines.
+
+Differences from the published study (arXiv:2503.13939): train and test share no image and no group; SFT and GRPO take
+the same questions in the same order; every trained model is asked again without its image.
+
+    medr1 study configs/study-tiny.toml --out runs/study           # the same command goes on where it stopped
+    medr1 study configs/study-tiny.toml --out runs/study --list
+
+What is done is decided by the folder alone:
+
+    OUT/study.json           the resolved study and a digest of its data; another one is refused
+    OUT/cells/CELL.json      {"done", "seconds"}; seconds of a call that was killed are not counted
+    OUT/runs/CELL/           the training run; its weights go when the cell is done, its logs stay
+    OUT/evaluations/CELL-CONDITION.jsonl
+    OUT/faithfulness/CELL/          where the study asks for it
+    OUT/results.json         all of it, for `medr1.study.report`, and then the report itself
+"""
+
+import difflib
+import gc
+import hashlib
+import importlib
+import json
+import math
+import random
+import re
+import shutil
+import sys
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from medr1.config import Config
+from medr1.data.parts import load_parts
+from medr1.data.records import MODALITIES, QUESTION_TYPES, Record, read_jsonl, write_atomic
+from medr1.errors import MedR1Error
+from medr1.evaluation.controls import as_shown, text_only_prior
+from medr1.evaluation.run import evaluate
+from medr1.policy.vlm import load_vlm
+from medr1.report.pages import package_versions
+from medr1.study.report import write_study_report
+from medr1.training.base import LOG
+from medr1.training.run import train
+from medr1.trust.faithfulness import NUMBERS, measure_faithfulness, read_faithfulness
+
+Axis = Literal["modality", "question_type"]
+Method = Literal["sft", "grpo"]
+Mode = Literal["think", "no-think", "think-after"]
+Control = Literal["blank", "shuffled", "shuffled_other", "no_image"]
+
+MODES: tuple[Mode, ...] = ("think", "no-think", "think-after")
+SFT_MODES: tuple[Mode, ...] = ("no-think",)
+VALUES: dict[Axis, tuple[str, ...]] = {"modality": MODALITIES, "question_type": QUESTION_TYPES}
+FILTERS: dict[Axis, str] = {"modality": "modalities", "question_type": "question_types"}
+FLIPS = ("permuted", "repeat")
+REMOTE = "openai:"
+
+SET_BY_STUDY = ("method", "rollout.mode", "rollout.max_new_tokens", "optimizer.seed")
+"""Fields of a recipe that the cells differ in."""
+SHARED = ("data", "model.name")
+"""Fields that all methods of a study have in common: they belong into [recipe]."""
+
+
+class Study(BaseModel):
+    """A whole study.
+
+    `sft` and `grpo` hold complete recipes once loaded; in the file they say only what differs from `recipe`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(description="title of the report")
+    axes: tuple[Axis, ...] = Field(("modality", "question_type"), min_length=1, description="what is trained apart")
+    trained_on: tuple[str, ...] = Field((), description="train on these values of the axes only; empty: on each")
+    methods: tuple[Method, ...] = Field(("sft", "grpo"), min_length=1, description="SFT is trained in no-think alone")
+    modes: tuple[Mode, ...] = Field(MODES, min_length=1, description="modes of GRPO")
+    seeds: tuple[int, ...] = Field((0,), min_length=1, description="training seeds; each repeats every cell")
+    baselines: tuple[str, ...] = Field(
+        (), description="other models, evaluated as they are: hub names, folders, or openai:MODEL@URL"
+    )
+    controls: tuple[Control, ...] = Field(
+        ("blank", "shuffled", "shuffled_other", "no_image"),
+        description="asked of the base on all test records, of a trained model on those of its own value",
+    )
+    max_new_tokens: dict[Mode, PositiveInt] = Field(
+        {"think": 256, "no-think": 32, "think-after": 256},
+        description="a reply is cut here, in training and in evaluation",
+    )
+    records_per_cell: int = Field(
+        0,
+        ge=0,
+        description="at most so many test records of each value (two axes: of each pair of values), drawn by the"
+        " split seed; 0: all",
+    )
+    batch_size: PositiveInt = Field(32, description="prompts decoded together in evaluation")
+    faithfulness: int = Field(
+        0,
+        ge=0,
+        description="test records on which the reasoning of the base and of the first GRPO model that thinks is edited"
+        " (see `medr1 faithfulness`); 0: none",
+    )
+    keep_models: bool = Field(False, description="keep the trained models of finished cells")
+    recipe: Config = Field(Config(), description="what all training runs have in common; its model is the base")
+    sft: Config = Field(Config(), description="what SFT changes in the recipe")
+    grpo: Config = Field(Config(), description="what GRPO changes in the recipe")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lay_over(cls, values: dict[str, Any]) -> dict[str, Any]:
+        recipe = values.get("recipe", {})
+        for table in ("recipe", "sft", "grpo"):
+            for key in SET_BY_STUDY if table == "recipe" else SET_BY_STUDY + SHARED:
+                section, _, field = key.partition(".")
+                found = values.get(table, {}).get(section)
+                if found is not None and (not field or (isinstance(found, dict) and field in found)):
+                    place = "the study sets it for each cell" if key in SET_BY_STUDY else "all methods share [recipe]'s"
+                    raise ValueError(f"{table}.{key} has no place here; {place}")
+        return values | {method: _over(recipe, values.get(method, {})) for method in ("sft", "grpo")}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for name in ("axes", "methods", "modes", "seeds", "baselines", "controls"):
+            if twice := [item for item, count in Counter(getattr(self, name)).items() if count > 1]:
+                raise ValueError(f"{name} names {twice[0]} twice")
+        if absent := [mode for mode in self.base_modes if mode not in self.max_new_tokens]:
+            raise ValueError(f"max_new_tokens lacks {absent[0]}")
+        sft, grpo = self.sft.optimizer, self.grpo.optimizer
+        same = sft.prompts_per_step == grpo.prompts_per_step and sft.epochs == grpo.epochs
+        if len(self.methods) == 2 and not (same and sft.steps * self.grpo.grpo.num_iterations == grpo.steps):
+            raise ValueError(
+                "SFT would not see the questions that GRPO sees: optimizer.epochs and prompts_per_step must agree,"
+                " and optimizer.steps of GRPO be those of SFT times grpo.num_iterations"
+            )
+        return self
+
+    @property
+    def base_modes(self) -> tuple[Mode, ...]:
+        """Modes that the base is asked in: those of the trained models."""
+        trained = {"grpo": self.modes, "sft": SFT_MODES}
+        return tuple(mode for mode in MODES if any(mode in trained[method] for method in self.methods))
+
+
+def _over(recipe: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's table with the fields of its sections replaced; what is no section is left for pydantic to refuse."""
+    both = {name for name in recipe.keys() & changes.keys() if isinstance(recipe[name], dict)}
+    sections = {name: recipe[name] | changes[name] for name in both if isinstance(changes[name], dict)}
+    return {**recipe, **changes, **sections}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model in one mode, with everything that is asked of it.
+
+    Example: `Cell("grpo", "think", model="runs/…/model", axis="modality", trained_on="CT", seed=0)`
+    """
+
+    method: Literal["base", "sft", "grpo", "baseline"]
+    mode: Mode
+    model: str | None = None
+    """Name of a model that is not trained here."""
+    axis: Axis | None = None
+    trained_on: str | None = None
+    seed: int | None = None
+    flips: bool = False
+    """Whether the options are also permuted: the base, and the first model of each method."""
+
+    @property
+    def name(self) -> str:
+        """Of its files, such as "modality-ct-grpo-think-seed0"."""
+        if self.axis:
+            parts = [self.axis, self.trained_on, self.method, self.mode, f"seed{self.seed}"]
+        else:
+            parts = [self.method, self.model if self.method == "baseline" else None, self.mode]
+        return re.sub("[^a-z0-9]+", "-", " ".join(filter(None, parts)).lower())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study with its data: what there is to do."""
+
+    study: Study
+    train: list[Record]
+    test: list[Record]
+    values: dict[Axis, list[str]]
+    """Axis to the values that have training and test records, in the order of records.py."""
+    cells: list[Cell]
+    data_sha256: str
+    """Of all records, their images' bytes aside."""
+
+    def edited(self, cell: Cell) -> list[Record]:
+        """Test records on which a cell's reasoning is edited, drawn by the split seed."""
+        thinkers = [c for c in self.cells if c.mode == "think" and c.method in ("base", "grpo")]
+        firsts = [next((c for c in thinkers if c.method == method), None) for method in ("base", "grpo")]
+        if cell not in firsts:
+            return []
+        listed = [record for record in self.test if not record.is_open]
+        draw = random.Random(self.study.recipe.data.split_seed)
+        return draw.sample(listed, min(self.study.faithfulness, len(listed)))
+
+    def asked(self, cell: Cell) -> list[tuple[str, list[Record]]]:
+        """(condition, records) of each evaluation of a cell."""
+        study = self.study
+        own = [record for record in self.test if not cell.axis or getattr(record, cell.axis) == cell.trained_on]
+        controls = [] if cell.method == "baseline" else [(control, own) for control in study.controls]
+        return [("image", self.test), *controls, *((flip, self.test) for flip in FLIPS if cell.flips)]
+
+
+def load_study(path: Path, data: str | None = None) -> Study:
+    """A study from TOML; `data` takes the place of recipe.data.path.
+
+    Raises:
+        MedR1Error: no such file, not TOML, an unknown key (the nearest known one is named), a value out of range, or
+            methods that would not see the same questions.
+    """
+    if not path.is_file():
+        raise MedR1Error(f"{path}: no such file; give a study, such as configs/study-tiny.toml")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise MedR1Error(f"{path}: not TOML ({error}); see configs/study-tiny.toml") from error
+    for table in ("recipe", "sft", "grpo"):
+        if not isinstance(values.get(table, {}), dict):
+            raise MedR1Error(f"{path}: {table} is a value, not a table; write [{table}.optimizer] and the like")
+    if data is not None:
+        values["recipe"] = _over(values.get("recipe", {}), {"data": {"path": data}})
+    try:
+        return Study.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        message = first["msg"].removeprefix("Value error, ")
+        if not first["loc"]:
+            raise MedR1Error(f"{path}: {message}") from error
+        *parents, last = map(str, first["loc"])
+        key = ".".join([*parents, last])
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(last, _fields(parents), n=1, cutoff=0.3)
+            hint = f"did you mean {'.'.join([*parents, *near])}?" if near else f"known: {', '.join(_fields(parents))}"
+            raise MedR1Error(f"{path}: unknown key {key}; {hint}") from error
+        if first["type"] == "missing":
+            raise MedR1Error(f"{path}: {key} is missing; see configs/study-tiny.toml") from error
+        raise MedR1Error(f"{path}: {key} = {first['input']!r}: {message.lower()}") from error
+
+
+def _fields(parents: Sequence[str]) -> list[str]:
+    section: Any = Study
+    for name in parents:
+        section = section.model_fields[name].annotation
+    return list(section.model_fields)
+
+
+def make_plan(study: Study) -> Plan:
+    """Read the data and list the cells, the base first, then seed by seed, baselines last.
+
+    Raises:
+        MedR1Error: bad data, none of an axis, or records for which a control cannot be made.
+    """
+    data = study.recipe.data
+    train_records, test_records = load_parts(data)
+    if num_open := sum(record.is_open for record in [*train_records, *test_records]):
+        raise MedR1Error(
+            f"{data.path}: {num_open} open questions; a study compares multiple choice, "
+            "use `medr1 train` and `medr1 eval` for them"
+        )
+    values: dict[Axis, list[str]] = {}
+    for axis in study.axes:
+        trainable, testable = ({getattr(record, axis) for record in part} for part in (train_records, test_records))
+        values[axis] = [value for value in VALUES[axis] if value in trainable & testable]
+        if not values[axis]:
+            raise MedR1Error(f"{data.path}: no {axis.replace('_', ' ')} with training and test records; drop the axis")
+    known = [value for axis in study.axes for value in values[axis]]
+    if unknown := [value for value in study.trained_on if value not in known]:
+        raise MedR1Error(f"{data.path}: trained_on names {unknown[0]!r}; these can be trained on: {', '.join(known)}")
+    test_records = _capped(study, test_records)
+    for control in study.controls:  # now, rather than after hours of training
+        as_shown(test_records, control, data.split_seed)
+    if any(name.startswith(REMOTE) for name in study.baselines):
+        importlib.import_module("medr1.evaluation.remote")
+    base = [Cell("base", mode, model=study.recipe.model.name, flips=True) for mode in study.base_modes]
+    trained = [
+        Cell(method, mode, axis=axis, trained_on=value, seed=seed)
+        for seed in study.seeds
+        for axis in study.axes
+        for value in values[axis]
+        if not study.trained_on or value in study.trained_on
+        for method in study.methods
+        for mode in (study.modes if method == "grpo" else SFT_MODES)
+    ]
+    firsts = [next(cell for cell in trained if cell.method == method) for method in study.methods]
+    trained = [replace(cell, flips=cell in firsts) for cell in trained]
+    baselines = [Cell("baseline", mode, model=model) for model in study.baselines for mode in study.base_modes]
+    digest = hashlib.sha256()
+    for record in [*train_records, *test_records]:
+        digest.update(record.model_dump_json(exclude={"images", "licence"}, exclude_defaults=True).encode())
+    return Plan(study, train_records, test_records, values, [*base, *trained, *baselines], digest.hexdigest())
+
+
+def _capped(study: Study, records: list[Record]) -> list[Record]:
+    """At most `records_per_cell` records of each combination of the axes' values, in the order given."""
+    if not study.records_per_cell:
+        return records
+    draw, taken, kept = random.Random(study.recipe.data.split_seed), Counter[tuple[str, ...]](), set()
+    for record in draw.sample(records, len(records)):
+        cell = tuple(getattr(record, axis) for axis in study.axes)
+        taken[cell] += 1
+        if taken[cell] <= study.records_per_cell:
+            kept.add(record.id)
+    return [record for record in records if record.id in kept]
+
+
+def cell_recipe(study: Study, cell: Cell) -> Config:
+    """The training recipe of a cell that is trained."""
+    assert cell.axis
+    config = study.sft if cell.method == "sft" else study.grpo
+    rollout = {"mode": cell.mode, "max_new_tokens": study.max_new_tokens[cell.mode]}
+    return config.model_copy(
+        update={
+            "method": cell.method,
+            "data": config.data.model_copy(update={FILTERS[cell.axis]: (cell.trained_on,)}),
+            "rollout": config.rollout.model_copy(update=rollout),
+            "optimizer": config.optimizer.model_copy(update={"seed": cell.seed}),
+        }
+    )
+
+
+def run_study(study: Study, out: Path) -> dict[str, Any]:
+    """Run a study or go on with it; cells that are done are skipped without loading a model.
+
+    Returns:
+        What the report says of itself, see `medr1.study.report.write_study_report`.
+
+    Raises:
+        MedR1Error: bad data, another study or other data in `out`, or what training and evaluation raise. What was
+            done until then is whole and used again.
+    """
+    plan = make_plan(study)
+    write_atomic(out / "study.json", _identity(plan, out))
+    (out / "evaluations").mkdir(exist_ok=True)
+    waiting = []
+    for cell in plan.cells:
+        if _state(plan, cell, out) == "done":
+            _discard(study, cell, out)  # a kill may have come between the last answer and this
+        else:
+            waiting.append(cell)
+    for number, cell in enumerate(waiting):
+        done = len(plan.cells) - len(waiting) + number
+        print(f"study: {done} of {len(plan.cells)} cells done{_remaining(plan, out)}; now {cell.name}", file=sys.stderr)
+        _run_cell(plan, cell, out)
+        _discard(study, cell, out)
+    write_atomic(out / "results.json", json.dumps(_results(plan, out), ensure_ascii=False, indent=1))
+    return write_study_report(out)
+
+
+def list_cells(study: Study, out: Path) -> list[dict[str, Any]]:
+    """cell, state ("waiting", "training", "evaluating" or "done"), seconds (None before any) and disk_bytes of each.
+
+    Raises:
+        MedR1Error: bad data, or another study or other data in `out`.
+    """
+    plan = make_plan(study)
+    _identity(plan, out)
+    return [
+        {
+            "cell": cell.name,
+            "state": _state(plan, cell, out),
+            "seconds": _count(cell, out).get("seconds"),
+            "disk_bytes": _disk_bytes([out / "runs" / cell.name, *_files(plan, cell, out).values()]),
+        }
+        for cell in plan.cells
+    ]
+
+
+def _identity(plan: Plan, out: Path) -> str:
+    """Content of study.json; refuses a folder that holds another. Baselines may change: nothing else rests on them."""
+    path = out / "study.json"
+    added = {name for name in ("faithfulness", "trained_on") if not getattr(plan.study, name)}  # after older folders
+    later = {"baselines"} | added
+    identity = {"study": plan.study.model_dump(mode="json", exclude=later), "data_sha256": plan.data_sha256}
+    if path.exists():
+        there = json.loads(path.read_text(encoding="utf-8"))
+        if differing := [key for key in identity if there[key] != identity[key]]:
+            what = "another study" if "study" in differing else "other data"
+            raise MedR1Error(f"{out}: holds results of {what} (see study.json); choose another --out")
+    return json.dumps(identity, ensure_ascii=False, indent=1)
+
+
+def _run_cell(plan: Plan, cell: Cell, out: Path) -> None:
+    began, earlier, done = time.perf_counter(), _count(cell, out).get("seconds", 0.0), False
+    try:
+        _answer(plan, cell, out)
+        done = True
+    finally:
+        count = {"done": done, "seconds": round(earlier + time.perf_counter() - began, 1)}
+        write_atomic(out / "cells" / f"{cell.name}.json", json.dumps(count))
+
+
+def _answer(plan: Plan, cell: Cell, out: Path) -> None:
+    """Train where the cell is trained, then evaluate; each goes on from what it left."""
+    study, run, files = plan.study, out / "runs" / cell.name, _files(plan, cell, out)
+    settings: dict[str, Any] = {
+        "mode": cell.mode,
+        "max_new_tokens": study.max_new_tokens[cell.mode],
+        "seed": study.recipe.data.split_seed,
+    }
+    if cell.model and cell.model.startswith(REMOTE):
+        from medr1.evaluation.remote import evaluate_remote  # its client is an extra
+
+        for condition, records in plan.asked(cell):
+            evaluate_remote(cell.model, records, out=files[condition], condition=condition, **settings)
+        return
+    if cell.axis and not (run / "model").is_dir():
+        train(cell_recipe(study, cell), run)
+        gc.collect()  # a Trainer is a cycle, and would keep its model and optimizer on the GPU
+    vlm = load_vlm(cell.model or str(run / "model"), dtype=study.recipe.model.dtype)
+    vlm.name = cell.model or cell.name  # rows shall not name this machine's folders
+    settings |= {"batch_size": study.batch_size, "donors": plan.test}
+    for condition, records in plan.asked(cell):
+        evaluate(vlm, records, out=files[condition], condition=condition, **settings)
+    if edited := plan.edited(cell):
+        measure_faithfulness(
+            vlm,
+            edited,
+            out=out / "faithfulness" / cell.name,
+            max_new_tokens=study.max_new_tokens["think"],
+            batch_size=study.batch_size,
+            seed=study.recipe.data.split_seed,
+        )
+
+
+def _files(plan: Plan, cell: Cell, out: Path) -> dict[str, Path]:
+    return {name: out / "evaluations" / f"{cell.name}-{name}.jsonl" for name, _ in plan.asked(cell)}
+
+
+def _count(cell: Cell, out: Path) -> dict[str, Any]:
+    path = out / "cells" / f"{cell.name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _state(plan: Plan, cell: Cell, out: Path) -> str:
+    edited = [out / "faithfulness" / cell.name / NUMBERS] if plan.edited(cell) else []
+    there = [path.exists() for path in (*_files(plan, cell, out).values(), *edited)]
+    if _count(cell, out).get("done") and all(there):
+        return "done"
+    run = out / "runs" / cell.name
+    if any(there) or (run / "model").is_dir():
+        return "evaluating"
+    return "training" if run.is_dir() else "waiting"
+
+
+def _discard(study: Study, cell: Cell, out: Path) -> None:
+    """Remove a finished cell's weights; the logs, the completions and the recipe stay."""
+    for pattern in ("checkpoint-*", ".*.saving", *(() if study.keep_models else ("model",))):
+        for folder in (out / "runs" / cell.name).glob(pattern):
+            shutil.rmtree(folder)
+
+
+def _remaining(plan: Plan, out: Path) -> str:
+    """Estimate of the time left from the cells trained so far."""
+    trained = [cell for cell in plan.cells if cell.axis]
+    counts = [_count(cell, out) for cell in trained]
+    seconds = [count["seconds"] for count in counts if count.get("done")]
+    if not seconds:
+        return ""
+    left = timedelta(seconds=round(sum(seconds) / len(seconds) * (len(trained) - len(seconds))))
+    return f", about {left} left"
+
+
+def _disk_bytes(places: Sequence[Path]) -> int:
+    files = [file for place in places for file in ([place] if place.is_file() else place.rglob("*"))]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _results(plan: Plan, out: Path) -> dict[str, Any]:
+    """All that the report needs, in the order of the cells."""
+    study = plan.study
+    evaluations: list[dict[str, Any]] = []
+    runs: list[dict[str, Any]] = []
+    for cell in plan.cells:
+        folder = f"runs/{cell.name}"
+        identity = {
+            "method": cell.method,
+            "mode": cell.mode,
+            "axis": cell.axis,
+            "trained_on": cell.trained_on,
+            "seed": cell.seed,
+        }
+        model = cell.model or f"{folder}/model"
+        for condition, path in _files(plan, cell, out).items():
+            rows = path.relative_to(out).as_posix()
+            evaluations.append({**identity, "model": model, "condition": condition, "rows": rows})
+        if cell.axis:
+            config = cell_recipe(study, cell)
+            steps = read_jsonl(out / folder / LOG)[-1]["step"]
+            updates = config.grpo.num_iterations if cell.method == "grpo" else 1
+            examples = math.ceil(steps / updates) * config.optimizer.prompts_per_step
+            seconds = _count(cell, out)["seconds"]
+            runs.append({"folder": folder, **identity, "seconds": seconds, "steps": steps, "examples": examples})
+    parts = {
+        (axis, value): tuple(
+            [record for record in part if getattr(record, axis) == value] for part in (plan.train, plan.test)
+        )
+        for axis, values in plan.values.items()
+        for value in values
+    }
+    resolved = study.model_dump(mode="json")
+    return {
+        "study": resolved,
+        "evaluations": evaluations,
+        "priors": [
+            {"axis": axis, "trained_on": value, "table": text_only_prior(own_train, plan.test)}
+            for (axis, value), (own_train, _) in parts.items()
+            if any((cell.axis, cell.trained_on) == (axis, value) for cell in plan.cells)
+        ],
+        "runs": runs,
+        "examples": {
+            axis: {value: {"train": len(parts[axis, value][0]), "test": len(parts[axis, value][1])} for value in values}
+            for axis, values in plan.values.items()
+        },
+        "faithfulness": [
+            {"cell": cell.name, **read_faithfulness(out / "faithfulness" / cell.name)}
+            for cell in plan.cells
+            if plan.edited(cell)
+        ],
+        "versions": package_versions(),
+        # Logs hold seconds, whose digits differ between two equal studies: whole megabytes do not.
+        "disk_bytes": math.ceil(_disk_bytes([out / "runs", out / "evaluations"]) / 1e6) * 1_000_000,
+        "recipe_hash": hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest(),
+        "data_sha256": plan.data_sha256,
+    }
