@@ -1,0 +1,200 @@
+"""Readers: one call, `load_records`, for every supported layout of questions and images.
+
+A layout is told by content: a folder QA_information, the column "problem", the columns of a table.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from medr1.data.datasets.hub import PREFIX, hub_tables
+from medr1.data.datasets.medr1_splits import is_medr1_splits, read_medr1_splits
+from medr1.data.datasets.omnimedvqa import read_omnimedvqa
+from medr1.data.datasets.own import Place
+from medr1.data.datasets.public import LAYOUTS, Layout, layout_of
+from medr1.data.datasets.rows import ImageFolder, canonical_modality, canonical_question_type, read_records, refuse
+from medr1.data.datasets.tables import SUFFIXES, Table, by_column, read_table
+from medr1.data.images import file_of
+from medr1.data.records import Record
+from medr1.errors import MedR1Error
+
+
+def is_omnimedvqa(path: Path) -> bool:
+    """Whether a folder has OmniMedVQA's layout."""
+    return (path / "QA_information").is_dir()
+
+
+def load_records(
+    path: Path | str,
+    *,
+    modalities: Sequence[str] | None = None,
+    question_types: Sequence[str] | None = None,
+    sources: Sequence[str] | None = None,
+    check_images: bool = True,
+    image_root: Path | str | None = None,
+    language: str = "en",
+    refused: list[str] | None = None,
+) -> list[Record]:
+    """Read all questions of a data set, in the order of its files.
+
+    Args:
+        path: a folder with QA_information (OmniMedVQA); a Med-R1 split file or a folder of them; a table of
+            questions or a folder with some, of a set named in `medr1.data.datasets.public` or in the format of
+            `medr1.data.datasets.own`; or "hub:OWNER/NAME".
+        modalities: keep these only, in any known spelling ("MR", "x-ray"); None keeps all.
+        question_types: keep these only; None keeps all.
+        sources: keep these only, spelt as in the data; None keeps all.
+        check_images: demand that the image files of the kept records exist.
+        image_root: the folder that image paths start from (and that perhaps has a groups.csv), but for OmniMedVQA;
+            None is the folder given, or the file's folder.
+        language: keep rows in this language where rows say theirs (SLAKE); "all" keeps every row.
+        refused: gets a line for each row that was left out, as bad or in another language; with None the first bad
+            row is an error.
+
+    Raises:
+        MedR1Error: the path has no known layout, a file is bad, all rows are bad or, without `refused`, one (all
+            rows are read; the first bad one is named with the number of all), a filter is unknown or keeps nothing,
+            or an image is missing.
+    """
+    records = _read(str(path), None if image_root is None else Path(image_root), language, refused)
+    records = select_records(records, modalities=modalities, question_types=question_types, sources=sources)
+    if check_images:
+        require_images(records)
+    return records
+
+
+def select_records(
+    records: Sequence[Record],
+    *,
+    modalities: Sequence[str] | None = None,
+    question_types: Sequence[str] | None = None,
+    sources: Sequence[str] | None = None,
+) -> list[Record]:
+    """The records that pass the filters, see `load_records`.
+
+    Raises:
+        MedR1Error: a filter is unknown, or names what no record has.
+    """
+    wanted = {
+        "modality": _wanted("modality", modalities),
+        "question_type": _wanted("question type", question_types),
+        "source": _wanted("source", sources),
+    }
+    selected = list(records)
+    for field, values in wanted.items():
+        if values is None:
+            continue
+        present = {getattr(record, field) for record in selected}
+        if absent := [value for value in values if value not in present]:
+            raise MedR1Error(
+                f"no question with {field.replace('_', ' ')} {absent[0]!r} is left; "
+                f"present: {', '.join(sorted(filter(None, present))) or 'none (the files do not say)'}"
+            )
+        selected = [record for record in selected if getattr(record, field) in values]
+    return selected
+
+
+def require_images(records: Sequence[Record]) -> None:
+    """Raise MedR1Error, naming the first and the number of all, if image files of these records do not exist."""
+    refuse(
+        [
+            f"{image}: no such image, wanted by record {record.id}; add the file or leave its source out"
+            for record in records
+            for image in record.images
+            if not os.path.isfile(file_of(image))  # unlike Path.is_file it also says no to a name too long
+        ]
+    )
+
+
+def question_tables(path: Path) -> list[tuple[Table, Layout]]:
+    """The table in a file, or those in a folder that have a known layout: beside each other, else one folder down.
+
+    Raises:
+        MedR1Error: there is none; the line says what was looked for and what was found.
+    """
+    found: list[str] = []
+    if path.is_file() and path.suffix.lower() in SUFFIXES:
+        tables, found = _fitting([path], strict=True)
+        if tables:
+            return tables
+    for pattern in ("*", "*/*") if path.is_dir() else ():
+        files = sorted(file for file in path.glob(pattern) if file.suffix.lower() in SUFFIXES and file.is_file())
+        tables, others = _fitting([file for file in files if not file.name.startswith(".")])
+        if tables:
+            return tables
+        found += others
+    known = "; ".join(f"{layout.name} ({', '.join(layout.columns).replace('|', ' or ')})" for layout in LAYOUTS)
+    raise MedR1Error(
+        f"{path}: no known layout. Looked for QA_information (OmniMedVQA), *_train.json and *_test.json (Med-R1) and "
+        f"a table ({', '.join(SUFFIXES)}) with the columns of {known}. Found {'; '.join(found) or 'none'}"
+    )
+
+
+def _fitting(files: Iterable[Path], *, strict: bool = False) -> tuple[list[tuple[Table, Layout]], list[str]]:
+    """Tables with their layout, and a line for each file that has none."""
+    tables, others = [], []
+    for file in files:
+        try:
+            table = read_table(file)
+        except MedR1Error as error:
+            if strict:
+                raise
+            others.append(str(error))
+            continue
+        if layout := layout_of(table.columns):
+            tables.append((table, layout))
+        else:
+            others.append(f"{file.name} (columns {', '.join(sorted(table.columns)[:20]) or 'none'})")
+    return tables, others
+
+
+def _read(path: str, image_root: Path | None, language: str, refused: list[str] | None) -> list[Record]:
+    folder = Path(path)
+    if path.startswith(PREFIX):
+        tables = hub_tables(path)
+        fitting = [(table, layout) for table in tables if (layout := layout_of(table.columns))]
+        if not fitting:
+            columns = ", ".join(sorted(tables[0].columns)[:20]) if tables else "none"
+            raise MedR1Error(f"{path}: no known layout (columns {columns}); convert it to the format of medr1's own")
+        records = _read_tables(fitting, ImageFolder(image_root), language, refused)
+    elif not folder.exists():
+        raise MedR1Error(
+            f"{path}: no such file or folder; give a folder with QA_information, a table or hub:OWNER/NAME"
+        )
+    elif is_omnimedvqa(folder):
+        if image_root is not None:
+            raise MedR1Error(f"{path}: image_root is not for OmniMedVQA; images lie beside QA_information here")
+        records = read_omnimedvqa(folder, refused)
+    elif is_medr1_splits(folder):
+        records = read_medr1_splits(folder, image_root, refused)
+    else:
+        root = image_root or (folder if folder.is_dir() else folder.parent)
+        records = _read_tables(question_tables(folder), ImageFolder(root), language, refused)
+    if not records:
+        raise MedR1Error(f"{path}: no questions in it")
+    return records
+
+
+def _read_tables(
+    tables: Sequence[tuple[Table, Layout]], folder: ImageFolder, language: str, refused: list[str] | None
+) -> list[Record]:
+    layouts = {table.name: layout for table, layout in tables}
+
+    def record(table: Table, number: int, row: dict[str, Any]) -> Record:
+        return layouts[table.name].read(by_column(row), Place(table, number, folder, language))
+
+    return read_records((table for table, _ in tables), record, refused)
+
+
+def _wanted(name: str, values: Sequence[str] | None) -> list[str] | None:
+    """A filter in canonical spelling."""
+    if values is None:
+        return None
+    if not values or isinstance(values, str):
+        raise MedR1Error(f"the {name} filter is {values!r}; give a list of one or more, or leave it out")
+    canonical = {"modality": canonical_modality, "question type": canonical_question_type}.get(name, str)
+    try:
+        return [canonical(value) for value in values]
+    except ValueError as error:
+        raise MedR1Error(f"{name} filter: {error}") from error
