@@ -342,7 +342,7 @@ def test_the_command_warns_of_an_open_door(monkeypatch: pytest.MonkeyPatch) -> N
             raise KeyboardInterrupt
 
     monkeypatch.setattr(medr1.ask.app, "running", fake)
-    monkeypatch.setattr("medr1.cli.threading.Event", Interrupted)
+    monkeypatch.setattr("medr1.cli.ask.threading.Event", Interrupted)
     said = CliRunner().invoke(app, ["app", "--compare", "tiny", "--host", "0.0.0.0"])
     assert asked["models"] == ["tiny", "tiny"] and asked["host"] == "0.0.0.0"
     assert "no login" in said.output

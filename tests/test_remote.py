@@ -443,7 +443,8 @@ def test_a_secret_in_the_url_is_refused_unsaid(records: list[Record], tmp_path: 
 
 def test_without_the_client(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "openai", None)
-    monkeypatch.delitem(sys.modules, "medr1.evaluation.remote")
+    for name in ("medr1.policy.client", "medr1.evaluation.remote"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     with pytest.raises(MedR1Error, match=r"pip install 'medr1\[remote\]'"):
         __import__("medr1.evaluation.remote")
 
