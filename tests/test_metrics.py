@@ -2,33 +2,34 @@
 
 import itertools
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binom, binomtest, permutation_test
+from scipy.stats import permutation_test
 from statsmodels.stats.contingency_tables import mcnemar
 
 from medr1.errors import MedR1Error
+from medr1.evaluation.intervals import DIFFERENCE, Interval, interval
 from medr1.evaluation.metrics import (
     MIN_N,
-    bootstrap,
-    cluster_bootstrap,
     compare,
-    difference_interval,
     flip_rate,
     holm,
-    interval,
     judged,
     macro,
-    mean_interval,
     paired_change,
     paired_p,
     summarise,
-    wilson,
 )
+
+
+def exact(k: int, n: int) -> Interval:
+    """Of k right among n single rows."""
+    ci = interval([1] * k + [0] * (n - k), range(n))
+    assert ci
+    return ci
 
 
 def row(id: str, correct: bool, **fields: object) -> dict:
@@ -43,176 +44,6 @@ def row(id: str, correct: bool, **fields: object) -> dict:
         "tokens": 10,
     }
     return {**defaults, "id": id, "correct": correct, **fields}
-
-
-def test_wilson_by_hand():
-    # n=10, k=8, z=1.959964: z^2=3.841459; centre (0.8+0.192073)/(1.384146)=0.716741
-    # half 1.959964/1.384146*sqrt(0.016+0.009604)=1.416010*0.160012=0.226578
-    assert wilson(8, 10) == pytest.approx((0.490162, 0.943318), abs=1e-5)
-    # k=n: the upper limit is 1 and the lower n/(n+z^2) = 20/23.841459
-    assert wilson(20, 20) == pytest.approx((0.838875, 1.0), abs=1e-6)
-    assert wilson(0, 0) is None
-
-
-@pytest.mark.parametrize(("k", "n"), [(0, 1), (1, 3), (17, 40), (500, 1000), (30, 30)])
-def test_wilson_is_scipys(k: int, n: int):
-    ci = binomtest(k, n).proportion_ci(method="wilson")
-    assert wilson(k, n) == pytest.approx((ci.low, ci.high), abs=1e-12)
-
-
-def test_interval_of_groups_by_hand():
-    single = [True, False, True, True]
-    assert interval(single, "abcd") == wilson(3, 4)
-    # Two rows a group that always agree: 4 groups, 8 rows, mean 1/2. Sums of deviations are +1,+1,-1,-1, so
-    # the variance of the mean is 4/64*4/3 = 1/12 and the effective size (1/4)/(1/12) = 3 (not 4: the unbiased
-    # variance divides by 3). Few groups: (t_7/t_3 at 97.5 %)^2 = (2.364624/3.182446)^2 = 0.552082.
-    values, groups = [1, 1, 1, 1, 0, 0, 0, 0], "aabbccdd"
-    assert interval(values, groups) == pytest.approx(wilson(1.5 * 0.552082, 3 * 0.552082), abs=1e-5)
-    # All right: no variance to estimate, so five groups count as five.
-    assert interval([1] * 10, "aabbccddee") == wilson(5, 5)
-    assert interval([1, 0, 1], "aaa") == wilson(2 / 3, 1)
-    assert interval([], "") is None
-
-
-def test_groups_that_agree_up_to_rounding_count_once():
-    # every group has one right of three, and 1/3 is no binary fraction: the deviations are 1e-17, not 0
-    assert interval([1, 0, 0] * 4, "aaabbbcccddd") == pytest.approx(wilson(4 / 3, 4))
-
-
-def test_difference_interval_by_hand():
-    # n=10, four gained and one lost: (4+1)/12 and (1+1)/12, so the centre is 0.25; the variance is
-    # (7/12 - 1/16)/12 = 0.0434028, its root 0.2083333, and 1.959964 of it 0.4083258
-    differences = [1, 1, 1, 1, -1, 0, 0, 0, 0, 0]
-    assert difference_interval(differences, range(10)) == pytest.approx((-0.158326, 0.658326), abs=1e-6)
-    # Each row twice in a group: sums of deviations from 0.3 are 1.4 (four), -2.6 and -0.6 (five), squares 16.4; the
-    # variance of the mean 16.4/400*10/9 = 0.0455556; that of a row 0.5-0.09 = 0.41; t (2.093024/2.262157)^2 = 0.856059
-    doubled = difference_interval(differences * 2, [*range(10), *range(10)])
-    effective = 0.41 / 0.0455556 * 0.856059
-    centre = 0.3 * effective / (effective + 2)
-    half = 1.959964 * math.sqrt(((0.5 * effective + 2) / (effective + 2) - centre**2) / (effective + 2))
-    assert doubled == pytest.approx((centre - half, centre + half), abs=1e-5)
-    assert difference_interval([], []) is None
-    low, high = difference_interval([0] * 30, range(30))  # nothing changed: still a width
-    assert low == pytest.approx(-high)
-    assert 0 < high < 0.1
-
-
-def clustered(rng: np.random.Generator, num: int, sizes: tuple[int, int], gain: float, lose: float, like: float):
-    """(+1, 0, -1 a row, its group): `num` groups whose chances vary between groups, the more the smaller `like`."""
-    group_N = np.repeat(np.arange(num), rng.integers(sizes[0], sizes[1] + 1, size=num))
-    gain_C = rng.beta(gain * like, (1 - gain) * like, size=num)
-    lose_C = rng.beta(lose * like, (1 - lose) * like, size=num) * (1 - gain_C) if lose else np.zeros(num)
-    draw_N = rng.random(len(group_N))
-    up_N = draw_N < gain_C[group_N]
-    down_N = ~up_N & (draw_N < (gain_C + lose_C)[group_N])
-    return (up_N.astype(int) - down_N).tolist(), group_N.tolist()
-
-
-def coverage(estimate: Callable, num_simulations: int, *cells: tuple, mean: float) -> float:
-    """How often the interval that `estimate` makes of freshly drawn cells holds their true mean."""
-    rng = np.random.default_rng(1)
-    covered = 0
-    for _ in range(num_simulations):
-        low, high = estimate([clustered(rng, *cell) for cell in cells])
-        covered += low <= mean <= high
-    return covered / num_simulations
-
-
-@pytest.mark.parametrize(
-    "cell",
-    [
-        (20, (1, 5), 0.7, 0, 2),  # groups, their sizes, accuracy, likeness between groups
-        (20, (5, 5), 0.5, 0, 2),  # a modality of the phantoms: twenty images, five questions each
-        (160, (5, 5), 0.8, 0, 3),
-        (30, (1, 12), 0.85, 0, 4),  # patients with one to a dozen images
-        (40, (1, 1), 0.9, 0, 4),
-    ],
-)
-def test_interval_covers_in_simulation(cell: tuple):
-    assert 0.93 <= coverage(lambda cells: interval(*cells[0]), 2000, cell, mean=cell[2]) <= 0.97
-
-
-def test_the_interval_of_rows_would_not_cover():
-    """Thirty groups of correlated rows, where Wilson's interval of the rows is far too narrow."""
-    naive = coverage(lambda cells: wilson(sum(cells[0][0]), len(cells[0][0])), 1000, (30, (1, 5), 0.7, 0, 2), mean=0.7)
-    assert naive < 0.92
-
-
-@pytest.mark.parametrize(
-    "cell",
-    [
-        (20, (5, 5), 0.2, 0.1, 3),
-        (20, (5, 5), 0.5, 0.05, 3),
-        (160, (5, 5), 0.2, 0.05, 5),
-        (40, (1, 5), 0.15, 0.05, 3),
-        (200, (1, 1), 0.1, 0.1, 3),
-    ],
-)
-def test_paired_difference_covers_in_simulation(cell: tuple):
-    mean = cell[2] - cell[3] * (1 - cell[2])
-    assert 0.93 <= coverage(lambda cells: difference_interval(*cells[0]), 1500, cell, mean=mean) <= 0.97
-
-
-@pytest.mark.parametrize(
-    "cell", [(20, (1, 5), 0.7, 0, 2), (40, (1, 1), 0.7, 0, 4), (60, (1, 5), 0.2, 0.1, 3), (40, (1, 3), 0.3, 0.1, 3)]
-)
-def test_bootstrap_covers_in_simulation(cell: tuple):
-    seeds = itertools.count()
-    mean = cell[2] - cell[3] * (1 - cell[2])
-    covered = coverage(lambda cells: cluster_bootstrap(*cells[0], next(seeds)), 1000, cell, mean=mean)
-    assert 0.93 <= covered <= 0.97
-
-
-def test_macro_interval_covers_in_simulation():
-    accuracies = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
-    cells = [(20, (5, 5), accuracy, 0, 3) for accuracy in accuracies]
-
-    def estimate(drawn: list) -> tuple[float, float]:
-        return mean_interval([(sum(values) / len(values), interval(values, groups)) for values, groups in drawn])
-
-    assert 0.93 <= coverage(estimate, 1500, *cells, mean=sum(accuracies) / 8) <= 0.97
-
-
-def test_bootstrap_of_a_mean_is_the_cluster_bootstrap():
-    values, groups = clustered(np.random.default_rng(3), 40, (1, 5), 0.7, 0, 2)
-    values_N = np.array(values)
-    found = bootstrap(lambda rows: np.array([values_N[rows].mean(), values_N[rows].max()]), groups, seed=0)
-    assert found[0] == pytest.approx(cluster_bootstrap(values, groups, seed=1), abs=0.02)
-    assert found[1] == (1, 1)
-    assert bootstrap(lambda rows: rows, "aa", seed=0) is None
-
-
-def test_wilson_covers_in_simulation():
-    """Exact: the binomial weight of those k whose interval holds p, averaged over p."""
-    p_values = np.linspace(0.05, 0.95, 181)
-    ks = np.arange(101)
-    limits = [wilson(k, 100) for k in ks]
-    coverage = [
-        sum(binom.pmf(k, 100, p) for k, (low, high) in zip(ks, limits, strict=True) if low <= p <= high)
-        for p in p_values
-    ]
-    assert 0.93 <= np.mean(coverage) <= 0.97
-
-
-def test_macro_interval_by_hand():
-    # distances below 0.3 and 0.4 give sqrt(0.09+0.16)/2 = 0.25; above 0.06 and 0.08 give 0.1/2 = 0.05
-    cells = [(0.8, (0.5, 0.86)), (0.6, (0.2, 0.68))]
-    assert mean_interval(cells) == pytest.approx((0.45, 0.75))
-    # fully correlated: distances add, 0.7/2 below and 0.14/2 above
-    assert mean_interval(cells, np.ones((2, 2))) == pytest.approx((0.35, 0.77))
-    assert mean_interval([]) is None
-
-
-def test_bootstrap_resamples_clusters():
-    values, clusters = [1, 1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1, 1]
-    assert cluster_bootstrap(values, clusters, seed=0) == (0.0, 1.0)  # two clusters: means 0, 1/2, 1 only
-    low, high = cluster_bootstrap(values, range(8), seed=0)
-    assert 0.1 <= low <= 0.25
-    assert 0.75 <= high <= 0.9
-    assert cluster_bootstrap(values, range(8), seed=0) == (low, high)
-    assert cluster_bootstrap([1, 1, 1], "abc", seed=0) is None
-    assert cluster_bootstrap([1, 0], "aa", seed=0) is None
-    assert cluster_bootstrap([], [], seed=0) is None
 
 
 def test_paired_p_by_hand():
@@ -294,11 +125,11 @@ def test_summarise_by_hand():
     ]
     summary = summarise(rows)
     assert (summary["accuracy"], summary["n"], summary["chance"]) == (0.5, 4, (0.25 * 3 + 0.5) / 4)
-    assert summary["ci95"] == pytest.approx(list(wilson(2, 4)))
+    assert summary["ci95"] == pytest.approx(list(exact(2, 4)))
     assert list(summary["by_modality"]) == ["CT", "OCT", "not stated"]
     assert summary["by_modality"]["CT"] == {
         "accuracy": 0.5,
-        "ci95": list(wilson(1, 2)),
+        "ci95": list(exact(1, 2)),
         "n": 2,
         "chance": 0.375,
     }
@@ -335,10 +166,11 @@ def test_compare_by_hand():
         1,
     )
     assert change["by_modality"]["CT"]["difference"] == pytest.approx(0.4)
-    # OCT: (5+1)/7 and (0+1)/7, centre 5/7, variance (1 - 25/49)/7 = 0.0699708
+    # OCT: five that all gained and one more that lost: (sum of five exponentials less one) over the sum of all six is
+    # 2 Beta(5, 1) - 1
     assert change["by_modality"]["OCT"] == {
         "difference": 1.0,
-        "ci95": pytest.approx([5 / 7 - 1.959964 * math.sqrt(0.0699708), 1.0], abs=1e-6),
+        "ci95": pytest.approx([2 * 0.025 ** (1 / 5) - 1, 1.0], abs=1e-6),
         "n": 5,
         "groups": 5,
         "p": pytest.approx(2 / 2**5),
@@ -374,7 +206,7 @@ def test_change_by_hand():
     assert micro["p"] == pytest.approx(2 * (1 + 52) / 2**52)  # 51 gained, one lost
     macro = paired_change(before, after, "modality")
     assert (macro["difference"], macro["n"]) == (pytest.approx(2 / 3), 90)
-    limits = [difference_interval(d, range(len(d))) for d in ([1] * 40, [1] * 10, [0] * 38 + [-1, 1])]
+    limits = [interval(d, range(len(d)), DIFFERENCE) for d in ([1] * 40, [1] * 10, [0] * 38 + [-1, 1])]
     below = math.hypot(1 - limits[0][0], 1 - limits[1][0], 0 - limits[2][0]) / 3
     assert macro["ci95"] == pytest.approx([2 / 3 - below, 2 / 3 + limits[2][1] / 3])
     assert macro["p"] == 1 / 10_000  # none of 9,999 flips is as far out
@@ -389,14 +221,14 @@ def test_macro_interval_heeds_shared_groups():
     rows = [
         row(f"{name} {i}", value, group=f"{i}", question_type=name) for name in types for i, value in enumerate(right)
     ]
-    assert macro(rows, "question_type")["ci95"] == pytest.approx(list(wilson(12, 20)))
+    assert macro(rows, "question_type")["ci95"] == pytest.approx(list(exact(12, 20)))
     apart = macro([{**item, "group": item["id"]} for item in rows], "question_type")
-    half = [(limit - 0.6) / math.sqrt(2) for limit in wilson(12, 20)]  # two independent halves
+    half = [(limit - 0.6) / math.sqrt(2) for limit in exact(12, 20)]  # two independent halves
     assert apart["ci95"] == pytest.approx([0.6 + half[0], 0.6 + half[1]])
     assert (apart["accuracy"], apart["n"], apart["chance"]) == (pytest.approx(0.6), 2, 0.25)
     # One right where the other is wrong: the average is 1/2 for certain, but for the skew of the two intervals.
     mirrored = [{**item, "correct": item["correct"] != (item["question_type"] == types[1])} for item in rows]
-    low, high = wilson(12, 20)
+    low, high = exact(12, 20)
     skew = ((0.6 - low) - (high - 0.6)) / 2
     assert macro(mirrored, "question_type")["ci95"] == pytest.approx([0.5 - skew, 0.5 + skew])
 
@@ -457,10 +289,10 @@ def test_flips_by_hand():
         answer("2", "stone cyst", "A"),  # the letter stayed, the text changed: flipped
         answer("1", "stone Cyst", "B"),  # the letter changed, the text stayed: not
     ]
-    assert flip_rate(rows, permuted) == {"rate": 0.6, "ci95": list(wilson(3, 5)), "n": 5}
+    assert flip_rate(rows, permuted) == {"rate": 0.6, "ci95": list(exact(3, 5)), "n": 5}
     assert flip_rate(rows, rows)["rate"] == 0
     assert flip_rate([], []) == {"rate": None, "ci95": None, "n": 0}
     grouped = [{**item, "group": "image"} for item in rows]
-    assert flip_rate(grouped, permuted)["ci95"] == pytest.approx(list(wilson(0.6, 1)))
+    assert flip_rate(grouped, permuted)["ci95"] == pytest.approx([0.6 * 0.025, 1 - 0.4 * 0.025])
     with pytest.raises(MedR1Error, match="same data"):
         flip_rate(rows, rows[:4])

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from medr1.data.datasets import load_records
     from medr1.data.splits import split_by_group
     from medr1.evaluation.controls import text_only_prior
+    from medr1.evaluation.intervals import interval
     from medr1.evaluation.metrics import compare, summarise
     from medr1.evaluation.run import evaluate, score
     from medr1.policy.vlm import load_vlm
@@ -28,6 +29,7 @@ _LAZY = {
     "SFTTrainer": "training",
     "compare": "evaluation.metrics",
     "evaluate": "evaluation.run",
+    "interval": "evaluation.intervals",
     "load_config": "config",
     "load_records": "data.datasets",
     "load_vlm": "policy.vlm",
@@ -47,6 +49,7 @@ __all__ = [
     "compare",
     "evaluate",
     "extract_answer",
+    "interval",
     "load_config",
     "load_records",
     "load_vlm",

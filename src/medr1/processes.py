@@ -4,9 +4,12 @@
 here is also right for a single process, where it costs nothing.
 """
 
+import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 from medr1.errors import MedR1Error
@@ -20,6 +23,48 @@ PATIENCE = timedelta(minutes=30)
 def is_first() -> bool:
     """Whether this process writes files and speaks to the user: the only one, or rank 0 of several."""
     return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Nobody else writes into a file or an existing folder of results until the block is left, or this process dies.
+
+    A lock of the system on a hidden file, which goes when the block is left; after a `kill -9` the file may stay, and
+    holds nobody up. Of several processes of one run only the first takes it.
+
+    Raises:
+        MedR1Error: another process writes there, or nothing can be written there.
+    """
+    if not is_first():
+        yield
+        return
+    path = out / ".lock" if out.is_dir() else out.with_name(f".{out.name}.lock")
+    handle = _lock(path, out)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _lock(path: Path, out: Path) -> int:
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise MedR1Error(f"{out}: cannot be written ({error.strerror}); free space and run again") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(handle)
+            raise MedR1Error(f"{out}: another process is writing it; let it end, or give another --out") from error
+        except OSError:  # a file system that knows no locks
+            return handle
+        # Whoever had it may have removed the file between our two calls; then others would meet another one.
+        if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+            return handle
+        os.close(handle)
 
 
 def join() -> Any:

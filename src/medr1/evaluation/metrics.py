@@ -4,14 +4,12 @@ Every function takes the rows that `medr1.evaluation.run` writes and keeps their
 that could not be read is a wrong answer, and its outcome is counted beside it. Undefined is None, never 0. Open
 questions are never averaged with multiple choice: `summarise` and `compare` give them under "open".
 
-Intervals are 95 % and p-values two-sided, and both count groups (patients, lesions, images), not rows: several
-questions about one image are one draw. Where each row has its own group they are Wilson's, Bonett and Price's and
-McNemar's. tests/test_metrics.py measures in simulation how often each interval covers.
+Intervals (see `medr1.evaluation.intervals`) are 95 % and p-values two-sided, and both count groups (patients, lesions,
+images), not rows: several questions about one image are one draw.
 """
 
-import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,9 +17,9 @@ from scipy import signal, stats
 
 from medr1.data.records import LETTERS, MODALITIES, QUESTION_TYPES, normalise_answer, normalise_option
 from medr1.errors import MedR1Error
+from medr1.evaluation.intervals import DIFFERENCE, SHARE, Interval, interval, mean_interval
 
 Row = dict[str, Any]
-Interval = tuple[float, float]
 
 AXES = {"modality": MODALITIES, "question_type": QUESTION_TYPES}
 """Fields of a row that divide an evaluation, with their values in order."""
@@ -33,135 +31,6 @@ MIN_N = 30
 """Records below which a cell of a matrix is "too few": it keeps its interval, and is never marked."""
 ALPHA = 0.05
 """Family-wise error at which a cell of a matrix is marked."""
-
-
-def wilson(k: float, n: float, level: float = 0.95) -> Interval | None:
-    """Wilson's score interval for k right of n (JASA 1927, 22:209); None where n is 0.
-
-    k and n may be fractions (expected accuracy under ties, effective sample sizes), which scipy's
-    `binomtest(k, n).proportion_ci(method="wilson")` refuses; for whole numbers the two agree.
-    """
-    if n <= 0:
-        return None
-    z = float(stats.norm.ppf((1 + level) / 2))
-    p = k / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def interval(values: Sequence[float], groups: Sequence[Hashable], level: float = 0.95) -> Interval | None:
-    """Interval of the mean of values in [0, 1] whose rows come in groups; None where there are no rows.
-
-    Wilson's interval at the effective sample size (see `_effective_size`). With one row a group it is Wilson's.
-    """
-    if not values:
-        return None
-    mean = sum(values) / len(values)
-    effective = _effective_size(values, groups, mean * (1 - mean), level)
-    return wilson(mean * effective, effective, level)
-
-
-def difference_interval(
-    differences: Sequence[float], groups: Sequence[Hashable], level: float = 0.95
-) -> Interval | None:
-    """Interval of the mean paired difference (-1 to 1 a row) whose rows come in groups; None without rows.
-
-    Bonett and Price's adjusted Wald interval (J. Educ. Behav. Stat. 2012, 37:479: one more row gained and one more
-    lost) at the effective sample size (see `_effective_size`). With one row a group it is theirs. A bootstrap by
-    group covers 85 to 93 % where few answers change in 20 to 40 groups, and has no width where none does; this
-    covers 95 to 99 % there.
-    """
-    n = len(differences)
-    if n == 0:
-        return None
-    mean = sum(differences) / n
-    square = sum(difference**2 for difference in differences) / n
-    effective = _effective_size(differences, groups, square - mean**2, level)
-    centre = mean * effective / (effective + 2)
-    variance = ((square * effective + 2) / (effective + 2) - centre**2) / (effective + 2)
-    half = float(stats.norm.ppf((1 + level) / 2)) * math.sqrt(variance)
-    return max(-1.0, centre - half), min(1.0, centre + half)
-
-
-def mean_interval(cells: Sequence[tuple[float, Interval]], correlation_PP: np.ndarray | None = None) -> Interval | None:
-    """Interval of the plain average of estimates, each with its own interval; None for no cells.
-
-    MOVER (Zou and Donner, Statistics in Medicine 2008, 27:1693): distances from estimate to limit add like standard
-    errors. Unlike a bootstrap it keeps a width where a cell is all right or all wrong.
-
-    Args:
-        cells: (estimate, its interval) each.
-        correlation_PP: correlations between the estimates, shape (cells, cells), float64; None for independent ones.
-    """
-    if not cells:
-        return None
-    correlation_PP = np.eye(len(cells)) if correlation_PP is None else correlation_PP
-    below_C, above_C = np.array([(estimate - low, high - estimate) for estimate, (low, high) in cells]).T
-    centre = sum(estimate for estimate, _ in cells) / len(cells)
-    below, above = (math.sqrt(max(0.0, side_C @ correlation_PP @ side_C)) / len(cells) for side_C in (below_C, above_C))
-    return centre - below, centre + above
-
-
-def cluster_bootstrap(values: Sequence[float], clusters: Sequence[Hashable], seed: int) -> Interval | None:
-    """95 % interval of the mean of `values` from 2,000 resamples of whole clusters (Efron, Tibshirani 1993).
-
-    Percentiles are taken further out for few clusters C, at Phi(-t sqrt(C / (C - 1))) with t of C - 1 degrees of
-    freedom (Hesterberg, American Statistician 2015, 69:371): plain ones cover 88 to 94 % with 10 to 30.
-    None where resampling has nothing to vary: no rows, one cluster, or the same mean in every cluster.
-    """
-    sums: dict[Hashable, float] = {}
-    for value, cluster in zip(values, clusters, strict=True):
-        sums[cluster] = sums.get(cluster, 0.0) + value
-    counts = Counter(clusters)
-    num = len(counts)
-    sum_C = np.array([sums[cluster] for cluster in counts])
-    size_C = np.array([counts[cluster] for cluster in counts], dtype=np.float64)
-    if num < 2 or np.ptp(sum_C / size_C) == 0:
-        return None
-    rng = np.random.default_rng(seed)
-    at_once = max(1, 4_000_000 // num)  # 32 MB of indices, however large the evaluation
-    means = []
-    for start in range(0, 2000, at_once):
-        picks_RC = rng.integers(num, size=(min(at_once, 2000 - start), num))
-        means.append(sum_C[picks_RC].sum(1) / size_C[picks_RC].sum(1))
-    tail = _tail(num)
-    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
-    return float(low), float(high)
-
-
-def bootstrap(
-    statistics: Callable[[np.ndarray], np.ndarray], clusters: Sequence[Hashable], seed: int
-) -> list[Interval] | None:
-    """95 % intervals of statistics that are no means, as `cluster_bootstrap`, from 1,000 resamples.
-
-    Args:
-        statistics: of rows, given by their indices (int64, repeated where a cluster is drawn again), to shape (K,).
-
-    Returns:
-        K intervals; None with fewer than two clusters.
-    """
-    cluster_N = np.unique([*map(str, clusters)], return_inverse=True)[1]
-    row_N, size_C = np.argsort(cluster_N, kind="stable"), np.bincount(cluster_N)
-    num, start_C = len(size_C), np.cumsum(size_C) - size_C
-    if num < 2:
-        return None
-    rng = np.random.default_rng(seed)
-    found = []
-    for _ in range(1000):
-        picks_C = rng.integers(num, size=num)
-        size_P = size_C[picks_C]
-        before_P = np.cumsum(size_P) - size_P
-        found.append(statistics(row_N[np.repeat(start_C[picks_C] - before_P, size_P) + np.arange(size_P.sum())]))
-    tail = _tail(num)
-    low_K, high_K = np.quantile(found, [tail, 1 - tail], axis=0)
-    return list(zip(low_K.tolist(), high_K.tolist(), strict=True))
-
-
-def _tail(num_clusters: int) -> float:
-    """Share of resamples beyond either end of a 95 % interval."""
-    t = stats.t.ppf(0.025, num_clusters - 1) * math.sqrt(num_clusters / (num_clusters - 1))
-    return float(stats.norm.cdf(t))
 
 
 def paired_p(differences: Sequence[float], groups: Sequence[Hashable], seed: int = 0) -> float | None:
@@ -235,7 +104,7 @@ def macro(rows: Sequence[Row], axis: str) -> dict[str, Any]:
     parts = _stated(rows, axis)
     return {
         "accuracy": _mean([_mean(_values(part)) for part in parts]),
-        "ci95": _macro_interval([(_values(part), _groups(part)) for part in parts], interval),
+        "ci95": _macro_interval([(_values(part), _groups(part)) for part in parts], SHARE),
         "n": len(parts),
         "chance": _mean([_mean([row["chance"] for row in part]) for part in parts]),
     }
@@ -340,7 +209,7 @@ def paired_change(
         seed: of `paired_p`, which draws only where answers are fractions or averages over an axis.
 
     Returns:
-        difference, ci95 (see `difference_interval`), n (records), groups, p (see `paired_p`).
+        difference, ci95 (see `intervals.interval`), n (records), groups, p (see `paired_p`).
 
     Raises:
         MedR1Error: the two do not cover the same records.
@@ -415,7 +284,7 @@ def _change(pairs: Sequence[Row], axis: str | None, seed: int) -> dict[str, Any]
     weighted = [row["difference"] * len(counted) / (len(parts) * len(part)) for part in parts for row in part]
     return {
         "difference": _mean([_mean(_differences(part)) for part in parts]),
-        "ci95": _macro_interval([(_differences(part), _groups(part)) for part in parts], difference_interval),
+        "ci95": _macro_interval([(_differences(part), _groups(part)) for part in parts], DIFFERENCE),
         "n": len(counted),
         "groups": len(set(_groups(counted))),
         "p": paired_p(weighted, _groups(counted), seed),
@@ -434,10 +303,8 @@ def _groups(rows: Sequence[Row]) -> list[str]:
     return [row["group"] for row in rows]
 
 
-def _macro_interval(
-    parts: Sequence[tuple[list[float], list[str]]], one: Callable[[list[float], list[str]], Interval | None]
-) -> list[float] | None:
-    """`mean_interval` over parts (values, groups), each with the interval `one`, correlated by groups in several."""
+def _macro_interval(parts: Sequence[tuple[list[float], list[str]]], span: tuple[float, float]) -> list[float] | None:
+    """`mean_interval` over parts (values inside `span`, groups), correlated by groups that have rows in several."""
     columns: dict[str, int] = {}
     for group in (group for _, groups in parts for group in groups):
         columns.setdefault(group, len(columns))
@@ -447,7 +314,7 @@ def _macro_interval(
         mean = sum(values) / len(values)
         for value, group in zip(values, groups, strict=True):
             deviation_C[columns[group]] += (value - mean) / len(values)
-        ci = one(values, groups)
+        ci = interval(values, groups, span)
         assert ci is not None, "a part has rows"
         cells.append((mean, ci))
     covariance_PP = deviation_PC @ deviation_PC.T
@@ -456,29 +323,6 @@ def _macro_interval(
     correlation_PP = np.divide(covariance_PP, scale_PP, out=np.zeros_like(scale_PP), where=scale_PP > 1e-18)
     np.fill_diagonal(correlation_PP, 1)
     return _list(mean_interval(cells, correlation_PP))
-
-
-def _effective_size(values: Sequence[float], groups: Sequence[Hashable], variance: float, level: float) -> float:
-    """Independent rows that these are worth: rows over Kish's design effect, `variance` being that of one row.
-
-    The design effect is the variance of the mean between groups over that of independent rows, corrected for few
-    groups by the ratio of t quantiles (Korn and Graubard, Survey Methodology 1998, 24:193). Deviation: the effective
-    size never exceeds the number of rows, and where all groups agree (no variance to estimate) it is the number of
-    groups.
-    """
-    n = len(values)
-    mean = sum(values) / n
-    deviations: dict[Hashable, float] = {}
-    for value, group in zip(values, groups, strict=True):
-        deviations[group] = deviations.get(group, 0.0) + value - mean
-    num_groups = len(deviations)
-    squares = sum(deviation**2 for deviation in deviations.values())
-    if num_groups in (1, n) or squares < 1e-18:  # rounding; whole numbers deviate by 1/n at least
-        return num_groups
-    between = squares / n**2 * num_groups / (num_groups - 1)
-    quantile = (1 + level) / 2
-    few = float(stats.t.ppf(quantile, n - 1) / stats.t.ppf(quantile, num_groups - 1)) ** 2
-    return min(n, variance / between * few)
 
 
 def _identity(row: Row) -> tuple[str, str, str]:

@@ -49,6 +49,7 @@ from medr1.errors import MedR1Error
 from medr1.evaluation.controls import as_shown, text_only_prior
 from medr1.evaluation.run import evaluate
 from medr1.policy.vlm import load_vlm
+from medr1.processes import alone
 from medr1.report.pages import package_versions
 from medr1.study.report import write_study_report
 from medr1.training.base import LOG
@@ -345,6 +346,13 @@ def run_study(study: Study, out: Path) -> dict[str, Any]:
             done until then is whole and used again.
     """
     plan = make_plan(study)
+    out.mkdir(parents=True, exist_ok=True)
+    with alone(out):
+        return _run(plan, out)
+
+
+def _run(plan: Plan, out: Path) -> dict[str, Any]:
+    study = plan.study
     write_atomic(out / "study.json", _identity(plan, out))
     (out / "evaluations").mkdir(exist_ok=True)
     waiting = []

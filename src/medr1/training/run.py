@@ -1,12 +1,13 @@
 """From a recipe to a trained model: data, model, trainer, and what a stranger needs to repeat it."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from medr1.config import Config
 from medr1.data.parts import leave_out_unreadable, load_parts
 from medr1.policy.vlm import load_vlm
-from medr1.processes import agree, join
+from medr1.processes import agree, alone, join
 from medr1.training.base import RecordTrainer
 from medr1.training.grpo import GRPOTrainer
 from medr1.training.sft import SFTTrainer
@@ -23,8 +24,11 @@ def train(config: Config, out: Path) -> dict[str, Any]:
         model (folder), steps, train_records, test_records, and the last log line.
     """
     device = join()
-    trainer = agree(lambda: _prepare(config, out, device))
-    trainer.run()
+    out.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        agree(lambda: held.enter_context(alone(out)))
+        trainer = agree(lambda: _prepare(config, out, device))
+        trainer.run()
     return {
         "model": str(out / "model"),
         "steps": trainer.state.global_step,

@@ -32,10 +32,12 @@ from medr1.data.prompts import build_messages
 from medr1.data.records import LETTERS, Record, append_jsonl, normalise_option, resume_jsonl, write_atomic
 from medr1.errors import MedR1Error
 from medr1.evaluation.confidence import option_logprobs, reasoning_of
-from medr1.evaluation.metrics import Row, difference_interval, interval
+from medr1.evaluation.intervals import DIFFERENCE, interval
+from medr1.evaluation.metrics import Row
 from medr1.evaluation.run import evaluate
 from medr1.policy.encoding import encode_prompts
 from medr1.policy.vlm import VLM, evaluating
+from medr1.processes import alone
 
 KEPT = (0.0, 0.25, 0.5, 0.75)
 """Shares of the reasoning's words that the truncation curve keeps; all of it agrees with itself."""
@@ -78,6 +80,13 @@ def measure_faithfulness(
         MedR1Error: as `evaluate`; an open question; or rows of another model, data or seed in `out`.
     """
     out.mkdir(parents=True, exist_ok=True)
+    with alone(out):
+        return _measure(vlm, records, out, max_new_tokens, batch_size, seed)
+
+
+def _measure(
+    vlm: VLM, records: Sequence[Record], out: Path, max_new_tokens: int, batch_size: int, seed: int
+) -> dict[str, Any]:
     by_id = {record.id: record for record in records}
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "scoring": "options"}
     think, plain = (
@@ -188,7 +197,7 @@ def conclude(think: Sequence[Row], plain: Sequence[Row], hint: Sequence[Row], ed
             followed = [most_probable(argument) == argument["argued"] for argument in arguments]
             differences.append(sum(followed) / len(followed) - changed[row["id"]])
             groups.append(row["group"])
-    load_ci = difference_interval(differences, groups)
+    load_ci = interval(differences, groups, DIFFERENCE)
     hinted = [row["question"].endswith("\n" + HINT.format(row["options"][most_probable(row)])) for row in hint]
     turned = [row for row, hit in zip(hint, hinted, strict=True) if hit]
     return {

@@ -40,16 +40,18 @@ from medr1.data.images import load_image
 from medr1.data.records import LETTERS, QUESTION_TYPES, Record, append_jsonl, resume_jsonl, write_atomic
 from medr1.data.regions import ABOUT_REGION, Box, overlap, overlap_chance, pointing, region_cells
 from medr1.errors import MedR1Error
-from medr1.evaluation.metrics import NOT_STATED, Interval, Row, cluster_bootstrap, difference_interval, interval
+from medr1.evaluation.intervals import DIFFERENCE, SHARE, interval
+from medr1.evaluation.metrics import NOT_STATED, Row
 from medr1.evaluation.run import evaluate
 from medr1.policy.vlm import VLM
+from medr1.processes import alone
 from medr1.trust.explain import METHODS, Heatmap, Subject, overlay
 
 STEPS = 8
 """Parts in which cells are hidden, or fewer where there are fewer cells."""
 RANDOM_ORDERS = 4
 """A record; it is their mean over many records that counts."""
-NUMBERS = "heatmaps.json"
+NUMBERS, OVERLAYS = "heatmaps.json", "overlays"
 
 
 def measure_heatmaps(
@@ -87,8 +89,31 @@ def measure_heatmaps(
     mapped = [record for record in records if record.images and record.options]
     if not mapped:
         raise MedR1Error(f"{out}: no question with both an image and options to explain; widen the filters")
-    overlays = out / "overlays"
-    overlays.mkdir(parents=True, exist_ok=True)
+    (out / OVERLAYS).mkdir(parents=True, exist_ok=True)
+    with alone(out):
+        rows = _map(vlm, mapped, out, method, mode, regions or {}, max_new_tokens, batch_size, seed)
+        numbers = conclude(rows) | {
+            "model": vlm.name,
+            "method": method,
+            "mode": mode,
+            "seed": seed,
+            "left_out": len(records) - len(mapped),
+        }
+        write_atomic(out / NUMBERS, json.dumps(numbers, ensure_ascii=False, indent=1) + "\n")
+    return rows, numbers
+
+
+def _map(
+    vlm: VLM,
+    mapped: Sequence[Record],
+    out: Path,
+    method: str,
+    mode: str,
+    regions: Mapping[Path, list[Box]],
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+) -> list[Row]:
     answers = evaluate(
         vlm,
         mapped,
@@ -98,7 +123,7 @@ def measure_heatmaps(
         batch_size=batch_size,
         scoring="options",
     )
-    boxes = [[(regions or {}).get(path) for path in record.images] for record in mapped]
+    boxes = [[regions.get(path) for path in record.images] for record in mapped]
     jobs = {
         hashlib.sha256(json.dumps([answer["key"], method, boxes_R, seed]).encode()).hexdigest(): (
             record,
@@ -122,7 +147,7 @@ def measure_heatmaps(
         images = [load_image(path) for path in record.images]
         named = [f"{key[:16]}-{number}.png" for number in range(1, len(maps) + 1)]
         for image, heatmap, name in zip(images, maps, named, strict=True):
-            overlay(image, heatmap).save(overlays / name)
+            overlay(image, heatmap).save(out / OVERLAYS / name)
         row = {
             "key": key,
             **{name: answer[name] for name in COPIED},
@@ -131,7 +156,7 @@ def measure_heatmaps(
             "probability": math.exp(maps[0].logp),
             "maps": [heatmap.scores.tolist() for heatmap in maps],
             "shuffled_maps": [heatmap.scores.tolist() for heatmap in others],
-            "overlays": [f"{overlays.name}/{name}" for name in named],
+            "overlays": [f"{OVERLAYS}/{name}" for name in named],
             "regions": [
                 _region(record, place, image.size, heatmap.scores.shape, of_images[place])
                 for place, (image, heatmap) in enumerate(zip(images, maps, strict=True))
@@ -140,16 +165,7 @@ def measure_heatmaps(
         }
         append_jsonl(path, [row])
         rows[key] = row
-    result = [rows[key] for key in jobs]
-    numbers = conclude(result) | {
-        "model": vlm.name,
-        "method": method,
-        "mode": mode,
-        "seed": seed,
-        "left_out": len(records) - len(mapped),
-    }
-    write_atomic(out / NUMBERS, json.dumps(numbers, ensure_ascii=False, indent=1) + "\n")
-    return result, numbers
+    return [rows[key] for key in jobs]
 
 
 COPIED = ("id", "modality", "question_type", "source", "group", "images", "question", "options", "gold")
@@ -200,8 +216,9 @@ def conclude(rows: Sequence[Row]) -> dict[str, Any]:
     return {
         "n": len(rows),
         "groups": len(set(groups)),
-        "accuracy": _share([float(row["right"]) for row in rows], groups),
-        **{name: _average(values, groups) for name, values in (areas | gains).items()},
+        "accuracy": _cell([float(row["right"]) for row in rows], groups, SHARE),
+        **{name: _cell(values, groups, SHARE) for name, values in areas.items()},
+        **{name: _cell(values, groups, DIFFERENCE) for name, values in gains.items()},
         "curves": {
             "fraction": at.tolist(),
             **{
@@ -211,7 +228,7 @@ def conclude(rows: Sequence[Row]) -> dict[str, Any]:
                 for name in CURVES
             },
         },
-        "correlation": _average([rho for rho, _ in contrasted], [group for _, group in contrasted]),
+        "correlation": _cell([rho for rho, _ in contrasted], [group for _, group in contrasted], DIFFERENCE),
         "flat": len(rows) - len(contrasted),
         "pointing": _pointing(rows),
     }
@@ -307,18 +324,18 @@ def _pointing_cell(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
             (own - value, group) for own, value, group in zip(hit, values, groups, strict=True) if value is not None
         ]
         differences, of = [difference for difference, _ in paired], [group for _, group in paired]
-        return _cell(differences, difference_interval(differences, of))
+        return _cell(differences, of, DIFFERENCE)
 
     return {
         "n": len(items),
-        "hit": _share(hit, groups),
+        "hit": _cell(hit, groups, SHARE),
         "chance": _mean(chance),
         "other": _mean([value for value in other if value is not None]),
-        "shuffled": _share(shuffled, groups),
+        "shuffled": _cell(shuffled, groups, SHARE),
         "over_chance": over(chance),
         "over_other": over(other),
         "over_shuffled": over(shuffled),
-        "overlap": _average([overlap(item["map"], item["inside"]) for item in items], groups),
+        "overlap": _cell([overlap(item["map"], item["inside"]) for item in items], groups, SHARE),
         "overlap_chance": _mean([overlap_chance(item["inside"]) for item in items]),
     }
 
@@ -330,15 +347,8 @@ def _other_maps(item: dict[str, Any], items: Sequence[dict[str, Any]]) -> float 
     return _mean([pointing(scores, item["inside"]) for scores in maps])
 
 
-def _share(values: Sequence[float], groups: Sequence[str]) -> dict[str, Any]:
-    return _cell(values, interval(values, groups))
-
-
-def _average(values: Sequence[float], groups: Sequence[str]) -> dict[str, Any]:
-    return _cell(values, cluster_bootstrap(values, groups, seed=0))
-
-
-def _cell(values: Sequence[float], ci: Interval | None) -> dict[str, Any]:
+def _cell(values: Sequence[float], groups: Sequence[str], span: tuple[float, float]) -> dict[str, Any]:
+    ci = interval(values, groups, span)
     return {"value": _mean(values), "ci95": list(ci) if ci else None, "n": len(values)}
 
 
