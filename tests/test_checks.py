@@ -304,7 +304,7 @@ def test_page(defective: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "check.json").read_text(encoding="utf-8")) == report
     page = (tmp_path / "out" / "check.html").read_text(encoding="utf-8")
     assert "<script" not in page and "&lt;script&gt;" in page
-    assert not re.search(r"""(src|href)\s*=\s*["'](?!data:image/webp)""", page) and "url(" not in page
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!data:image/webp|#)""", page) and "url(" not in page
     assert page.count("<img ") == 2 * report["images"]["near_duplicates"]["num"] == 2
     assert "not for clinical use" in page and "candidates, not verdicts" in page
     for _, sentence in tell(report):

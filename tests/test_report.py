@@ -281,7 +281,7 @@ def test_calibration_is_shown_where_options_were_weighed(tmp_path: Path):
     data = make_data(tmp_path, base=weighed(16, 0.9), trained=weighed(32, 0.9))
     write_report(data, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "<h2>Calibration</h2>" in page
+    assert ">Calibration</h2>" in page
     assert page.count('<svg class="plot"') == 6
     assert "over-confident" in page and "Abstaining below a confidence of" in page
     section = calibration_section(data.base, data.trained)
@@ -291,7 +291,7 @@ def test_calibration_is_shown_where_options_were_weighed(tmp_path: Path):
     few = calibration_section(data.base[:40], data.trained[:40])
     assert re.match(r"only \d+ of 40 rows are there to calibrate on", few["why_not"])
     write_report(make_data(tmp_path), tmp_path / "report.html")
-    assert "<h2>Calibration</h2>" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert ">Calibration</h2>" not in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

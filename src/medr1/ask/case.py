@@ -9,7 +9,6 @@ from pathlib import Path
 
 from PIL import Image
 
-from medr1 import NOTICE
 from medr1.ask.ask import Case, shrunk
 from medr1.data.records import write_atomic
 from medr1.errors import MedR1Error
@@ -28,7 +27,7 @@ OUTCOMES = {
 def case_page(cases: Sequence[Case]) -> str:
     """HTML of one question that one or several models were asked."""
     page = environment("ask").get_template("case.html.j2")
-    return page.render(cases=cases, outcomes=OUTCOMES, notice=NOTICE, versions=package_versions())
+    return page.render(cases=cases, outcomes=OUTCOMES, versions=package_versions())
 
 
 def case_cards(cases: Sequence[Case]) -> str:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from medr1 import NOTICE
 from medr1.data.records import write_atomic
 from medr1.data.regions import ABOUT_REGION
 from medr1.evaluation.metrics import MIN_N, Row
@@ -47,7 +46,6 @@ def write_heatmaps_page(rows: Sequence[Row], numbers: dict[str, Any], out: Path)
         .get_template("heatmaps.html.j2")
         .render(
             numbers=numbers,
-            notice=NOTICE,
             not_causal=NOT_CAUSAL,
             method=METHODS[numbers["method"]],
             story=tell(numbers),

@@ -1,16 +1,25 @@
-"""What all pages share: their templates, the format of a number with its interval, small pictures."""
+"""What all pages share: their templates, when and how they were made, the format of a number with its interval, small
+pictures.
+"""
 
 import base64
 import importlib.metadata
 import io
+import os
 import platform
+import re
+import shlex
+import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from PIL import Image
 
+from medr1 import NOTICE
 from medr1.data.images import load_image
 from medr1.errors import MedR1Error
 
@@ -30,19 +39,26 @@ def label(control: str) -> str:
     return CONTROLS.get(control, control)
 
 
+def decimal(value: float | None, digits: int = 3, sign: bool = False) -> str:
+    """A number with so many decimals and a true minus, never "−0.0"; a dash where undefined."""
+    if value is None:
+        return "–"
+    return f"{round(value, digits) + 0.0:{'+' if sign else ''}.{digits}f}".replace("-", "−")  # + 0.0: no -0.0
+
+
 def percent(value: float | None) -> str:
     """0.5 as "50.0 %"; a dash where undefined."""
-    return "–" if value is None else f"{100 * value:.1f} %"
+    return "–" if value is None else f"{decimal(100 * value, 1)} %"
 
 
 def points(value: float | None) -> str:
     """A difference of accuracies in signed percentage points; a dash where undefined."""
-    return "–" if value is None else f"{round(100 * value, 1) + 0.0:+.1f}".replace("-", "−")  # + 0.0: no -0.0
+    return "–" if value is None else decimal(100 * value, 1, sign=True)
 
 
 def span(ci: Sequence[float] | None) -> str:
     """An interval of accuracies in percent; a dash where undefined."""
-    return "–" if ci is None else f"{100 * ci[0]:.1f}–{100 * ci[1]:.1f}"
+    return "–" if ci is None else f"{decimal(100 * ci[0], 1)}–{decimal(100 * ci[1], 1)}"
 
 
 def span_points(ci: Sequence[float] | None) -> str:
@@ -76,9 +92,63 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
+def html_file(out: Path) -> Path:
+    """The path, if a page can be written there.
+
+    Raises:
+        MedR1Error: its name is not that of an HTML file.
+    """
+    if out.suffix.lower() not in (".html", ".htm"):
+        instead = out.with_suffix(".html").name
+        raise MedR1Error(f"{out}: pages are HTML; name it {instead}, and print it from the browser for a PDF")
+    return out
+
+
+def made_on() -> str:
+    """Today's date (UTC), or that of SOURCE_DATE_EPOCH, by which a build is told to be the same on every day."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
+    now = datetime.fromtimestamp(int(epoch), UTC) if epoch.isdecimal() else datetime.now(UTC)
+    return f"{now:%Y-%m-%d}"
+
+
+def made_by() -> str | None:
+    """The command that this process runs, with no folder named that is not below the working one; None where it is a
+    program of the user's that calls Python functions.
+    """
+    program = Path(sys.argv[0])
+    if "medr1" not in (program.stem, program.parent.name):
+        return None
+    return shlex.join(["medr1", *(re.sub(r"(?<![^=@])/[^=@]+", _nearby, word) for word in sys.argv[1:])])
+
+
+def _nearby(path: re.Match[str]) -> str:
+    """An absolute path as seen from the working folder; of one elsewhere the name alone, since pages are handed on."""
+    here = Path(path[0])
+    return str(here.relative_to(Path.cwd())) if here.is_relative_to(Path.cwd()) else f"…/{here.name}"
+
+
+def contents(body: str, least: int = 4) -> Markup:
+    """The page's body, each plain <h2> of it with a name, and before it a list of them if there are so many."""
+    titles: dict[str, str] = {}
+
+    def named(head: re.Match[str]) -> str:
+        title = re.sub("<[^>]*>", "", head[1])
+        name = "on-" + re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+        while name in titles:
+            name += "-more"
+        titles[name] = title
+        return f'<h2 id="{name}">{head[1]}</h2>'
+
+    body = re.sub("<h2>(.*?)</h2>", named, body)
+    if len(titles) < least:
+        return Markup(body)
+    links = "".join(f'<li><a href="#{name}">{title}</a></li>\n' for name, title in titles.items())
+    return Markup(f'<nav class="contents" aria-label="On this page"><ul>\n{links}</ul></nav>\n{body}')
+
+
 def environment(*wings: str) -> Environment:
     """Where pages come from: templates of this wing and of the named ones ("study"), escaping on, with the formats of
-    numbers as filters.
+    numbers as filters, and the date and the command of now.
     """
     pages = Environment(
         loader=ChoiceLoader([PackageLoader(f"medr1.{wing}", "templates") for wing in ("report", *wings)]),
@@ -87,8 +157,9 @@ def environment(*wings: str) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for function in (label, percent, points, span, span_points, p_value, data_uri):
+    for function in (label, percent, points, span, span_points, p_value, decimal, data_uri, contents):
         pages.filters[function.__name__] = function
+    pages.globals |= {"made_on": made_on(), "made_by": made_by(), "notice": NOTICE}
     return pages
 
 

@@ -1,13 +1,17 @@
 """The report's figures as inline SVG: drawn without a display, text kept as text, colours of Okabe and Ito.
 
-Before and after differ in shape and fill as well as in colour, so that a grey print says the same.
+Before and after differ in shape and fill as well as in colour, so that a grey print says the same. Each figure is drawn
+twice, for a wide column and for a telephone, where a shrunk one could not be read; the page shows one of them. Colours
+are names of the page's own (style.css), which differ in the dark, with the one in the light to stand alone.
 """
 
+import functools
+import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import matplotlib
 import numpy as np
@@ -15,8 +19,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-INK, GREY, RULE = "#1b1f24", "#6b7280", "#d9dde3"
-BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+from medr1.report.pages import decimal
+
+INK, GREY, RULE, PAPER = "#1b1f24", "#6b7280", "#d9dde3", "#ffffff"
+BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
+NAMES = {
+    INK: "ink", GREY: "dot-grey", RULE: "rule", PAPER: "paper",
+    BLUE: "blue", ORANGE: "dot-orange", GREEN: "dot-green", PURPLE: "dot-purple",
+}  # fmt: skip
+"""What style.css calls these colours."""
+
+WIDE, NARROW = 440, 320
+"""Width of a figure in SVG units, in which text is 11 high."""
 
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "medr1", "font.family": "sans-serif", "font.size": 11}
 
@@ -43,33 +57,44 @@ CURVES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"))
 """Colour and dash of the curves of one panel, in their order."""
 
 
+P = ParamSpec("P")
+
+
+def twice(draw: Callable[Concatenate[float, P], tuple[Figure, str]]) -> Callable[P, str]:
+    """A function that draws a figure of a given width, as one that gives both its drawings."""
+
+    @functools.wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> str:
+        with matplotlib.rc_context(STYLE):
+            return "".join(_svg(*draw(width, *args, **kwargs), width) for width in (WIDE, NARROW))
+
+    return drawn
+
+
 def story_plot(lines: Sequence[tuple[str, Cell, Mark]]) -> str:
     """Controls and models before and after training, see `dot_plot`."""
     return dot_plot(lines, "Accuracy of controls, of the model before and of the model after training", left=132)
 
 
-@matplotlib.rc_context(STYLE)
-def dot_plot(lines: Sequence[tuple[str, Cell, Mark]], title: str, left: float) -> str:
+@twice
+def dot_plot(width: float, lines: Sequence[tuple[str, Cell, Mark]], title: str, left: float) -> tuple[Figure, str]:
     """One line a share (label, cell, mark), on one axis from 0 to 100 %, the value written at its end.
 
     Args:
         left: room for the labels in points.
     """
-    figure, axes = _axes(height=26 * len(lines) + 34, left=left, right=48)
+    figure, axes = _line_axes(width, [label for label, _, _ in lines], 26, left, right=48)
     for y, (_, cell, mark) in enumerate(lines):
         _dot(axes, y, cell, mark)
         bold = "bold" if mark is AFTER else "normal"
-        axes.text(1.03, y, f"{100 * cell['accuracy']:.1f} %", va="center", color=INK, fontweight=bold)
-        axes.axhline(y, color=RULE, linewidth=0.6, zorder=0)
-    axes.set_yticks(range(len(lines)), [label for label, _, _ in lines])
-    axes.set_ylim(len(lines) - 0.4, -0.6)
-    return _svg(figure, title)
+        axes.text(1.03, y, f"{decimal(100 * cell['accuracy'], 1)} %", va="center", color=INK, fontweight=bold)
+    return figure, title
 
 
-@matplotlib.rc_context(STYLE)
-def reliability_plot(models: Sequence[tuple[Sequence[Cell], Mark]]) -> str:
+@twice
+def reliability_plot(width: float, models: Sequence[tuple[Sequence[Cell], Mark]]) -> tuple[Figure, str]:
     """Accuracy against confidence in bins {confidence, accuracy, ci95}; a calibrated model keeps to the diagonal."""
-    figure, axes = _share_axes("confidence", "answers right")
+    figure, axes = _share_axes(width, "confidence", "answers right")
     axes.plot([0, 1], [0, 1], color=INK, linewidth=1.2, linestyle=":")
     for bins, mark in models:
         for cell in bins:
@@ -79,50 +104,49 @@ def reliability_plot(models: Sequence[tuple[Sequence[Cell], Mark]]) -> str:
             [cell["accuracy"] for cell in bins],
             mark.shape,
             markersize=6,
-            markerfacecolor=mark.colour if mark.filled else "white",
+            markerfacecolor=mark.colour if mark.filled else PAPER,
             markeredgecolor=mark.colour,
             markeredgewidth=1.6,
         )
-    return _svg(figure, "Share of right answers by confidence, before and after training")
+    return figure, "Share of right answers by confidence, before and after training"
 
 
-@matplotlib.rc_context(STYLE)
-def coverage_plot(models: Sequence[tuple[Sequence[tuple[float, float]], Mark]], chosen: tuple[float, float]) -> str:
+@twice
+def coverage_plot(
+    width: float, models: Sequence[tuple[Sequence[tuple[float, float]], Mark]], chosen: tuple[float, float]
+) -> tuple[Figure, str]:
     """Accuracy of the most confident answers against the share of questions answered; `chosen` marks a threshold."""
-    figure, axes = _share_axes("questions answered, the most confident first", "answers right")
+    figure, axes = _share_axes(width, "questions answered, the most confident first", "answers right")
     for points, mark in models:
         axes.plot(*zip(*points, strict=True), color=mark.colour, linewidth=2, linestyle="-" if mark.filled else "--")
     if chosen[1] is not None:
         axes.plot(*chosen, CONTROL.shape, color=CONTROL.colour, markersize=8)
-    return _svg(figure, "Accuracy by share of questions answered, before and after training")
+    return figure, "Accuracy by share of questions answered, before and after training"
 
 
-@matplotlib.rc_context(STYLE)
-def truncation_plot(points: Sequence[tuple[float, dict[str, Any]]]) -> str:
+@twice
+def truncation_plot(width: float, points: Sequence[tuple[float, dict[str, Any]]]) -> tuple[Figure, str]:
     """Share of answers {value, ci95} that are already those of the whole reasoning, by the share of words kept."""
-    figure, axes = _share_axes("reasoning kept", "same answer as with all of it")
+    figure, axes = _share_axes(width, "reasoning kept", "same answer as with all of it")
     for kept, cell in points:
         if cell["ci95"]:
             axes.plot([kept, kept], cell["ci95"], color=AFTER.colour, linewidth=2, alpha=0.45)
     axes.plot(
         [kept for kept, _ in points], [cell["value"] for _, cell in points], "-o", color=AFTER.colour, linewidth=2
     )
-    return _svg(figure, "Share of answers that agree with those after the whole reasoning, by the share kept")
+    return figure, "Share of answers that agree with those after the whole reasoning, by the share kept"
 
 
-@matplotlib.rc_context(STYLE)
-def change_plot(lines: Sequence[tuple[str, Cell, Cell]], title: str) -> str:
+@twice
+def change_plot(width: float, lines: Sequence[tuple[str, Cell, Cell]], title: str) -> tuple[Figure, str]:
     """One line a group (name, cell before, cell after), with the group's chance level as a short stroke."""
-    figure, axes = _axes(height=30 * len(lines) + 34, left=150, right=12)
+    figure, axes = _line_axes(width, [name for name, _, _ in lines], 30, left=150)
     for y, (_, before, after) in enumerate(lines):
-        axes.axhline(y, color=RULE, linewidth=0.6, zorder=0)
         _dot(axes, y - 0.16, before, BEFORE)
         _dot(axes, y + 0.16, after, AFTER)
         chance = [before["chance"]] * 2
         axes.plot(chance, [y - 0.34, y + 0.34], color=INK, linewidth=1.4, linestyle=(0, (1.5, 1)))
-    axes.set_yticks(range(len(lines)), [name for name, _, _ in lines])
-    axes.set_ylim(len(lines) - 0.4, -0.6)
-    return _svg(figure, title)
+    return figure, title
 
 
 SHARES = {
@@ -133,7 +157,6 @@ SHARES = {
 }
 
 
-@matplotlib.rc_context(STYLE)
 def learning_curves(log: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     """(title, SVG) of what the training log holds: shares of the sampled completions, their length, the loss.
 
@@ -142,37 +165,47 @@ def learning_curves(log: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     figures = []
     shares = {key: style for key, style in SHARES.items() if any(key in line for line in log)}
     if shares:
-        title = "Sampled in training"
-        figure, axes = _curve_axes(legend=66)
-        for key, (label, colour, dash) in shares.items():
-            _curve(axes, log, key, label, colour, dash)
-        tested = [line for line in log if line.get("eval_accuracy") is not None]
-        if tested:
-            values = np.array([line["eval_accuracy"] for line in tested])
-            low = values - np.array([line.get("eval_ci_low", line["eval_accuracy"]) for line in tested])
-            high = np.array([line.get("eval_ci_high", line["eval_accuracy"]) for line in tested]) - values
-            steps = [line["step"] for line in tested]
-            axes.errorbar(steps, values, yerr=[low, high], fmt="o", color=INK, ms=4, lw=1, label="held-out accuracy")
-        axes.set_ylim(-0.02, 1.02)
-        axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %", decimals=0))
-        figure.legend(frameon=False, labelcolor=INK, loc="lower center", ncols=2, columnspacing=2)
-        shown = ", ".join(label for label, _, _ in shares.values())
-        figures.append((title, _svg(figure, f"Learning curve: {shown}")))
+        figures.append(("Sampled in training", _sampled(log, shares)))
     for key, title in (("completion_tokens", "Tokens a completion"), ("loss", "Loss")):
         if sum(key in line for line in log) > 1 and not (key == "loss" and shares):
-            figure, axes = _curve_axes()
-            _curve(axes, log, key, None, BLUE, "-")
-            axes.set_ylim(bottom=0)
-            figures.append((title, _svg(figure, f"Learning curve: {title.lower()}")))
+            figures.append((title, _logged(log, key, title)))
     return figures
 
 
-@matplotlib.rc_context(STYLE)
-def study_plot(lines: Sequence[dict[str, Any]], others: str) -> str:
+@twice
+def _sampled(
+    width: float, log: Sequence[dict[str, Any]], shares: Mapping[str, tuple[str, str, str]]
+) -> tuple[Figure, str]:
+    figure, axes = _curve_axes(width, legend=66 if width == WIDE else 112)
+    for key, (label, colour, dash) in shares.items():
+        _curve(axes, log, key, label, colour, dash)
+    tested = [line for line in log if line.get("eval_accuracy") is not None]
+    if tested:
+        values = np.array([line["eval_accuracy"] for line in tested])
+        low = values - np.array([line.get("eval_ci_low", line["eval_accuracy"]) for line in tested])
+        high = np.array([line.get("eval_ci_high", line["eval_accuracy"]) for line in tested]) - values
+        steps = [line["step"] for line in tested]
+        axes.errorbar(steps, values, yerr=[low, high], fmt="o", color=INK, ms=4, lw=1, label="held-out accuracy")
+    axes.set_ylim(-0.02, 1.02)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %", decimals=0))
+    columns = 2 if width == WIDE else 1
+    figure.legend(frameon=False, labelcolor=INK, loc="lower center", ncols=columns, columnspacing=2)
+    return figure, f"Learning curve: {', '.join(label for label, _, _ in shares.values())}"
+
+
+@twice
+def _logged(width: float, log: Sequence[dict[str, Any]], key: str, title: str) -> tuple[Figure, str]:
+    figure, axes = _curve_axes(width)
+    _curve(axes, log, key, None, BLUE, "-")
+    axes.set_ylim(bottom=0)
+    return figure, f"Learning curve: {title.lower()}"
+
+
+@twice
+def study_plot(width: float, lines: Sequence[dict[str, Any]], others: str) -> tuple[Figure, str]:
     """Ways of training along one axis (`study_numbers.line_numbers`): base, own domain, others, image blanked."""
-    figure, axes = _axes(height=40 * len(lines) + 34, left=132, right=12)
+    figure, axes = _line_axes(width, [line["label"] for line in lines], 40, left=132)
     for y, line in enumerate(lines):
-        axes.axhline(y, color=RULE, linewidth=0.6, zorder=0)
         for shift, cell, mark in (
             (-0.24, line["base"], BEFORE),
             (-0.08, line["own"], AFTER),
@@ -184,9 +217,7 @@ def study_plot(lines: Sequence[dict[str, Any]], others: str) -> str:
         for cell, colour, dash in (({"accuracy": line["own"]["chance"]}, INK, ":"), (line["prior"], PURPLE, "-")):
             if cell["accuracy"] is not None:
                 axes.plot([cell["accuracy"]] * 2, [y - 0.4, y + 0.4], color=colour, linewidth=1.6, linestyle=dash)
-    axes.set_yticks(range(len(lines)), [line["label"] for line in lines])
-    axes.set_ylim(len(lines) - 0.4, -0.6)
-    return _svg(figure, f"Accuracy before training, in the own domain, on {others}, and with the image blanked")
+    return figure, f"Accuracy before training, in the own domain, on {others}, and with the image blanked"
 
 
 @matplotlib.rc_context(STYLE)
@@ -199,7 +230,7 @@ def curve_panel(curves: Mapping[str, Sequence[tuple[float, float]]], title: str,
     figure = Figure(figsize=(width / 72, height / 72))
     axes = figure.add_axes((44 / width, 22 / height, 1 - 50 / width, 1 - 28 / height))
     axes.grid(color=RULE, linewidth=0.6)
-    axes.tick_params(length=0, labelcolor=GREY, labelsize=9)
+    axes.tick_params(length=0, labelcolor=GREY, labelsize=10)
     axes.spines[:].set_visible(False)
     axes.set_axisbelow(True)
     for points, (colour, dash) in zip(curves.values(), CURVES, strict=False):
@@ -213,19 +244,24 @@ def curve_panel(curves: Mapping[str, Sequence[tuple[float, float]]], title: str,
     return _svg(figure, f"Learning curves, {title}: {', '.join(curves)}")
 
 
-@matplotlib.rc_context(STYLE)
-def hiding_plot(fraction: Sequence[float], curves: Mapping[str, Sequence[float]]) -> str:
+@twice
+def hiding_plot(width: float, fraction: Sequence[float], curves: Mapping[str, Sequence[float]]) -> tuple[Figure, str]:
     """An answer's probability (label to values in [0, 1]) over the share of the image that is hidden or shown."""
-    figure, axes = _share_axes("share of the image hidden, or shown", "probability of the answer")
+    figure, axes = _share_axes(width, "share of the image hidden, or shown", "probability of the answer")
     for values, (colour, dash) in zip(curves.values(), CURVES, strict=False):
         axes.plot(fraction, values, color=colour, linestyle=dash, linewidth=2)
-    return _svg(figure, f"Probability of the answer: {', '.join(curves)}")
+    return figure, f"Probability of the answer: {', '.join(curves)}"
 
 
-def _axes(height: float, left: float, right: float, width: float = 440) -> tuple[Figure, Axes]:
-    """An axis from 0 to 100 %; lengths in points, of which an SVG unit is one."""
+def _line_axes(width: float, labels: Sequence[str], step: float, left: float, right: float = 12) -> tuple[Figure, Axes]:
+    """An axis from 0 to 100 % with a ruled line for each label, `step` high; on a telephone the label stands over it.
+
+    Lengths in points, of which an SVG unit is one.
+    """
+    narrow = width == NARROW
+    step, left = (step + 18, 12) if narrow else (step, left)
+    height, bottom = step * len(labels) + 34, 26
     figure = Figure(figsize=(width / 72, height / 72))
-    bottom = 26
     across, up = 1 - (left + right) / width, 1 - (bottom + 6) / height
     axes = figure.add_axes((left / width, bottom / height, across, up))
     axes.set_xlim(-0.02, 1.02)
@@ -236,12 +272,18 @@ def _axes(height: float, left: float, right: float, width: float = 440) -> tuple
     axes.tick_params(axis="x", labelcolor=GREY)
     axes.spines[:].set_visible(False)
     axes.set_axisbelow(True)
+    for y, label in enumerate(labels):
+        axes.axhline(y, color=RULE, linewidth=0.6, zorder=0)
+        if narrow:
+            axes.text(0, y - 0.5, label, color=INK, va="center")
+    axes.set_yticks([] if narrow else range(len(labels)), [] if narrow else labels)
+    axes.set_ylim(len(labels) - 0.4, -0.8 if narrow else -0.6)
     return figure, axes
 
 
-def _share_axes(across: str, up: str) -> tuple[Figure, Axes]:
+def _share_axes(width: float, across: str, up: str) -> tuple[Figure, Axes]:
     """Both axes from 0 to 100 %, named."""
-    width, height = 440, 250
+    height = 250
     figure = Figure(figsize=(width / 72, height / 72))
     axes = figure.add_axes((62 / width, 40 / height, 1 - 76 / width, 1 - 48 / height))
     axes.set_xlabel(across, color=GREY)
@@ -257,9 +299,9 @@ def _share_axes(across: str, up: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _curve_axes(legend: float = 0) -> tuple[Figure, Axes]:
+def _curve_axes(width: float, legend: float = 0) -> tuple[Figure, Axes]:
     """Axes over training steps, above a strip of `legend` points."""
-    width, height = 440, 220 + legend
+    height = 220 + legend
     figure = Figure(figsize=(width / 72, height / 72))
     bottom = 38 + legend
     axes = figure.add_axes((46 / width, bottom / height, 1 - 56 / width, 1 - (bottom + 8) / height))
@@ -281,7 +323,7 @@ def _dot(axes: Axes, y: float, cell: Cell, mark: Mark) -> None:
         y,
         mark.shape,
         markersize=11 if mark.shape == "|" else 6 if mark.shape == "D" else 7.5,
-        markerfacecolor=mark.colour if mark.filled else "white",
+        markerfacecolor=mark.colour if mark.filled else PAPER,
         markeredgecolor=mark.colour,
         markeredgewidth=2,
         zorder=3,
@@ -297,19 +339,22 @@ def _curve(axes: Axes, log: Sequence[dict[str, Any]], key: str, label: str | Non
     axes.plot(steps, smooth, color=colour, linewidth=2, linestyle=dash, label=label)
 
 
-def _svg(figure: Figure, title: str) -> str:
+def _svg(figure: Figure, title: str, width: float = WIDE) -> str:
     """The figure as an element that scales with its column, with a name for those who hear the page."""
     buffer = StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub("#[0-9a-f]{6}", lambda found: f"var(--{NAMES[found[0]]}, {found[0]})", text)
     size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)
     assert size, "matplotlib writes a view box"
-    head = f'<svg class="plot" role="img" aria-label="{title}" viewBox="{size[0][9:-1]}">'
+    kind = "plot" if width == WIDE else "plot narrow"
+    head = f'<svg class="{kind}" role="img" aria-label="{html.escape(title)}" viewBox="{size[0][9:-1]}">'
     return head + text[text.index(">") + 1 :]
 
 
 def standalone(svg: str) -> str:
-    """A figure of these as a file of its own."""
+    """A figure of these as a file of its own: the wide drawing, its colours for white paper."""
     names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    svg = re.sub(r"var\(--[a-z-]+, (#\w+)\)", r"\1", svg[: svg.index("</svg>") + len("</svg>")])
     return svg.replace("<svg ", f'<svg {names} style="background: white" ', 1)

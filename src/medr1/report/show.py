@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from medr1 import NOTICE
 from medr1.data.records import Record, write_atomic
 from medr1.report.pages import environment, thumbnail
 
@@ -35,7 +34,6 @@ def write_samples(
         .get_template("show.html.j2")
         .render(
             name=name,
-            notice=NOTICE,
             seed=seed,
             samples=samples,
             refused=refused,

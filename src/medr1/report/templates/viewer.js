@@ -36,6 +36,15 @@ function replyBox(title, reply) {
   return box;
 }
 
+// A reply that is longer than its box can be scrolled by keyboard too.
+function reach() {
+  for (const text of document.querySelectorAll(".reply pre")) if (text.scrollHeight > text.clientHeight) {
+    text.tabIndex = 0;
+    text.role = "region";
+    text.ariaLabel = "the reply";
+  }
+}
+
 function card(s) {
   const box = element("article", "sample");
   const pictures = element("div", "pictures");
