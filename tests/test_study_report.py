@@ -238,6 +238,49 @@ def test_the_verdict_is_no_better_than_the_controls(tmp_path: Path, true: dict, 
     assert (summary["image"], summary["verdict"]) == (worth, words)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ([(0.0, "noise")] * 4, "Training changed nothing: +0.0 points everywhere. The image is used."),
+        (
+            [(0.01, "noise"), (-0.0001, "noise")],
+            "Nothing shows that training changed accuracy: +0.0 to +1.0 points, none of it beyond the noise. The image"
+            " is used.",
+        ),
+        (
+            [(-0.2, "down"), (0.01, "noise")],
+            "Training lowered accuracy in 1 of 2 comparisons with the base, and raised it in none. The image is used.",
+        ),
+        ([(0.2, "up"), (-0.2, "down")], "The image is used."),
+    ],
+)
+def test_where_training_bettered_nothing_that_is_said_first(on_image: Path, changes: list, words: str):
+    made = [
+        {"kind": "base", "side": side, "difference": by, "verdict": verdict}
+        for side in ("own", "others")
+        for by, verdict in changes[:: 1 if side == "own" else -1][: len(changes) // 2]
+    ]
+    lines = study_numbers(StudyResults(on_image))["lines"]
+    assert tell({"lines": lines, "comparisons": made})[0] == (
+        "good" if words == "The image is used." else "open",
+        words,
+    )
+
+
+def test_a_matrix_of_the_bases_numbers_is_folded_and_cells_stand_in_words(tmp_path: Path, on_image: Path):
+    (tmp_path / "study").mkdir()
+    made = Planted(tmp_path / "study")
+    drawn = made.rows
+    made.rows = lambda accuracy, seed, records=None, **fields: drawn(lambda _: 0.4, "one", made.records, **fields)
+    page = (Path(write_study_report(made.write(controls=()))["report"])).read_text(encoding="utf-8")
+    assert page.count('<details class="matrix"') == page.count("every number is the base’s</summary>") == 6
+    assert '<details class="matrix" open' not in page and "Training changed nothing" in page
+    page = (on_image / "report.html").read_text(encoding="utf-8")
+    assert page.count('<details class="matrix" open') == 6
+    assert "title=" not in page.split("<script")[0] and "Hover" not in page
+    assert "<li>trained on MRI, tested on CT: " in page
+
+
 @pytest.mark.parametrize("trained", [1, 2, 3])
 def test_the_base_is_averaged_over_the_questions_of_the_models_beside_it(tmp_path: Path, trained: int):
     (tmp_path / "study").mkdir()

@@ -145,7 +145,7 @@ def change_plot(width: float, lines: Sequence[tuple[str, Cell, Cell]], title: st
         _dot(axes, y - 0.16, before, BEFORE)
         _dot(axes, y + 0.16, after, AFTER)
         chance = [before["chance"]] * 2
-        axes.plot(chance, [y - 0.34, y + 0.34], color=INK, linewidth=1.4, linestyle=(0, (1.5, 1)))
+        axes.plot(chance, [y - 0.28, y + 0.28], color=INK, linewidth=1.4, linestyle=(0, (1.5, 1)))
     return figure, title
 
 
@@ -205,6 +205,7 @@ def _logged(width: float, log: Sequence[dict[str, Any]], key: str, title: str) -
 def study_plot(width: float, lines: Sequence[dict[str, Any]], others: str) -> tuple[Figure, str]:
     """Ways of training along one axis (`study_numbers.line_numbers`): base, own domain, others, image blanked."""
     figure, axes = _line_axes(width, [line["label"] for line in lines], 40, left=132)
+    half = 0.4 if width == WIDE else 0.3  # of a stroke, which is not to cross the label over the line
     for y, line in enumerate(lines):
         for shift, cell, mark in (
             (-0.24, line["base"], BEFORE),
@@ -216,7 +217,7 @@ def study_plot(width: float, lines: Sequence[dict[str, Any]], others: str) -> tu
                 _dot(axes, y + shift, cell, mark)
         for cell, colour, dash in (({"accuracy": line["own"]["chance"]}, INK, ":"), (line["prior"], PURPLE, "-")):
             if cell["accuracy"] is not None:
-                axes.plot([cell["accuracy"]] * 2, [y - 0.4, y + 0.4], color=colour, linewidth=1.6, linestyle=dash)
+                axes.plot([cell["accuracy"]] * 2, [y - half, y + half], color=colour, linewidth=1.6, linestyle=dash)
     return figure, f"Accuracy before training, in the own domain, on {others}, and with the image blanked"
 
 
@@ -259,7 +260,7 @@ def _line_axes(width: float, labels: Sequence[str], step: float, left: float, ri
     Lengths in points, of which an SVG unit is one.
     """
     narrow = width == NARROW
-    step, left = (step + 18, 12) if narrow else (step, left)
+    step, left = (step + 20, 12) if narrow else (step, left)
     height, bottom = step * len(labels) + 34, 26
     figure = Figure(figsize=(width / 72, height / 72))
     across, up = 1 - (left + right) / width, 1 - (bottom + 6) / height

@@ -62,7 +62,7 @@ def write_study_report(folder: Path) -> dict[str, Any]:
     viewer = _viewer(study)
     axes = list(dict.fromkeys(line["axis"] for line in numbers["lines"]))
     pages = environment("study")
-    pages.filters |= {f.__name__: f for f in (number, cell_class, shade, in_words)}
+    pages.filters |= {f.__name__: f for f in (number, cell_class, shade, in_words, is_base)}
     plots = {axis: study_plot(_of(numbers, axis), f"other {WORDS[axis][1]}") for axis in axes}
     curves = _curves(study)
     page = pages.get_template("study.html.j2").render(
@@ -113,7 +113,7 @@ def tell(numbers: dict[str, Any]) -> tuple[tuple[str, str], list[tuple[str, str]
         if found:
             reached = _range([line[side]["accuracy"] for line in lines], percent) if side else ""
             story.append(_counted(subject, found, f", to {reached}" if reached else ""))
-    return _image(lines), [*story, *_blanked(lines), *_guessed(lines)]
+    return _unchanged(numbers["comparisons"], _image(lines)), [*story, *_blanked(lines), *_guessed(lines)]
 
 
 def number(value: float | None) -> str:
@@ -133,6 +133,11 @@ def shade(cell: dict[str, Any]) -> Markup:
         return Markup("")
     colour = "0, 114, 178" if change["difference"] > 0 else "213, 94, 0"
     return Markup(f' style="background: rgba({colour}, {0.1 + 0.5 * min(1.0, 2 * abs(change["difference"])):.2f})"')
+
+
+def is_base(table: dict[str, Any]) -> bool:
+    """Whether every number of a matrix is the base's: there is nothing to see in it."""
+    return all(cell["change"]["difference"] == 0 for row in table["rows"] for cell in row["cells"] if cell["n"])
 
 
 def in_words(cell: dict[str, Any], trained_on: str) -> str:
@@ -158,6 +163,23 @@ def _counted(subject: str, comparisons: Sequence[dict[str, Any]], reached: str) 
     moved = _range([c["difference"] for c in comparisons], points)
     together = f"all {said[0]}" if len(said) == 1 and len(comparisons) > 1 else ", ".join(said)
     return worth, f"{subject}: {together} ({moved} points{reached})."
+
+
+def _unchanged(comparisons: Sequence[dict[str, Any]], image: tuple[str, str]) -> tuple[str, str]:
+    """The verdict on the image; where training bettered nothing, that comes first, and what is used is no success."""
+    worth, said = image
+    found = [c for c in comparisons if c["kind"] == "base"]
+    moved = _range([c["difference"] for c in found], points)
+    worse = sum(c["verdict"] == "down" for c in found)
+    if found and all(c["difference"] == 0 for c in found):
+        news = f"Training changed nothing: {moved} points everywhere."
+    elif not found or worth != "good" or any(c["verdict"] == "up" for c in found):
+        return image
+    elif worse:
+        news = f"Training lowered accuracy in {worse} of {len(found)} comparisons with the base, and raised it in none."
+    else:
+        news = f"Nothing shows that training changed accuracy: {moved} points, none of it beyond the noise."
+    return ("open" if worth == "good" else worth), f"{news} {said}"
 
 
 def _image(lines: Sequence[dict[str, Any]]) -> tuple[str, str]:

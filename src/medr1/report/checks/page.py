@@ -23,7 +23,9 @@ MARKS = {"good": Text("✓", "blue"), "bad": Text("✗", "red"), "open": Text("?
 
 
 def tell(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """The findings of `check_data` in sentences, each with its worth ("good", "bad", "open")."""
+    """The findings of `check_data` in sentences, each with its worth ("good", "bad", "open"); a bad one says what to do
+    now.
+    """
     return [*_pictures(report["images"]), *_parts(report["parts"]), *_words(report)]
 
 
@@ -31,9 +33,13 @@ def _pictures(images: dict[str, Any]) -> list[tuple[str, str]]:
     if not images["read"] and not images["unreadable"]["num"]:
         return [("open", f"None of the {images['num']:,} image files is there: nothing could be checked on them.")]
     story = []
-    for name, what in (("missing", "are missing"), ("unreadable", "cannot be decoded")):
+    for name, what, now in (
+        ("missing", "are missing", "fetch them, or say by --image-root where they lie"),
+        ("unreadable", "cannot be decoded", "fetch or convert them; --skip-unreadable runs without their questions"),
+    ):
         if num := images[name]["num"]:
-            story.append(("bad", f"{num:,} of {images['num']:,} image files {what}, first {images[name]['listed'][0]}"))
+            first = images[name]["listed"][0]
+            story.append(("bad", f"{num:,} of {images['num']:,} image files {what}, first {first}. Now: {now}."))
     if not story:
         story.append(("good", f"All {images['num']:,} image files could be read."))
     if not images["read"]:
@@ -42,7 +48,11 @@ def _pictures(images: dict[str, Any]) -> list[tuple[str, str]]:
         kept = f"{_count(same, 'picture')} kept in several files ({images['byte_copies']['num']:,} byte for byte)"
         if across := images["pixel_copies_across_groups"]["num"]:
             story.append(
-                ("bad", f"{kept}, {across:,} under several groups: a split by group can put it on both sides.")
+                (
+                    "bad",
+                    f"{kept}, {across:,} under several groups: a split by group can put it on both sides. Now: give the"
+                    " files of one picture one group, or keep one of them.",
+                )
             )
         else:
             story.append(("open", f"{kept}, each within one group."))
@@ -75,7 +85,13 @@ def _parts(parts: list[dict[str, Any]]) -> list[tuple[str, str]]:
         }
         shared = ", ".join(f"{num:,} {what}" for what, num in counts.items() if num)
         if shared:
-            story.append(("bad", f"{part['name']}: of {part['test']:,} test questions {shared}."))
+            story.append(
+                (
+                    "bad",
+                    f"{part['name']}: of {part['test']:,} test questions {shared}. Now: read results on these parts as"
+                    " too good, and take medr1's own split, by group.",
+                )
+            )
         else:
             story.append(("good", f"{part['name']}: train and test share no image, no group and no question."))
     texts = {part["name"]: part["text_only"] for part in parts if part["text_only"]["n"]}
@@ -86,20 +102,26 @@ def _parts(parts: list[dict[str, Any]]) -> list[tuple[str, str]]:
         for name, text in texts.items()
     )
     gives = any(text["ci95"][0] > text["chance"] for text in texts.values())
-    told = "give answers away" if gives else "give nothing away"
-    story.append(("bad" if gives else "good", f"Option texts alone, without image or question, {told}: {scores}."))
+    alone = "Option texts alone, without image or question, give"
+    if gives:
+        now = "hold a model's accuracy against this, not against guessing (`medr1 report` shows both)"
+        story.append(("bad", f"{alone} answers away: {scores}. Now: {now}."))
+    else:
+        story.append(("good", f"{alone} nothing away: {scores}."))
     return story
 
 
 def _words(report: dict[str, Any]) -> list[tuple[str, str]]:
     found, story = report["questions"], []
     if num := report["refused"]["num"]:
-        story.append(("bad", f"{_count(num, 'row')} left out, first {report['refused']['listed'][0]}"))
+        first = report["refused"]["listed"][0].rstrip(".")
+        story.append(("bad", f"{_count(num, 'row')} left out, first {first}. Now: mend them in their file."))
     else:
         story.append(("good", "Every row could be read."))
     if found["conflicting"]["num"]:
         again = _count(found["conflicting"]["num"], "question")
-        story.append(("bad", f"{again} asked again about the same picture with another right answer."))
+        now = "find out which answer is right, and leave the other out"
+        story.append(("bad", f"{again} asked again about the same picture with another right answer. Now: {now}."))
     if found["repeated"]["num"] or found["near_same"]["num"]:
         repeated, near_same = found["repeated"]["num"], found["near_same"]["num"]
         story.append(
@@ -108,11 +130,13 @@ def _words(report: dict[str, Any]) -> list[tuple[str, str]]:
     else:
         story.append(("good", "No question is asked twice about one picture."))
     if num := report["options"]["duplicates"]["num"]:
-        story.append(("bad", f"{_count(num, 'question')} with two wrong options that read the same."))
+        now = "reword one of the two"
+        story.append(("bad", f"{_count(num, 'question')} with two wrong options that read the same. Now: {now}."))
     else:
         story.append(("good", "No question has two options that read the same."))
     if num := report["options"]["variants"]["num"]:
-        story.append(("bad", f"{_count(num, 'option text')} spelt in several ways: the spelling may tell the answer."))
+        spelt = f"{_count(num, 'option text')} spelt in several ways: the spelling may tell the answer"
+        story.append(("bad", f"{spelt}. Now: spell each in one way."))
     if num := report["options"]["stem_variants"]["num"]:
         story.append(("open", f"{_count(num, 'question text')} spelt in several ways."))
     if num := report["spellings"]["spaces"]["num"]:
@@ -125,7 +149,8 @@ def _words(report: dict[str, Any]) -> list[tuple[str, str]]:
     uneven = letters["p"] < UNEVEN
     always = f"always {letters['best']} scores {percent(letters['best_share'])}, guessing {percent(report['chance'])}"
     stands = f"The right option stands {'un' * uneven}evenly over the letters (p = {letters['p']:.2g}): {always}."
-    story.append(("bad" if uneven else "good", stands))
+    now = " Now: mix the options; `medr1 eval --condition permuted` shows whether a model leans on letters." * uneven
+    story.append(("bad" if uneven else "good", stands + now))
     return story
 
 
@@ -145,8 +170,9 @@ def print_check(report: dict[str, Any], console: Console) -> None:
     for line in report["refused"]["listed"][:MAX_EXAMPLES]:
         console.print(f"left out: {line}", markup=False, highlight=False)
     for name, counts in report["counts"].items():
-        listed = ", ".join(f"{value} {num:,}" for value, num in counts.items())
-        console.print(f"{name.replace('_', ' ')}: {listed}", markup=False, highlight=False)
+        listed = ", ".join(f"{value} ({num:,})" for value, num in counts.items())
+        said = "number of options" if name == "num_options" else name.replace("_", " ")
+        console.print(f"questions by {said}: {listed}", markup=False, highlight=False)
     table = Table("", "questions", "different answers", "always the commonest", "guessing")
     for kind, line in report["answers"].items():
         shares = (percent(line["majority"]), percent(line["chance"]))
