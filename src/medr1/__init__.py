@@ -1,13 +1,11 @@
 """Med-R1: reinforcement learning with verifiable rewards for medical vision-language models.
 
-The names below are the public API. Those that need torch are imported on first use, so that `import medr1` is quick.
+The names below are the public API. They are imported on first use, so that `import medr1` and `medr1 --help` are quick.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from medr1.data.answers import Answer, extract_answer
-from medr1.data.records import Record
 from medr1.errors import MedR1Error
 
 NOTICE = "Research use only. Not a medical device, not for clinical use."
@@ -15,20 +13,26 @@ NOTICE = "Research use only. Not a medical device, not for clinical use."
 
 if TYPE_CHECKING:
     from medr1.config import load_config
+    from medr1.data.answers import Answer, extract_answer
     from medr1.data.datasets import load_records
+    from medr1.data.records import Record
     from medr1.data.splits import split_by_group
     from medr1.evaluation.controls import text_only_prior
     from medr1.evaluation.intervals import interval
     from medr1.evaluation.metrics import compare, summarise
     from medr1.evaluation.run import evaluate, score
     from medr1.policy.vlm import load_vlm
-    from medr1.training import GRPOTrainer, SFTTrainer
+    from medr1.training.grpo import GRPOTrainer
+    from medr1.training.sft import SFTTrainer
 
 _LAZY = {
-    "GRPOTrainer": "training",
-    "SFTTrainer": "training",
+    "Answer": "data.answers",
+    "GRPOTrainer": "training.grpo",
+    "Record": "data.records",
+    "SFTTrainer": "training.sft",
     "compare": "evaluation.metrics",
     "evaluate": "evaluation.run",
+    "extract_answer": "data.answers",
     "interval": "evaluation.intervals",
     "load_config": "config",
     "load_records": "data.datasets",

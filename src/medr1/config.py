@@ -7,7 +7,9 @@ Unknown keys are refused with the nearest known name. The resolved recipe is wri
 """
 
 import difflib
+import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -147,7 +149,8 @@ def load_config(path: Path | None = None, overrides: dict[str, Any] | None = Non
     """Defaults, then the TOML file, then overrides such as {"optimizer.learning_rate": 1e-5}.
 
     Raises:
-        MedR1Error: no such file, not TOML, an unknown key (the nearest known one is named), or a value out of range.
+        MedR1Error: no such file, not TOML, or mistakes in it: each unknown key (the nearest known one is named) and
+            each value out of range, all of them in one line.
     """
     values: dict[str, Any] = {}
     where = str(path) if path else "--set"
@@ -169,23 +172,84 @@ def load_config(path: Path | None = None, overrides: dict[str, Any] | None = Non
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, _keys(Config), n=1, cutoff=0.3)
-            hint = f"did you mean {near[0]}?" if near else "`medr1 config` lists them"
-            raise MedR1Error(f"{where}: unknown key {key}; {hint}") from error
-        raise MedR1Error(f"{where}: {key} = {first['input']!r}: {first['msg'].lower()}") from error
+        raise MedR1Error(f"{where}: {mistakes(error, known_keys(Config))}") from error
+
+
+def mistakes(error: ValidationError, known: Sequence[str]) -> str:
+    """All that is wrong with a recipe, in one line: a key with the one that was meant, a value with what it may be.
+
+    Args:
+        known: the dotted keys that a recipe may have.
+    """
+    said = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            said += [f"unknown key {wrong}; {_meant(wrong, known)}" for wrong in _leaves(key, problem["input"])]
+        elif problem["type"] == "missing":
+            said.append(f"{key} is missing")
+        elif not key:
+            said.append(message)
+        else:
+            said.append(f"{key} = {problem['input']!r}: {message[:1].lower()}{message[1:]}{_near_value(problem)}")
+    return said[0] if len(said) == 1 else " ".join(f"({number}) {text}" for number, text in enumerate(said, 1))
+
+
+def _near_value(problem: Any) -> str:
+    choices = re.findall("'([^']*)'", str(problem.get("ctx", {}).get("expected", "")))
+    near = difflib.get_close_matches(str(problem["input"]), choices, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _leaves(key: str, value: Any) -> list[str]:
+    """The keys within an unknown section, so that each is told; an unknown key itself."""
+    if isinstance(value, dict) and value:
+        return [leaf for name, inner in value.items() for leaf in _leaves(f"{key}.{name}", inner)]
+    return [key]
+
+
+def _meant(key: str, known: Sequence[str]) -> str:
+    """The known key that an unknown one can stand for: alike in its last part, and then in its section."""
+    section, _, last = key.rpartition(".")
+
+    def likeness(name: str) -> tuple[float, float]:
+        parent, _, field = name.rpartition(".")
+        return difflib.SequenceMatcher(None, last, field).ratio(), difflib.SequenceMatcher(
+            None, section, parent
+        ).ratio()
+
+    nearest = max(known, key=lambda name: 2 * likeness(name)[0] + likeness(name)[1])
+    if likeness(nearest)[0] >= 0.6:
+        return f"did you mean {nearest}?"
+    inside = [name for name in known if section and name.rpartition(".")[0] == section]
+    return f"known: {', '.join(inside)}" if inside else "`medr1 config` lists them"
+
+
+def differences(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted key to both values, of each field in which two recipes differ."""
+    found = {}
+    for key in known_keys(Config):
+        values = []
+        for config in (one, other):
+            value: Any = config
+            for part in key.split("."):
+                value = getattr(value, part)
+            values.append(value)
+        if values[0] != values[1]:
+            found[key] = (values[0], values[1])
+    return found
 
 
 def recipe_of(model: str) -> Config | None:
-    """The recipe of the run that made a model, where the model's folder lies in the run's; else None.
+    """The recipe of the run that made a model: the model is the run's folder, or lies in it; else None.
 
     Raises:
         MedR1Error: the recipe is damaged.
     """
-    path = Path(model).expanduser().resolve().parent / RECIPE
-    return load_config(path) if model != "tiny" and path.is_file() else None
+    folder = Path(model).expanduser().resolve()
+    found = next((place / RECIPE for place in (folder, folder.parent) if (place / RECIPE).is_file()), None)
+    return load_config(found) if model != "tiny" and found else None
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -229,12 +293,13 @@ def _toml_value(value: Any) -> str:
     return repr(value)
 
 
-def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """The dotted keys of all fields."""
     keys = []
     for name, field in model.model_fields.items():
         annotation = field.annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            keys += _keys(annotation, f"{prefix}{name}.")
+            keys += known_keys(annotation, f"{prefix}{name}.")
         else:
             keys.append(prefix + name)
     return keys

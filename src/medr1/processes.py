@@ -6,6 +6,8 @@ here is also right for a single process, where it costs nothing.
 
 import fcntl
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -113,3 +115,39 @@ def agree(work: Callable[[], T]) -> T:
     if not errors:
         return result
     raise (error or MedR1Error(errors[0])) if is_first() else SystemExit(1)
+
+
+class Interrupts:
+    """Whether Ctrl-C was pressed, for `heed_interrupts` and the command line."""
+
+    pressed = False
+
+
+def heed_interrupts() -> None:
+    """Make Ctrl-C end this process with one line and status 130, whatever it is at, imports under way included.
+
+    Within an import it leaves at once: a library that is half imported turns KeyboardInterrupt into errors of its own,
+    and nothing is lost, since every file is written aside and renamed. Elsewhere KeyboardInterrupt is raised, so that
+    temporary files go; a second Ctrl-C does not wait for that. A process that was started to ignore Ctrl-C still does.
+    """
+
+    def on_interrupt(number: int, frame: Any) -> None:
+        again, Interrupts.pressed = Interrupts.pressed, True
+        while frame is not None and not again:
+            again = frame.f_code.co_filename.startswith("<frozen importlib")
+            frame = frame.f_back
+        if again:
+            say_stopped()
+            os._exit(130)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, on_interrupt)
+
+
+def say_stopped() -> None:
+    """The one line after Ctrl-C, on a line of its own below what the terminal echoed, with the cursor shown again."""
+    if is_first():
+        below = "\x1b[?25h\n" if sys.stderr.isatty() else ""
+        sys.stderr.write(f"{below}medr1: stopped; the same command goes on from what is saved\n")
+        sys.stderr.flush()

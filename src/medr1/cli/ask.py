@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import threading
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,35 +13,66 @@ from rich.table import Table
 from rich.text import Text
 
 from medr1 import NOTICE
-from medr1.cli.options import CalibrationOption, JsonOption, ModelOption, ModeOption
-from medr1.cli.printing import console, finish, percent
+from medr1.cli.options import (
+    HOW,
+    OUTPUT,
+    WHAT,
+    CalibrationOption,
+    Command,
+    JsonOption,
+    ModelOption,
+    ModeOption,
+    TokensOption,
+    examples,
+)
+from medr1.cli.printing import console, finish, percent, shown
 
 if TYPE_CHECKING:
     from medr1.ask.ask import Case
 
 app = typer.Typer()
+command = partial(app.command, cls=Command, rich_help_panel="Start here")
 
 
-@app.command()
+@command(
+    epilog=examples(
+        "medr1 ask scan.png 'Which finding is shown?' --option Nodule --option None --samples 8",
+        "medr1 ask 'scan.dcm#window=lung' 'What is seen?' --model runs/ct --out case.html",
+    )
+)
 def ask(
     image: Annotated[list[Path], typer.Argument(help="image file(s), then the question")],
     question: Annotated[str, typer.Argument(help="the question")],
     option: Annotated[
-        list[str] | None, typer.Option("--option", help="an answer to choose from: two or more, or none to ask openly")
+        list[str] | None,
+        typer.Option(
+            "--option", help="an answer to choose from: two or more, or none to ask openly", rich_help_panel=WHAT
+        ),
     ] = None,
     model: ModelOption = "tiny",
     compare: Annotated[
-        list[str] | None, typer.Option("--compare", help="another model to ask the same, such as the base; repeatable")
+        list[str] | None,
+        typer.Option(
+            "--compare", help="another model to ask the same, such as the base; may be repeated", rich_help_panel=WHAT
+        ),
     ] = None,
     mode: ModeOption = "think",
-    modality: Annotated[str | None, typer.Option("--modality", help="of the image, to warn where it is new")] = None,
-    samples: Annotated[int, typer.Option("--samples", min=0, help="replies drawn to see how many agree")] = 0,
+    modality: Annotated[
+        str | None, typer.Option("--modality", help="of the image, to warn where it is new", rich_help_panel=WHAT)
+    ] = None,
+    samples: Annotated[
+        int, typer.Option("--samples", min=0, help="replies drawn to see how many agree", rich_help_panel=HOW)
+    ] = 0,
     heatmap: Annotated[
-        Path | None, typer.Option("--heatmap", help="a .png file: what in the image speaks for the answer")
+        Path | None,
+        typer.Option("--heatmap", help="a .png file: what in the image speaks for the answer", rich_help_panel=OUTPUT),
     ] = None,
     calibration: CalibrationOption = None,
-    out: Annotated[Path | None, typer.Option("--out", help="an .html file: the case as a page, without names")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="the reply is cut here")] = 256,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="an .html file: the case as a page, without names", rich_help_panel=OUTPUT),
+    ] = None,
+    max_new_tokens: TokensOption = 256,
     as_json: JsonOption = False,
 ) -> None:
     """Ask one question about an image: reasoning, answer, its probability, and what speaks against trusting it."""
@@ -52,16 +84,18 @@ def ask(
     settings: dict[str, Any] = {"mode": mode, "num_samples": samples, "max_new_tokens": max_new_tokens}
     models = [load_respondent(model, calibration), *map(load_respondent, compare or [])]
     cases = [run(each, record, heatmap=bool(heatmap), **settings) for each in models]
+    made: dict[str, str] = {}
     if heatmap:
-        paths = write_heatmaps(cases, heatmap)
-        console.print(f"heatmap: {', '.join(map(str, paths))}", highlight=False, markup=False)
+        made["heatmap"] = ", ".join(map(str, write_heatmaps(cases, heatmap)))
     if out:
         write_case(cases, out)
+        made["page"] = str(out)
     if not as_json:
         for case in cases:
             _print_case(case)
     first, *others = (case.as_dict() for case in cases)
-    finish(first | ({"compared": others} if others else {}), as_json)
+    then = None if out else f"the same with --out case.html for a page, or medr1 app --model {shown(model)}"
+    finish(first | ({"compared": others} if others else {}), as_json, made=made, then=then)
 
 
 def _print_case(case: "Case") -> None:
@@ -85,23 +119,31 @@ def _print_case(case: "Case") -> None:
         said.print(f"! {warning}", style="yellow")
 
 
-@app.command("app")
+@command("app", epilog=examples("medr1 app", "medr1 app --model runs/demo/train --compare tiny"))
 def app_command(
     model: ModelOption = "tiny",
     compare: Annotated[
-        list[str] | None, typer.Option("--compare", help="another model, shown beside it; may be repeated")
+        list[str] | None,
+        typer.Option("--compare", help="another model, shown beside it; may be repeated", rich_help_panel=WHAT),
     ] = None,
     calibration: CalibrationOption = None,
-    host: Annotated[str, typer.Option("--host", help="address to listen on; 0.0.0.0 lets other machines in")] = (
-        "127.0.0.1"
-    ),
+    host: Annotated[
+        str,
+        typer.Option("--host", help="address to listen on; 0.0.0.0 lets other machines in", rich_help_panel="Server"),
+    ] = "127.0.0.1",
     port: Annotated[
-        int | None, typer.Option("--port", min=1, max=65535, help="default: the first free one from 7860")
+        int | None,
+        typer.Option(
+            "--port", min=1, max=65535, help="default: the first free one from 7860", rich_help_panel="Server"
+        ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="replies are cut here")] = 256,
-    max_upload_mb: Annotated[int, typer.Option("--max-upload-mb", min=1, help="largest upload, in MB")] = 64,
+    max_new_tokens: TokensOption = 256,
+    max_upload_mb: Annotated[
+        int, typer.Option("--max-upload-mb", min=1, help="largest upload, in MB", rich_help_panel="Server")
+    ] = 64,
     requests_per_minute: Annotated[
-        int, typer.Option("--requests-per-minute", min=1, help="limit for each client address")
+        int,
+        typer.Option("--requests-per-minute", min=1, help="limit for each client address", rich_help_panel="Server"),
     ] = 60,
 ) -> None:
     """Open a page in the browser to ask about images; on this machine only, nothing is stored."""

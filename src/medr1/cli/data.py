@@ -1,21 +1,42 @@
 """Commands that look into a data set: check, convert, show."""
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
-from medr1.cli.options import ImageRootOption, JsonOption, LanguageOption, PathArgument, data_path
-from medr1.cli.printing import LISTED, finish
+from medr1.cli.options import (
+    OUTPUT,
+    Command,
+    Group,
+    ImageRootOption,
+    JsonOption,
+    LanguageOption,
+    PathArgument,
+    data_path,
+    examples,
+    help_when_alone,
+)
+from medr1.cli.printing import LISTED, finish, shown
 
-data_app = typer.Typer(help="Look into a data set before training on it.", no_args_is_help=True)
+data_app = typer.Typer(
+    cls=Group,
+    help="Look into a data set before training on it.",
+    epilog=examples("medr1 data check DATA --out check", "medr1 data show DATA --out questions.html"),
+    invoke_without_command=True,
+    callback=help_when_alone,
+)
+command = partial(data_app.command, cls=Command)
 
 
-@data_app.command("check")
+@command("check", epilog=examples("medr1 data check OmniMedVQA --out check", "medr1 data check questions.csv --json"))
 def data_check(
     path: PathArgument,
-    out: Annotated[Path | None, typer.Option("--out", help="folder for check.json and check.html")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="folder for check.json and check.html", rich_help_panel=OUTPUT)
+    ] = None,
     image_root: ImageRootOption = None,
     language: LanguageOption = "en",
     as_json: JsonOption = False,
@@ -28,14 +49,27 @@ def data_check(
         print_check(report, Console())
     if out:
         write_check(report, out)
-    finish(report, as_json)
+    again = f"medr1 data check {shown(path)} --out check" if out is None else None
+    finish(
+        report,
+        as_json,
+        made={"page": out / "check.html", "numbers": out / "check.json"} if out else None,
+        then=again or f"medr1 train --data {shown(path)} --out runs/first",
+    )
 
 
-@data_app.command("convert")
+@command(
+    "convert",
+    epilog=examples("medr1 data convert hub:flaviagiammarino/vqa-rad --to jsonl --out vqa-rad"),
+)
 def data_convert(
     path: PathArgument,
-    to: Annotated[str, typer.Option("--to", help="omnimedvqa, csv or jsonl")],
-    out: Annotated[Path, typer.Option("--out", help="a new folder for the questions and their images")],
+    to: Annotated[
+        Literal["omnimedvqa", "csv", "jsonl"], typer.Option("--to", help="the layout", rich_help_panel=OUTPUT)
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", help="a new folder for the questions and their images", rich_help_panel=OUTPUT)
+    ],
     image_root: ImageRootOption = None,
     language: LanguageOption = "en",
     as_json: JsonOption = False,
@@ -54,13 +88,13 @@ def data_convert(
             typer.echo(f"left out: {line}")
         if (more := len(result["refused"]) - LISTED) > 0:
             typer.echo(f"left out: {more:,} more; --json lists all")
-    finish(result, as_json)
+    finish(result, as_json, made={"data": out}, then=f"medr1 data check {shown(out)}")
 
 
-@data_app.command("show")
+@command("show", epilog=examples("medr1 data show OmniMedVQA --n 50 --out questions.html"))
 def data_show(
     path: PathArgument,
-    out: Annotated[Path, typer.Option("--out", help="the HTML file to write")],
+    out: Annotated[Path, typer.Option("--out", help="the HTML file to write", rich_help_panel=OUTPUT)],
     num: Annotated[int, typer.Option("--n", min=1, help="questions to draw")] = 24,
     seed: Annotated[int, typer.Option("--seed", help="of the draw")] = 0,
     image_root: ImageRootOption = None,
@@ -75,4 +109,11 @@ def data_show(
     records = load_records(
         data_path(path), image_root=image_root, language=language, refused=refused, check_images=False
     )
-    finish(write_samples(records, out, name=path, num=num, seed=seed, refused=refused), as_json)
+    result = write_samples(records, out, name=path, num=num, seed=seed, refused=refused)
+    drawn = f"{result['shown']:,} of {result['records']:,} questions"
+    if lost := result["lost_images"]:
+        drawn += f"; {lost:,} of their images cannot be read"
+    if refused:
+        drawn += f"; {len(refused):,} rows are left out"
+    then = f"open the page in a browser; `medr1 data check {shown(path)}` looks at all of them"
+    finish(result, as_json, said=[drawn], made={"page": out}, then=then)

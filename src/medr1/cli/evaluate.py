@@ -1,14 +1,21 @@
-"""Commands that measure: eval, score, calibrate, faithfulness, explain, report."""
+"""Commands that measure: eval, score, report, calibrate, explain, faithfulness."""
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from medr1.cli.options import (
+    HOW,
+    MODEL_HELP,
+    OUTPUT,
+    WHAT,
     CalibrationOption,
+    Command,
+    Condition,
     DataOption,
     JsonOption,
     ModalityOption,
@@ -16,112 +23,107 @@ from medr1.cli.options import (
     ModeOption,
     SetOption,
     SkipOption,
+    TokensOption,
     TypeOption,
     asked,
-    limited,
+    examples,
 )
-from medr1.cli.printing import console, finish, interval, numbers_span, percent, print_answered, print_summary
+from medr1.cli.printing import console, finish, interval, numbers_span, percent, print_answered, print_summary, shown
 from medr1.config import RECIPE, load_config
-from medr1.errors import MedR1Error
 
 app = typer.Typer()
+command = partial(app.command, cls=Command, rich_help_panel="Measure")
 
 
-@app.command("eval")
+@command(
+    "eval",
+    epilog=examples(
+        "medr1 eval --model tiny --data DATA --out base.jsonl",
+        "medr1 eval --model runs/ct --data DATA --condition blank --out blank.jsonl",
+        "medr1 eval --model openai:MODEL@http://localhost:8000/v1 --data DATA --out server.jsonl",
+    ),
+)
 def evaluate_command(
-    out: Annotated[Path, typer.Option("--out", help="a .jsonl file, one row a sample; an unfinished one is resumed")],
+    *,
     model: Annotated[
-        str, typer.Option("--model", help="hub name, local folder, 'tiny', or openai:MODEL@URL for a server")
+        str, typer.Option("--model", help=f"{MODEL_HELP}, or openai:MODEL@URL for a server", rich_help_panel=WHAT)
     ] = "tiny",
     data: DataOption = "phantoms",
     mode: ModeOption = "think",
     modality: ModalityOption = None,
     question_type: TypeOption = None,
-    part: Annotated[str, typer.Option("--part", help="test (held out), train, or all")] = "test",
+    part: Annotated[
+        Literal["test", "train", "all"],
+        typer.Option("--part", help="held out, trained on, or both", rich_help_panel=WHAT),
+    ] = "test",
     condition: Annotated[
-        str,
+        Condition,
         typer.Option(
-            "--condition", help="image, repeat, or a control: blank, shuffled, shuffled_other, no_image, permuted"
+            "--condition", help="the image, the same asked again, or a control in its place", rich_help_panel=HOW
         ),
     ] = "image",
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="replies are cut here")] = 256,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="prompts decoded together")] = 32,
-    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="requests at a time to a server")] = 8,
+    max_new_tokens: TokensOption = 256,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, help="prompts decoded together", rich_help_panel=HOW)
+    ] = 32,
+    concurrency: Annotated[
+        int, typer.Option("--concurrency", min=1, help="requests at a time to a server", rich_help_panel=HOW)
+    ] = 8,
     limit: Annotated[
-        int, typer.Option("--limit", min=0, help="evaluate so many records, drawn by the split seed; 0: all")
+        int,
+        typer.Option("--limit", min=0, help="so many records, drawn by the split seed; 0: all", rich_help_panel=WHAT),
     ] = 0,
     score_options: Annotated[
         bool,
-        typer.Option("--score-options", help="weigh the options: a probability each; in no-think without generating"),
+        typer.Option(
+            "--score-options",
+            help="weigh the options: a probability each; in no-think without generating",
+            rich_help_panel=HOW,
+        ),
     ] = False,
     samples: Annotated[
-        int, typer.Option("--samples", min=0, help="answer by the vote of so many sampled replies; 0: one greedy reply")
+        int,
+        typer.Option(
+            "--samples",
+            min=0,
+            help="answer by the vote of so many sampled replies; 0: one greedy reply",
+            rich_help_panel=HOW,
+        ),
     ] = 0,
     calibration: CalibrationOption = None,
     skip_unreadable: SkipOption = False,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", help="a .jsonl file, one row a sample; an unfinished one is resumed", rich_help_panel=OUTPUT
+        ),
+    ],
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Answer every held-out question greedily; print accuracy by modality and question type with intervals."""
-    from medr1.data.parts import leave_out_unreadable, load_parts
-    from medr1.data.records import write_jsonl
-    from medr1.evaluation.calibration import answered, applied, calibrating, read_calibration
-    from medr1.evaluation.metrics import summarise
-    from medr1.evaluation.run import evaluate
-    from medr1.policy.vlm import load_vlm
+    from medr1.evaluation.named import evaluate_named
 
     more = {"data.skip_unreadable": skip_unreadable or None, "rollout.mode": mode}
-    resolved = asked(model, data, modality, question_type, settings, more)
-    train_records, test_records = load_parts(resolved.data)
-    parts = {"test": test_records, "train": train_records, "all": train_records + test_records}
-    if part not in parts:
-        raise MedR1Error(f"--part {part}: choose {', '.join(parts)}")
-    if calibration and not (score_options or samples):
-        raise MedR1Error("--calibration needs options that are weighed; add --score-options or --samples")
-    thresholds = read_calibration(calibration) if calibration else None
-    if score_options and samples:
-        raise MedR1Error("--score-options and --samples are two ways to weigh options; give one of them")
-    records = limited(parts[part], limit, resolved)
-    if resolved.data.skip_unreadable:
-        records = leave_out_unreadable(records, out)
-    if model.startswith("openai:"):
-        if score_options or samples:
-            raise MedR1Error(f"{model}: a server's options cannot be weighed; use a local model")
-        from medr1.evaluation.remote import evaluate_remote, token_totals
-
-        rows = evaluate_remote(
-            model,
-            records,
-            mode=mode,
-            out=out,
-            max_new_tokens=max_new_tokens,
-            condition=condition,
-            concurrency=concurrency,
-        )
-        totals = token_totals(rows)
-        counts = (f"{name.replace('_', ' ')}: {'–' if num is None else num}" for name, num in totals.items())
-        console.print(", ".join(counts), highlight=False)
-        print_summary(summarise(rows) | totals, as_json)
-        return
-    rows = evaluate(
-        load_vlm(model, dtype=resolved.model.dtype),
-        records,
-        mode=mode,
-        out=out,
+    summary = evaluate_named(
+        model,
+        asked(model, data, modality, question_type, settings, more),
+        out,
+        part=part,
+        condition=condition,
+        limit=limit,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
-        condition=condition,
-        scoring="votes" if samples else "options" if score_options else "reply",
+        concurrency=concurrency,
+        score_options=score_options,
         num_samples=samples,
+        calibration=calibration,
     )
-    if thresholds:
-        rows = applied(rows, thresholds)
-        write_jsonl(out, rows)
-        print_answered(answered(calibrating(rows, thresholds.share, thresholds.seed)[1]))
-    print_summary(summarise(rows), as_json)
+    then = f"medr1 report --base BASE.jsonl --trained {shown(out)}" if condition == "image" else None
+    print_summary(summary, as_json, cut_at=max_new_tokens, made={"rows": out}, then=then)
 
 
-@app.command("score")
+@command("score", epilog=examples("medr1 score answers.jsonl", "medr1 score answers.jsonl --json"))
 def score_command(
     answers: Annotated[Path, typer.Argument(help="a .jsonl file that `medr1 eval` wrote")],
     as_json: JsonOption = False,
@@ -131,19 +133,106 @@ def score_command(
     from medr1.evaluation.metrics import summarise
     from medr1.evaluation.run import score
 
-    print_summary(summarise(score(read_jsonl(answers))), as_json)
+    print_summary(summarise(score(read_jsonl(answers))), as_json, then=f"medr1 calibrate {shown(answers)}")
 
 
-@app.command("calibrate")
+@command(
+    "report",
+    epilog=examples(
+        "medr1 report --base base.jsonl --trained trained.jsonl --run runs/ct --control blank=blank.jsonl",
+    ),
+)
+def report_command(
+    base: Annotated[
+        Path, typer.Option("--base", help="answers of the base model (.jsonl)", rich_help_panel="What is shown")
+    ],
+    trained: Annotated[
+        Path, typer.Option("--trained", help="answers of the trained model (.jsonl)", rich_help_panel="What is shown")
+    ],
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            "--run",
+            help="folder of the training run: curve, recipe, text-only prior",
+            rich_help_panel="What stands beside it",
+        ),
+    ] = None,
+    controls: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--control",
+            help="NAME=FILE with the trained model's answers, e.g. blank=blank.jsonl; may be repeated",
+            rich_help_panel="What stands beside it",
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibration",
+            help="a file of `medr1 calibrate` for the trained model",
+            rich_help_panel="What stands beside it",
+        ),
+    ] = None,
+    faithfulness: Annotated[
+        Path | None,
+        typer.Option(
+            "--faithfulness",
+            help="a folder of `medr1 faithfulness` for the trained model",
+            rich_help_panel="What stands beside it",
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="the HTML file to write", rich_help_panel=OUTPUT)] = Path(
+        "report.html"
+    ),
+    as_json: JsonOption = False,
+) -> None:
+    """Write one self-contained HTML page from stored answers: before, after, controls, curve, every sample."""
+    from medr1.data.parts import load_parts
+    from medr1.evaluation.controls import text_only_prior
+    from medr1.report.run import report_from_files
+
+    prior = text_only_prior(*load_parts(load_config(run / RECIPE).data)) if run else None
+    result = report_from_files(
+        base,
+        trained,
+        run=run,
+        controls=controls or [],
+        text_only=prior,
+        calibration=calibration,
+        faithfulness=faithfulness,
+        out=out,
+    )
+    gain = result["gain_points"]
+    story = f"before {percent(result['base_macro'])} %, after {percent(result['trained_macro'])} %"
+    if gain is not None:
+        story += f": {gain:+.1f} points"
+    finish(result, as_json, said=[story], made={"page": out}, then="open the page in a browser; it needs no network")
+
+
+@command("calibrate", epilog=examples("medr1 calibrate scored.jsonl --coverage 0.8 --out calibration.json"))
 def calibrate_command(
     answers: Annotated[Path, typer.Argument(help="a .jsonl file of `medr1 eval --score-options` or `--samples`")],
-    out: Annotated[Path, typer.Option("--out", help="the JSON file to write")] = Path("calibration.json"),
-    coverage: Annotated[float, typer.Option("--coverage", help="share of the questions to answer")] = 0.8,
+    out: Annotated[Path, typer.Option("--out", help="the JSON file to write", rich_help_panel=OUTPUT)] = Path(
+        "calibration.json"
+    ),
+    coverage: Annotated[
+        float, typer.Option("--coverage", help="share of the questions to answer", rich_help_panel="What is aimed at")
+    ] = 0.8,
     accuracy: Annotated[
-        float | None, typer.Option("--accuracy", help="in place of --coverage: share of the answers to be right")
+        float | None,
+        typer.Option(
+            "--accuracy",
+            help="in place of --coverage: share of the answers to be right",
+            rich_help_panel="What is aimed at",
+        ),
     ] = None,
-    share: Annotated[float, typer.Option("--share", help="share of the groups to fit on; the rest judges")] = 0.5,
-    seed: Annotated[int, typer.Option("--seed", help="which groups")] = 0,
+    share: Annotated[
+        float,
+        typer.Option(
+            "--share", help="share of the groups to fit on; the rest judges", rich_help_panel="What is fitted on"
+        ),
+    ] = 0.5,
+    seed: Annotated[int, typer.Option("--seed", help="which groups", rich_help_panel="What is fitted on")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Fit a temperature and a threshold to abstain below on a part of the groups; judge both on the others."""
@@ -168,29 +257,119 @@ def calibrate_command(
         table.add_row("n", str(before["n"]), str(after["n"]))
         Console().print(table)
         print_answered(judged["answered"])
-    finish({"calibration": str(out), **found.model_dump(), "judged": judged}, as_json)
+    finish(
+        {"calibration": str(out), **found.model_dump(), "judged": judged},
+        as_json,
+        made={"calibration": out},
+        then=f"medr1 app --model MODEL --calibration {shown(out)}",
+    )
 
 
-@app.command("faithfulness")
+@command(
+    "explain",
+    epilog=examples(
+        "medr1 explain --model runs/demo/train --mode think --out runs/heatmaps",
+        "medr1 explain --data DATA --method gradient --limit 20 --out runs/gradient",
+    ),
+)
+def explain_command(
+    *,
+    model: ModelOption = "tiny",
+    data: DataOption = "phantoms",
+    method: Annotated[
+        Literal["occlusion", "gradient"],
+        typer.Option("--method", help="cells painted over, or integrated gradients", rich_help_panel=HOW),
+    ] = "occlusion",
+    mode: ModeOption = "no-think",
+    modality: ModalityOption = None,
+    question_type: TypeOption = None,
+    limit: Annotated[
+        int,
+        typer.Option(
+            "--limit",
+            min=0,
+            help="so many held-out records, drawn by the split seed; 0: all",
+            rich_help_panel=WHAT,
+        ),
+    ] = 100,
+    seed: Annotated[int, typer.Option("--seed", help="of random orders and shuffled weights", rich_help_panel=HOW)] = 0,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", help="folder for maps and page; an unfinished one is gone on with", rich_help_panel=OUTPUT
+        ),
+    ],
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Heatmaps of the model's answers, and what they are worth: pointing, hiding, shuffled weights."""
+    from medr1.data.parts import image_folder, load_parts
+    from medr1.data.regions import read_regions
+    from medr1.evaluation.named import limited
+    from medr1.policy.vlm import load_vlm
+    from medr1.report.heatmaps import tell, write_heatmaps_page
+    from medr1.trust.fidelity import measure_heatmaps
+
+    resolved = asked(model, data, modality, question_type, settings, {"rollout.mode": mode})
+    rows, numbers = measure_heatmaps(
+        load_vlm(model, dtype=resolved.model.dtype),
+        limited(load_parts(resolved.data)[1], limit, resolved),
+        out=out,
+        method=method,
+        mode=mode,
+        regions=read_regions(image_folder(resolved.data)),
+        max_new_tokens=resolved.rollout.max_new_tokens,
+        seed=seed,
+    )
+    write_heatmaps_page(rows, numbers, out)
+    page = out / "explain.html"
+    finish(
+        {"page": str(page), **numbers},
+        as_json,
+        said=[sentence for _, sentence in tell(numbers)],
+        made={"page": page, "maps": out / "overlays", "numbers": out / "heatmaps.json"},
+        then="open the page in a browser; it needs no network",
+    )
+
+
+@command(
+    "faithfulness",
+    epilog=examples("medr1 faithfulness --model runs/demo/train --max-new-tokens 64 --out runs/faithfulness"),
+)
 def faithfulness_command(
-    out: Annotated[Path, typer.Option("--out", help="folder for rows and numbers; an unfinished one is gone on with")],
+    *,
     model: ModelOption = "tiny",
     data: DataOption = "phantoms",
     modality: ModalityOption = None,
     question_type: TypeOption = None,
     limit: Annotated[
-        int, typer.Option("--limit", min=0, help="so many held-out records, drawn by the split seed; 0: all")
+        int,
+        typer.Option(
+            "--limit",
+            min=0,
+            help="so many held-out records, drawn by the split seed; 0: all",
+            rich_help_panel=WHAT,
+        ),
     ] = 200,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="replies are cut here")] = 256,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="prompts computed together")] = 16,
-    seed: Annotated[int, typer.Option("--seed", help="of the edits")] = 0,
+    max_new_tokens: TokensOption = 256,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, help="prompts computed together", rich_help_panel=HOW)
+    ] = 16,
+    seed: Annotated[int, typer.Option("--seed", help="of the edits", rich_help_panel=HOW)] = 0,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", help="folder for rows and numbers; an unfinished one is gone on with", rich_help_panel=OUTPUT
+        ),
+    ],
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Edit a model's reasoning and see whether its answers follow: load-bearing, decorative, or cannot be told."""
     from medr1.data.parts import load_parts
+    from medr1.evaluation.named import limited
     from medr1.policy.vlm import load_vlm
-    from medr1.trust.faithfulness import KEPT, measure_faithfulness
+    from medr1.trust.faithfulness import KEPT, NUMBERS, measure_faithfulness
 
     resolved = asked(model, data, modality, question_type, settings)
     held_out = load_parts(resolved.data)[1]
@@ -221,91 +400,15 @@ def faithfulness_command(
     for words, cell in lines:
         table.add_row(words, percent(cell["value"]), interval(cell), str(cell["n"]))
     Console().print(table)
-    Console().print(
+    verdict = (
         f"the reasoning is {numbers['verdict']}: {percent(load['value'])} points, 95 % interval {interval(load)}"
         if numbers["verdict"] != "cannot be told"
-        else f"whether the reasoning is used cannot be told: {percent(load['value'])} points, {interval(load)}",
-        highlight=False,
-        soft_wrap=True,
+        else f"whether the reasoning is used cannot be told: {percent(load['value'])} points, {interval(load)}"
     )
-    finish(numbers, as_json)
-
-
-@app.command("explain")
-def explain_command(
-    out: Annotated[Path, typer.Option("--out", help="folder for maps and page; an unfinished one is gone on with")],
-    model: ModelOption = "tiny",
-    data: DataOption = "phantoms",
-    method: Annotated[str, typer.Option("--method", help="occlusion or gradient")] = "occlusion",
-    mode: ModeOption = "no-think",
-    modality: ModalityOption = None,
-    question_type: TypeOption = None,
-    limit: Annotated[
-        int, typer.Option("--limit", min=0, help="so many held-out records, drawn by the split seed; 0: all")
-    ] = 100,
-    seed: Annotated[int, typer.Option("--seed", help="of random orders and shuffled weights")] = 0,
-    settings: SetOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Heatmaps of the model's answers, and what they are worth: pointing, hiding, shuffled weights."""
-    from medr1.data.parts import image_folder, load_parts
-    from medr1.data.regions import read_regions
-    from medr1.policy.vlm import load_vlm
-    from medr1.report.heatmaps import tell, write_heatmaps_page
-    from medr1.trust.fidelity import measure_heatmaps
-
-    resolved = asked(model, data, modality, question_type, settings, {"rollout.mode": mode})
-    rows, numbers = measure_heatmaps(
-        load_vlm(model, dtype=resolved.model.dtype),
-        limited(load_parts(resolved.data)[1], limit, resolved),
-        out=out,
-        method=method,
-        mode=mode,
-        regions=read_regions(image_folder(resolved.data)),
-        max_new_tokens=resolved.rollout.max_new_tokens,
-        seed=seed,
-    )
-    write_heatmaps_page(rows, numbers, out)
-    for _, sentence in tell(numbers):
-        Console().print(sentence, highlight=False, soft_wrap=True)
-    finish({"page": str(out / "explain.html"), **numbers}, as_json)
-
-
-@app.command("report")
-def report_command(
-    base: Annotated[Path, typer.Option("--base", help="answers of the base model (.jsonl)")],
-    trained: Annotated[Path, typer.Option("--trained", help="answers of the trained model (.jsonl)")],
-    run: Annotated[
-        Path | None, typer.Option("--run", help="folder of the training run: curve, recipe, text-only prior")
-    ] = None,
-    controls: Annotated[
-        list[str] | None, typer.Option("--control", help="NAME=FILE with the trained model's answers, e.g. blank=…")
-    ] = None,
-    calibration: Annotated[
-        Path | None, typer.Option("--calibration", help="a file of `medr1 calibrate` for the trained model")
-    ] = None,
-    faithfulness: Annotated[
-        Path | None, typer.Option("--faithfulness", help="a folder of `medr1 faithfulness` for the trained model")
-    ] = None,
-    out: Annotated[Path, typer.Option("--out", help="the HTML file to write")] = Path("report.html"),
-    as_json: JsonOption = False,
-) -> None:
-    """Write one self-contained HTML page from stored answers: before, after, controls, curve, every sample."""
-    from medr1.data.parts import load_parts
-    from medr1.evaluation.controls import text_only_prior
-    from medr1.report.run import report_from_files
-
-    prior = text_only_prior(*load_parts(load_config(run / RECIPE).data)) if run else None
     finish(
-        report_from_files(
-            base,
-            trained,
-            run=run,
-            controls=controls or [],
-            text_only=prior,
-            calibration=calibration,
-            faithfulness=faithfulness,
-            out=out,
-        ),
+        numbers,
         as_json,
+        said=[verdict],
+        made={"numbers": out / NUMBERS, "rows": out},
+        then=f"medr1 report --base BASE.jsonl --trained TRAINED.jsonl --faithfulness {shown(out)}",
     )

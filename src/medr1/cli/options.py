@@ -1,38 +1,97 @@
-"""Options that several commands share, and how they become a recipe."""
+"""Options that several commands share, how they become a recipe, and what all commands do alike."""
 
-import random
+from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
+from rich.markup import escape
+from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from medr1.config import Config, load_config, parse_override
-from medr1.data.records import Record
 
-ModelOption = Annotated[str, typer.Option("--model", help="hub name, local folder, or 'tiny'")]
+Mode = Literal["think", "no-think", "think-after"]
+Method = Literal["grpo", "sft"]
+Condition = Literal["image", "repeat", "blank", "shuffled", "shuffled_other", "no_image", "permuted"]
+
+WHAT = "What is asked"
+HOW = "How it is asked"
+RECIPE_PANEL = "Recipe"
+OUTPUT = "Output"
+
+MODEL_HELP = "'tiny', a folder, a run's folder, or OWNER/NAME of the hub (OWNER/NAME/FOLDER@REVISION)"
+ModelOption = Annotated[str, typer.Option("--model", help=MODEL_HELP, rich_help_panel=WHAT)]
 DATA_HELP = "a data set's folder or table, hub:OWNER/NAME, or 'phantoms'"
-DataOption = Annotated[str, typer.Option("--data", help=DATA_HELP)]
-ModeOption = Annotated[str, typer.Option("--mode", help="think, no-think or think-after")]
-JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line of stdout")]
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="a TOML recipe; `medr1 config` prints one")]
+DataOption = Annotated[str, typer.Option("--data", help=DATA_HELP, rich_help_panel=WHAT)]
+ModeOption = Annotated[
+    Mode,
+    typer.Option("--mode", help="reasoning then answer, answer alone, or answer then reasoning", rich_help_panel=HOW),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="print one JSON object as the last line of stdout", rich_help_panel=OUTPUT)
+]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", help="a TOML recipe; `medr1 config` prints one", rich_help_panel=RECIPE_PANEL)
+]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="KEY=VALUE for any field of the recipe; may be repeated")
+    list[str] | None,
+    typer.Option("--set", help="KEY=VALUE for any field of the recipe; may be repeated", rich_help_panel=RECIPE_PANEL),
 ]
 CalibrationOption = Annotated[
-    Path | None, typer.Option("--calibration", help="a file of `medr1 calibrate`: abstain below its threshold")
+    Path | None,
+    typer.Option("--calibration", help="a file of `medr1 calibrate`: abstain below its threshold", rich_help_panel=HOW),
 ]
-ModalityOption = Annotated[list[str] | None, typer.Option("--modality", help="keep this modality; may be repeated")]
+ModalityOption = Annotated[
+    list[str] | None, typer.Option("--modality", help="keep this modality; may be repeated", rich_help_panel=WHAT)
+]
 SkipOption = Annotated[
-    bool, typer.Option("--skip-unreadable", help="leave out, count and list records whose images cannot be read")
+    bool,
+    typer.Option(
+        "--skip-unreadable",
+        help="leave out, count and list records whose images cannot be read",
+        rich_help_panel=WHAT,
+    ),
 ]
 TypeOption = Annotated[
-    list[str] | None, typer.Option("--question-type", help="keep this question type; may be repeated")
+    list[str] | None,
+    typer.Option("--question-type", help="keep this question type; may be repeated", rich_help_panel=WHAT),
 ]
+TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="replies are cut here", rich_help_panel=HOW)]
 PathArgument = Annotated[str, typer.Argument(help=DATA_HELP)]
 ImageRootOption = Annotated[
     Path | None, typer.Option("--image-root", help="folder that image paths start from, where it is not the data's own")
 ]
 LanguageOption = Annotated[str, typer.Option("--language", help="of rows that say theirs (SLAKE); 'all' keeps each")]
+
+
+class Command(TyperCommand):
+    """A command that refuses an option given twice, of which the parser would drop the first without a word."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = Counter(self.make_parser(ctx).parse_args(args=list(args))[2])
+        for parameter, count in given.items():
+            if count > 1 and isinstance(parameter, TyperOption) and not (parameter.multiple or parameter.is_flag):
+                ctx.fail(f"{parameter.opts[0]} is given {count} times, and takes one value")
+        return super().parse_args(ctx, args)
+
+
+class Group(TyperGroup):
+    """Commands in the order of the job."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(self.commands)
+
+
+def help_when_alone(context: typer.Context) -> None:
+    """A group of commands named alone prints its help and is no mistake."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), nl=False)
+        raise typer.Exit
+
+
+def examples(*lines: str) -> str:
+    """The end of a command's help: how it is used."""
+    return "\n".join(["[bold]For example[/bold]", *(f"  {escape(line)}" for line in lines)])
 
 
 def resolve(path: Path | None, options: dict[str, Any], settings: list[str] | None) -> Config:
@@ -53,11 +112,6 @@ def asked(
 
     filters = {"data.path": data, "data.modalities": modality, "data.question_types": question_type}
     return resolve(None, filters | split_of_run(model, data) | (more or {}), settings)
-
-
-def limited(records: list[Record], limit: int, config: Config) -> list[Record]:
-    """So many records (0: all), drawn by the split seed."""
-    return random.Random(config.data.split_seed).sample(records, limit) if 0 < limit < len(records) else records
 
 
 def data_path(path: str) -> str:

@@ -1,26 +1,74 @@
-"""What commands print: tables on stdout, the disclaimer on stderr, one JSON line where it is asked for."""
+"""What commands print: tables on stdout, the disclaimer on stderr, one JSON line where it is asked for.
+
+Each command ends in the same way: what came out, where it lies, what to do next.
+"""
 
 import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from medr1 import NOTICE
 
 console = Console(stderr=True)
 LISTED = 20
 """Lines of a list that are printed; --json has all."""
+FEW_LEFT = 0.1
+"""Share of replies without a usable answer from which the remedy is told."""
 
 
-def finish(result: dict[str, Any], as_json: bool) -> None:
+def finish(
+    result: Mapping[str, Any],
+    as_json: bool,
+    *,
+    said: Sequence[str] = (),
+    made: Mapping[str, Path | str] | None = None,
+    then: str | None = None,
+) -> None:
+    """End a command: the disclaimer, then the JSON line, or what came out.
+
+    Args:
+        said: the outcome in sentences.
+        made: what came out -> where it lies.
+        then: what to do next, a command where there is one.
+    """
+    console.print(NOTICE, style="dim")
     if as_json:
         typer.echo(json.dumps(result, ensure_ascii=False))
-    console.print(NOTICE, style="dim")
+        return
+    for sentence in said:
+        Console().print(sentence, highlight=False, markup=False, soft_wrap=True)
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(no_wrap=True, overflow="ignore")
+    for name, place in (made or {}).items():
+        table.add_row(name, Text(str(place)))
+    if then:
+        table.add_row("next", Text(then))
+    if table.rows:
+        Console(width=4096).print(table)  # a path that is broken over two lines cannot be copied
 
 
-def print_summary(summary: dict[str, Any], as_json: bool) -> None:
+def shown(path: Path | str) -> str:
+    """A path as it may stand in a command."""
+    return shlex.quote(str(path))
+
+
+def print_summary(
+    summary: dict[str, Any],
+    as_json: bool,
+    *,
+    cut_at: int | None = None,
+    made: Mapping[str, Path | str] | None = None,
+    then: str | None = None,
+) -> None:
+    """An evaluation: accuracies with intervals, what became of the replies, and the end of the command."""
     table = Table(
         title=f"accuracy {percent(summary['accuracy'])}, 95 % interval {interval(summary)}, n = {summary['n']}"
     )
@@ -41,7 +89,49 @@ def print_summary(summary: dict[str, Any], as_json: bool) -> None:
         Console().print(table)
     if summary["open"]:
         Console().print(_open_table(summary["open"]))
-    finish(summary, as_json)
+    if "prompt_tokens" in summary:
+        names = ("prompt_tokens", "completion_tokens")
+        counts = (f"{name.replace('_', ' ')}: {'–' if (num := summary[name]) is None else num}" for name in names)
+        console.print(", ".join(counts), highlight=False)
+    if cell := summary.get("answered"):
+        print_answered(cell)
+    finish(summary, as_json, said=outcome_lines(summary, cut_at), made=made, then=then)
+
+
+def outcome_lines(summary: Mapping[str, Any], cut_at: int | None = None) -> list[str]:
+    """What became of the replies, in words, with the remedy where many came to nothing.
+
+    Args:
+        cut_at: tokens after which replies were cut, where it is known.
+    """
+    lines = []
+    for kind, part in (("", summary), (" to open questions", summary["open"])):
+        if not part or not part["n"]:
+            continue
+        counts = ", ".join(f"{count:,} {OUTCOMES.get(name, name)}" for name, count in part["outcomes"].items())
+        lines.append(f"replies{kind}: {counts}")
+        lost, cut = part["unparsed"], part["truncated"]
+        if lost >= FEW_LEFT * part["n"]:
+            where = f" at {cut_at} tokens" if cut_at else ""
+            remedy = (
+                "raise --max-new-tokens"
+                if cut >= lost / 2
+                else "ask in the mode that the model was trained in (--mode), and read some of the rows"
+            )
+            lines.append(f"{lost:,} of {part['n']:,} replies{kind} had no answer ({cut:,} cut{where}): {remedy}")
+    return lines
+
+
+OUTCOMES = {
+    "letter": "chose an option",
+    "text": "answered in words",
+    "unparsed": "said no answer",
+    "ambiguous": "named several",
+    "truncated": "were cut before an answer",
+    "invalid": "chose what is not there",
+    "refusal": "refused",
+}
+"""An extractor's outcome in words."""
 
 
 def print_answered(cell: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
-"""Commands that change or make a model: demo, train, study, plan, export, config, build."""
+"""Commands that change or make a model: demo, train, study, config, plan, export, build."""
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -9,26 +10,47 @@ from rich.table import Table
 
 from medr1.cli.options import (
     DATA_HELP,
+    MODEL_HELP,
+    OUTPUT,
+    RECIPE_PANEL,
+    WHAT,
+    Command,
     ConfigOption,
     DataOption,
+    Group,
     JsonOption,
+    Method,
     ModalityOption,
+    Mode,
     SetOption,
     SkipOption,
     TypeOption,
+    examples,
+    help_when_alone,
     resolve,
 )
-from medr1.cli.printing import console, finish
+from medr1.cli.printing import console, finish, shown
 from medr1.config import load_config, parse_override, to_toml
 from medr1.processes import is_first, leave
 
 app = typer.Typer()
-build_app = typer.Typer(help="Make a base model from parts.", no_args_is_help=True)
+start = partial(app.command, cls=Command, rich_help_panel="Start here")
+command = partial(app.command, cls=Command, rich_help_panel="Train")
+model_command = partial(app.command, cls=Command, rich_help_panel="Models")
+build_app = typer.Typer(
+    cls=Group, help="Make a base model from parts.", invoke_without_command=True, callback=help_when_alone
+)
+
+SeedOption = Annotated[
+    int | None, typer.Option("--seed", help="seed of the data order and of sampling", rich_help_panel=RECIPE_PANEL)
+]
 
 
-@app.command()
+@start(epilog=examples("medr1 demo", "medr1 demo --seed 1 --out runs/demo-1"))
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="folder for everything the demo makes")] = Path("runs/demo"),
+    out: Annotated[
+        Path, typer.Option("--out", help="folder for everything the demo makes", rich_help_panel=OUTPUT)
+    ] = Path("runs/demo"),
     seed: Annotated[int, typer.Option("--seed", help="seed of the data order and of sampling")] = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -39,24 +61,54 @@ def demo(
     finish(summary, as_json)
 
 
-@app.command()
+@command(
+    epilog=examples(
+        "medr1 train --model tiny --data phantoms --mode no-think --steps 100 --out runs/first",
+        "medr1 train --config recipe.toml --data DATA --modality CT --out runs/ct",
+        "medr1 train --method sft --data DATA --set optimizer.learning_rate=1e-5 --out runs/sft",
+    )
+)
 def train(
-    out: Annotated[Path, typer.Option("--out", help="folder of the run; an unfinished run there is resumed")],
+    *,
     config: ConfigOption = None,
-    method: Annotated[str | None, typer.Option("--method", help="grpo or sft")] = None,
-    model: Annotated[str | None, typer.Option("--model", help="hub name, local folder, or 'tiny'")] = None,
-    data: Annotated[str | None, typer.Option("--data", help=DATA_HELP)] = None,
-    mode: Annotated[str | None, typer.Option("--mode", help="think, no-think or think-after")] = None,
+    method: Annotated[
+        Method | None, typer.Option("--method", help="reinforcement, or supervised", rich_help_panel=RECIPE_PANEL)
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help=MODEL_HELP, rich_help_panel=WHAT)] = None,
+    data: Annotated[str | None, typer.Option("--data", help=DATA_HELP, rich_help_panel=WHAT)] = None,
+    mode: Annotated[
+        Mode | None,
+        typer.Option(
+            "--mode", help="reasoning then answer, answer alone, or answer then reasoning", rich_help_panel=RECIPE_PANEL
+        ),
+    ] = None,
     modality: ModalityOption = None,
     question_type: TypeOption = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="optimizer steps")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="seed of the data order and of sampling")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            "--steps", help="optimizer steps; more than a run has had extend it", rich_help_panel=RECIPE_PANEL
+        ),
+    ] = None,
+    extend: Annotated[
+        bool,
+        typer.Option(
+            "--extend",
+            help="extend a run also where its schedule has come down to its old end",
+            rich_help_panel=RECIPE_PANEL,
+        ),
+    ] = False,
+    seed: SeedOption = None,
     skip_unreadable: SkipOption = False,
+    out: Annotated[
+        Path,
+        typer.Option("--out", help="folder of the run; an unfinished run there is resumed", rich_help_panel=OUTPUT),
+    ],
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train a model with GRPO or SFT; stop it with Ctrl-C and run the same command to go on."""
-    from medr1.training.run import train as run
+    from medr1.training.folder import check_recipe, finished
 
     overrides = {
         "method": method,
@@ -70,18 +122,52 @@ def train(
         "optimizer.seed": seed,
     }
     resolved = resolve(config, overrides, settings)
-    result = run(resolved, out)
-    leave()
+    check_recipe(resolved, out, extend=extend)
+    if result := finished(resolved, out):
+        told = f"complete: {result['model']} had its {result['steps']:,} steps; a larger --steps extends it"
+    else:
+        from medr1.training.run import train as run  # torch, which a complete run does not need
+
+        result = run(resolved, out, extend=extend)
+        leave()
+        told = f"trained {result['steps']:,} steps on {result['train_records']:,} questions"
     if is_first():
-        finish(result, as_json)
+        asked_data = resolved.data.path
+        then = f"medr1 eval --model {shown(out)} --data {shown(asked_data)} --out {shown(out / 'answers')}.jsonl"
+        finish(result, as_json, said=[told], made=_made_by_run(out), then=then)
 
 
-@app.command("study")
+def _made_by_run(out: Path) -> dict[str, str]:
+    """What lies in a run's folder, and what it takes."""
+    from medr1.training.folder import checkpoints, disk_bytes
+
+    made = {"model": f"{out / 'model'} ({disk_bytes(out / 'model') / 1e6:,.0f} MB)", "log": str(out / "log.jsonl")}
+    if kept := checkpoints(out):
+        size = sum(map(disk_bytes, kept)) / 1e6
+        made["checkpoints"] = f"{out}/checkpoint-* ({len(kept)}, {size:,.0f} MB; the newest can be gone on from)"
+    return made
+
+
+@command(
+    "study",
+    epilog=examples(
+        "medr1 study configs/study-tiny.toml --out runs/study",
+        "medr1 study configs/study-real.toml --data DATA --out runs/study --list",
+    ),
+)
 def study_command(
+    *,
     study: Annotated[Path, typer.Argument(help="a study in TOML, such as configs/study-tiny.toml")],
-    out: Annotated[Path, typer.Option("--out", help="folder of the study; an unfinished one there is gone on with")],
-    data: Annotated[str | None, typer.Option("--data", help="data set in place of recipe.data.path")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="data set in place of recipe.data.path", rich_help_panel=WHAT)
+    ] = None,
     only_list: Annotated[bool, typer.Option("--list", help="show each cell's state, seconds and disk use")] = False,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", help="folder of the study; an unfinished one there is gone on with", rich_help_panel=OUTPUT
+        ),
+    ],
     as_json: JsonOption = False,
 ) -> None:
     """Train on each modality and question type, test on all with controls, write the report; resumes by itself."""
@@ -89,7 +175,9 @@ def study_command(
 
     loaded = load_study(study, data)
     if not only_list:
-        finish(run_study(loaded, out), as_json)
+        result = run_study(loaded, out)
+        made = {"page": result["report"], "tables": out / "tables", "answers": out / "evaluations"}
+        finish(result, as_json, made=made, then="open the page in a browser; it needs no network")
         return
     cells = list_cells(loaded, out)
     table = Table(title=f"{sum(cell['state'] == 'done' for cell in cells)} of {len(cells)} cells done")
@@ -99,10 +187,18 @@ def study_command(
         seconds = "–" if cell["seconds"] is None else f"{cell['seconds']:.0f}"
         table.add_row(cell["cell"], cell["state"], seconds, f"{cell['disk_bytes'] / 1e6:.1f}")
     Console().print(table)
-    finish({"cells": cells}, as_json)
+    again = f"medr1 study {shown(study)}{f' --data {shown(data)}' if data else ''} --out {shown(out)}"
+    waiting = any(cell["state"] != "done" for cell in cells)
+    finish({"cells": cells}, as_json, then=f"{again} goes on" if waiting else None)
 
 
-@app.command("plan")
+@command(
+    "plan",
+    epilog=examples(
+        "medr1 plan --config configs/omnimedvqa-qwen2vl-2b.toml --gpu a100",
+        "medr1 plan --model OWNER/NAME --set model.lora_rank=64 --gpu rtx4090",
+    ),
+)
 def plan_command(
     config: ConfigOption = None,
     overrides: SetOption = None,
@@ -140,11 +236,13 @@ def plan_command(
     finish({"settings_added": added, **needs}, as_json)
 
 
-@app.command("export")
+@model_command("export", epilog=examples("medr1 export runs/ct --out exported --dtype bfloat16 --answers ct.jsonl"))
 def export_command(
     model: Annotated[str, typer.Argument(help="a run's folder, a model or adapter folder, or a hub name")],
     out: Annotated[Path, typer.Option("--out", help="a new folder; one of an earlier export is replaced")],
-    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16")] = "float32",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="of the weights")
+    ] = "float32",
     answers: Annotated[
         list[Path] | None, typer.Option("--answers", help="a file of `medr1 eval` for the model card; may be repeated")
     ] = None,
@@ -157,21 +255,24 @@ def export_command(
 
     with console.status("exporting"):
         result = export_model(model, out, dtype=dtype, answers=answers or [], name=push)
-    console.print(f"{out}: {result['bytes'] / 1e9:.2f} GB, {dtype}", highlight=False, soft_wrap=True)
+    made = {"model": f"{out} ({result['bytes'] / 1e9:.2f} GB, {dtype})", "card": str(out / "README.md")}
     if push:
         with console.status(f"uploading to {push}"):
             result["commit"] = push_to_hub(out, push, public=public)
-        console.print(result["commit"], highlight=False, soft_wrap=True)
-    finish(result, as_json)
+        made["on the hub"] = result["commit"]
+    finish(result, as_json, made=made, then=f"medr1 app --model {shown(out)}")
 
 
-@app.command("config")
+@command(
+    "config",
+    epilog=examples("medr1 config > recipe.toml", "medr1 config --set optimizer.learning_rate=1e-5"),
+)
 def config_command(config: ConfigOption = None, settings: SetOption = None) -> None:
     """Print a whole recipe as TOML, every field with its meaning."""
     typer.echo(to_toml(resolve(config, {}, settings)), nl=False)
 
 
-@build_app.command("small")
+@build_app.command("small", cls=Command, epilog=examples("medr1 build small --data DATA --out runs/small"))
 def build_small(
     data: DataOption,
     out: Annotated[Path, typer.Option("--out", help="folder for the state, the learning curve and the model")],
@@ -182,6 +283,5 @@ def build_small(
     from medr1.bases.small.build import build
 
     folder = build(load_config(overrides={"data.path": data}).data, out, seed=seed)
-    if not as_json:
-        typer.echo(f"{folder}: a model folder; medr1 train --model {folder} …")
-    finish({"model": str(folder)}, as_json)
+    then = f"medr1 train --model {shown(folder)} --data {shown(data)} --out runs/first"
+    finish({"model": str(folder)}, as_json, made={"model": folder}, then=then)

@@ -21,7 +21,6 @@ What is done is decided by the folder alone:
     OUT/results.json         all of it, for `medr1.study.report`, and then the report itself
 """
 
-import difflib
 import gc
 import hashlib
 import importlib
@@ -42,7 +41,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
-from medr1.config import Config
+from medr1.config import Config, known_keys, mistakes
 from medr1.data.parts import load_parts
 from medr1.data.records import MODALITIES, QUESTION_TYPES, Record, read_jsonl, write_atomic
 from medr1.errors import MedR1Error
@@ -239,26 +238,7 @@ def load_study(path: Path, data: str | None = None) -> Study:
     try:
         return Study.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        message = first["msg"].removeprefix("Value error, ")
-        if not first["loc"]:
-            raise MedR1Error(f"{path}: {message}") from error
-        *parents, last = map(str, first["loc"])
-        key = ".".join([*parents, last])
-        if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(last, _fields(parents), n=1, cutoff=0.3)
-            hint = f"did you mean {'.'.join([*parents, *near])}?" if near else f"known: {', '.join(_fields(parents))}"
-            raise MedR1Error(f"{path}: unknown key {key}; {hint}") from error
-        if first["type"] == "missing":
-            raise MedR1Error(f"{path}: {key} is missing; see configs/study-tiny.toml") from error
-        raise MedR1Error(f"{path}: {key} = {first['input']!r}: {message.lower()}") from error
-
-
-def _fields(parents: Sequence[str]) -> list[str]:
-    section: Any = Study
-    for name in parents:
-        section = section.model_fields[name].annotation
-    return list(section.model_fields)
+        raise MedR1Error(f"{path}: {mistakes(error, known_keys(Study))}") from error
 
 
 def make_plan(study: Study) -> Plan:

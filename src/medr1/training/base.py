@@ -33,10 +33,10 @@ from transformers import ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from medr1.config import RECIPE, Config, to_toml
+from medr1.config import Config
 from medr1.data.images import load_image
 from medr1.data.prompts import build_messages
-from medr1.data.records import Record, append_jsonl, read_jsonl, write_atomic, write_jsonl
+from medr1.data.records import Record, append_jsonl, read_jsonl, write_jsonl
 from medr1.errors import MedR1Error
 from medr1.evaluation.metrics import summarise
 from medr1.evaluation.run import Row, evaluate, weights_fingerprint
@@ -44,6 +44,8 @@ from medr1.policy.adapters import add_lora, compile_text_layers, freeze_vision
 from medr1.policy.encoding import PromptBatch, encode_prompts
 from medr1.policy.vlm import VLM, computes_in_bfloat16
 from medr1.processes import agree, gather
+from medr1.training.folder import place_trackers, write_recipe
+from medr1.training.progress import TrainingProgress
 from medr1.training.trackers import check_trackers
 
 LOG = "log.jsonl"
@@ -76,6 +78,7 @@ class RecordTrainer(Trainer):
         if not train_records:
             raise MedR1Error("no training records; relax the filters of [data]")
         check_trackers(config.log.trackers)
+        place_trackers(config.log.trackers, output_dir)
         if config.model.lora_rank:
             vlm = add_lora(vlm, rank=config.model.lora_rank, alpha=config.model.lora_alpha)
         elif not config.model.train_vision:
@@ -127,7 +130,7 @@ class RecordTrainer(Trainer):
         arguments.per_device_train_batch_size //= arguments.world_size
         arguments._n_gpu = min(arguments.n_gpu, 1)  # more of them are for a launcher; Trainer would use DataParallel
         if arguments.process_index == 0:
-            write_recipe(output_dir, config)
+            write_recipe(config, output_dir)
         super().__init__(
             model=cast(nn.Module, vlm.model),
             args=arguments,
@@ -143,7 +146,8 @@ class RecordTrainer(Trainer):
                 " of calls in each; use configs/accelerate/fsdp2.yaml (ZeRO-3 is for SFT with log.eval_every = 0)"
             )
         self.remove_callback(ProgressCallback)
-        self.add_callback(_OneLineProgress)
+        self.progress = TrainingProgress()
+        self.add_callback(self.progress)
 
     @property
     def is_sharded(self) -> bool:
@@ -156,7 +160,10 @@ class RecordTrainer(Trainer):
         if last:
             agree(lambda: self._load_weights(last))
         agree(lambda: self._forget_after(int(last.rsplit("-", 1)[1]) if last else 0))
-        self.train(resume_from_checkpoint=last)
+        try:
+            self.train(resume_from_checkpoint=last)
+        finally:
+            self.progress.stop()
         self._write_folder(self.out / "model", training_state=False)
 
     def _last_checkpoint(self) -> str | None:
@@ -382,16 +389,6 @@ class RecordTrainer(Trainer):
         return getattr(optimizer, "optimizer", optimizer)
 
 
-class _OneLineProgress(ProgressCallback):
-    """The library's progress bar, with the newest numbers on the bar and not a line for each step."""
-
-    SHOWN = ("loss", "reward_accuracy", "format_rate", "kl", "completion_tokens", "eval_accuracy", "eval_open_accuracy")
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if self.training_bar is not None:
-            self.training_bar.set_postfix({name: f"{logs[name]:.3g}" for name in self.SHOWN if name in logs})
-
-
 def _refuse(message: str) -> None:
     raise MedR1Error(message)
 
@@ -431,15 +428,3 @@ class RecordOrder(Sampler[int]):
         generator = torch.Generator().manual_seed(self.seed)
         while True:
             yield from torch.randperm(self.num_records, generator=generator).tolist()
-
-
-def write_recipe(output_dir: Path, config: Config) -> None:
-    """Write the recipe into a run's folder, or check that it is the one that the run began with.
-
-    Raises:
-        MedR1Error: the folder holds a run of another recipe.
-    """
-    path, text = output_dir / RECIPE, to_toml(config)
-    if path.exists() and path.read_text(encoding="utf-8") != text:
-        raise MedR1Error(f"{output_dir}: holds a run of another recipe (see {RECIPE}); choose another --out")
-    write_atomic(path, text)

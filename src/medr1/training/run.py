@@ -1,24 +1,31 @@
 """From a recipe to a trained model: data, model, trainer, and what a stranger needs to repeat it."""
 
+import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from medr1.config import Config
 from medr1.data.parts import leave_out_unreadable, load_parts
+from medr1.data.records import write_atomic
 from medr1.policy.vlm import load_vlm
-from medr1.processes import agree, alone, join
+from medr1.processes import agree, alone, is_first, join
 from medr1.training.base import RecordTrainer
+from medr1.training.folder import MODEL, RESULT, thin_checkpoints, write_recipe
 from medr1.training.grpo import GRPOTrainer
 from medr1.training.sft import SFTTrainer
 
 METHODS: dict[str, type[RecordTrainer]] = {"grpo": GRPOTrainer, "sft": SFTTrainer}
 
 
-def train(config: Config, out: Path) -> dict[str, Any]:
+def train(config: Config, out: Path, *, extend: bool = False) -> dict[str, Any]:
     """Train by a recipe into `out`, resuming what is there. The model lies in `out/model`.
 
-    Under `torchrun` or `accelerate launch` every process calls this, and they share the work.
+    Under `torchrun` or `accelerate launch` every process calls this, and they share the work. At the end all
+    checkpoints but the newest are left as plain models.
+
+    Args:
+        extend: whether a run there may get more steps under any schedule, see `check_recipe`.
 
     Returns:
         model (folder), steps, train_records, test_records, and the last log line.
@@ -27,18 +34,22 @@ def train(config: Config, out: Path) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
         agree(lambda: held.enter_context(alone(out)))
-        trainer = agree(lambda: _prepare(config, out, device))
+        trainer = agree(lambda: _prepare(config, out, device, extend))
         trainer.run()
-    return {
-        "model": str(out / "model"),
+    result = {
+        "model": str(out / MODEL),
         "steps": trainer.state.global_step,
         "train_records": trainer.num_records,
         "test_records": trainer.num_test_records,
         "last": trainer.state.log_history[-1],
     }
+    if is_first():
+        thin_checkpoints(out)
+        write_atomic(out / RESULT, json.dumps(result))
+    return result
 
 
-def _prepare(config: Config, out: Path, device: Any) -> RecordTrainer:
+def _prepare(config: Config, out: Path, device: Any, extend: bool) -> RecordTrainer:
     train_records, test_records = load_parts(config.data)
     if config.data.skip_unreadable:
         left = {record.id for record in leave_out_unreadable([*train_records, *test_records], out)}
@@ -47,4 +58,6 @@ def _prepare(config: Config, out: Path, device: Any) -> RecordTrainer:
     # Full fine-tuning keeps float32 weights, since bfloat16 would round small updates away; see `RecordTrainer`.
     dtype = config.model.dtype if config.model.lora_rank else "float32"
     vlm = load_vlm(config.model.name, dtype=dtype, device=device)
+    if is_first():
+        write_recipe(config, out, extend=extend)
     return METHODS[config.method](vlm, config, train_records, test_records, out)

@@ -1,0 +1,95 @@
+"""From names to rows: which model is asked which part of which data, and how. What lies between a command and
+`evaluate` or `evaluate_remote`.
+"""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from medr1.config import Config
+from medr1.data.parts import leave_out_unreadable, load_parts
+from medr1.data.records import Record, write_jsonl
+from medr1.errors import MedR1Error
+from medr1.evaluation.calibration import answered, applied, calibrating, read_calibration
+from medr1.evaluation.metrics import summarise
+from medr1.evaluation.run import evaluate
+from medr1.policy.vlm import load_vlm
+
+Part = Literal["test", "train", "all"]
+
+REMOTE = "openai:"
+"""How the name of a model on a server begins."""
+
+
+def evaluate_named(
+    model: str,
+    config: Config,
+    out: Path,
+    *,
+    part: Part = "test",
+    condition: str = "image",
+    limit: int = 0,
+    max_new_tokens: int = 256,
+    batch_size: int = 32,
+    concurrency: int = 8,
+    score_options: bool = False,
+    num_samples: int = 0,
+    calibration: Path | None = None,
+) -> dict[str, Any]:
+    """Ask a model, by name, a part of the recipe's data in the recipe's mode; rows go to `out`.
+
+    Args:
+        model: what `load_vlm` takes, or openai:MODEL@URL.
+        part: held out, trained on, or both.
+        limit: so many records, drawn by the split seed; 0: all.
+        score_options, num_samples: weigh the options, or let so many sampled replies vote; see `evaluate`.
+        calibration: what `medr1 calibrate` wrote; rows then say `abstained`.
+
+    Returns:
+        `summarise` of the rows; from a server its tokens too (`token_totals`), and with `calibration` under
+        "answered" what is answered of the groups that it was not fitted on.
+
+    Raises:
+        MedR1Error: settings that exclude each other, bad data, or what the evaluation raises.
+    """
+    if score_options and num_samples:
+        raise MedR1Error("--score-options and --samples are two ways to weigh options; give one of them")
+    weighed = score_options or num_samples > 0
+    if calibration and not weighed:
+        raise MedR1Error("--calibration needs options that are weighed; add --score-options or --samples")
+    if model.startswith(REMOTE) and weighed:
+        raise MedR1Error(f"{model}: a server's options cannot be weighed; use a local model")
+    thresholds = read_calibration(calibration) if calibration else None
+    train_records, test_records = load_parts(config.data)
+    parts = {"test": test_records, "train": train_records, "all": train_records + test_records}
+    records = limited(parts[part], limit, config)
+    if config.data.skip_unreadable:
+        records = leave_out_unreadable(records, out)
+    settings: dict[str, Any] = {
+        "mode": config.rollout.mode,
+        "out": out,
+        "max_new_tokens": max_new_tokens,
+        "condition": condition,
+    }
+    if model.startswith(REMOTE):
+        from medr1.evaluation.remote import evaluate_remote, token_totals  # its client is an extra
+
+        rows = evaluate_remote(model, records, concurrency=concurrency, **settings)
+        return summarise(rows) | token_totals(rows)
+    vlm = load_vlm(model, dtype=config.model.dtype)
+    scoring = "votes" if num_samples else "options" if score_options else "reply"
+    rows = evaluate(vlm, records, batch_size=batch_size, scoring=scoring, num_samples=num_samples, **settings)
+    if thresholds is None:
+        return summarise(rows)
+    rows = applied(rows, thresholds)
+    write_jsonl(out, rows)
+    judged = answered(calibrating(rows, thresholds.share, thresholds.seed)[1])
+    return {**summarise(rows), "answered": judged}
+
+
+def limited(records: Sequence[Record], limit: int, config: Config) -> list[Record]:
+    """So many records (0: all), drawn by the split seed."""
+    if not 0 < limit < len(records):
+        return [*records]
+    return random.Random(config.data.split_seed).sample(records, limit)

@@ -1,0 +1,148 @@
+"""A run's folder, as far as it can be read and kept without torch: its recipe, whether it is complete, whether it can
+be extended, what may be thrown away at its end, and where trackers write.
+
+    RUN/recipe.toml          what was asked for; a folder holds one run
+    RUN/extensions.jsonl     {"step", "from_steps", "to_steps", "schedule"} for each time that more steps were asked for
+    RUN/log.jsonl            numbers of each logged step
+    RUN/completions.jsonl    what was sampled (GRPO)
+    RUN/eval-step-N.jsonl    held-out answers on the way
+    RUN/checkpoint-N/        a plain model folder, and what is needed to go on from there
+    RUN/model/               the trained model
+    RUN/result.json          what `train` returned; there once the run is complete
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from medr1.config import RECIPE, Config, differences, load_config, to_toml
+from medr1.data.records import append_jsonl, write_atomic
+from medr1.errors import MedR1Error
+
+MODEL = "model"
+RESULT = "result.json"
+EXTENSIONS = "extensions.jsonl"
+LENGTH = {"optimizer.steps", "optimizer.epochs"}
+"""Fields that may grow: the run goes on with them."""
+STATELESS = "constant_with_warmup"
+"""The schedule of which a longer run begins exactly as a shorter one."""
+TRACKER_FOLDERS = {
+    "tensorboard": ("TENSORBOARD_LOGGING_DIR", "tensorboard"),
+    "wandb": ("WANDB_DIR", "."),
+    "mlflow": ("MLFLOW_TRACKING_URI", "mlruns"),
+    "trackio": ("TRACKIO_DIR", "trackio"),
+}
+"""Tracker to the variable that says where it writes, and the place in a run's folder where that is not set."""
+_SET_BY_USER = {variable for variable, _ in TRACKER_FOLDERS.values() if variable in os.environ}
+
+
+def finished(config: Config, out: Path) -> dict[str, Any] | None:
+    """What `train` returned when the run in `out` came to its end by this recipe; None if it did not.
+
+    Raises:
+        MedR1Error: the folder holds a run of another recipe that this one does not extend; see `check_recipe`.
+    """
+    path = out / RESULT
+    if check_recipe(config, out, extend=True) or not (path.is_file() and (out / MODEL).is_dir()):
+        return None
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def check_recipe(config: Config, out: Path, *, extend: bool = False) -> dict[str, Any] | None:
+    """What a recipe changes in the one that the run in `out` began with; None for a new run or the same recipe.
+
+    More steps (or epochs) are allowed: with a constant schedule the longer run is the one that it would have been from
+    the start. Any other schedule has already come down towards the old end, so there `extend` must ask for it.
+
+    Returns:
+        {"from_steps", "to_steps", "schedule"}, of steps or, where steps is 0, of epochs.
+
+    Raises:
+        MedR1Error: another recipe; each field that differs is named with both values.
+    """
+    path = out / RECIPE
+    if not path.exists() or path.read_text(encoding="utf-8") == to_toml(config):
+        return None
+    there = load_config(path)
+    changed = differences(there, config)
+    if not changed:  # written by a version that had other fields or other words
+        return None
+    listed = "; ".join(f"{key} was {old!r} and is now {new!r}" for key, (old, new) in changed.items())
+    if set(changed) - LENGTH:
+        raise MedR1Error(f"{out}: holds a run of another recipe: {listed}. Choose another --out, or give the same")
+    name = "steps" if config.optimizer.steps else "epochs"
+    before, after = getattr(there.optimizer, name), getattr(config.optimizer, name)
+    if not 0 < before < after:
+        raise MedR1Error(f"{out}: {listed}; a run can be extended, not shortened. Choose another --out")
+    schedule = config.optimizer.schedule
+    if schedule != STATELESS and not extend:
+        raise MedR1Error(
+            f"{out}: {listed}; its {schedule} schedule came down to 0 at the old end, so that going on is not the run"
+            f" that {after} {name} from the start would be. Add --extend to go on all the same, or choose another --out"
+        )
+    return {"from_steps": before, "to_steps": after, "schedule": schedule}
+
+
+def write_recipe(config: Config, out: Path, *, extend: bool = False) -> None:
+    """Write the recipe into a run's folder, or check that it is the one that the run began with, or more of it.
+
+    Raises:
+        MedR1Error: the folder holds a run of another recipe, see `check_recipe`.
+    """
+    if extension := check_recipe(config, out, extend=extend):
+        (out / RESULT).unlink(missing_ok=True)  # first, so that no other process takes the run for complete
+        append_jsonl(out / EXTENSIONS, [{"step": _last_step(out), **extension}])
+    write_atomic(out / RECIPE, to_toml(config))
+
+
+def thin_checkpoints(out: Path) -> int:
+    """At the end of a run: bytes freed by taking what is needed to go on from all checkpoints but the newest.
+
+    All of them stay models that can be evaluated; from the newest the run can be extended.
+    """
+    freed = 0
+    for folder in checkpoints(out)[:-1]:
+        for pattern in ("optimizer.pt", "scheduler.pt", "rng_state*.pth", "global_step*"):
+            for place in folder.glob(pattern):
+                freed += disk_bytes(place)
+                shutil.rmtree(place) if place.is_dir() else place.unlink()
+    return freed
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted(out.glob("checkpoint-*"), key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    number = checkpoint.name.rsplit("-", 1)[1]
+    return int(number) if number.isdigit() else 0
+
+
+def _last_step(out: Path) -> int:
+    return max(map(_step, checkpoints(out)), default=0)
+
+
+def disk_bytes(place: Path) -> int:
+    """Of a file, or of all files in a folder."""
+    files = [place] if place.is_file() else place.rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def place_trackers(names: tuple[str, ...], out: Path) -> dict[str, str]:
+    """Let trackers write into the run's folder, but where their own variables say another place.
+
+    Returns:
+        Tracker to where it writes.
+    """
+    places = {}
+    for name in names:
+        if name not in TRACKER_FOLDERS:
+            continue
+        variable, folder = TRACKER_FOLDERS[name]
+        if variable not in _SET_BY_USER:
+            os.environ[variable] = str((out / folder).resolve())
+        places[name] = os.environ[variable]
+    return places
