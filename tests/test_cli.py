@@ -100,7 +100,7 @@ def test_train_eval_score_report_ask(run: Any, phantoms: Path, tmp_path: Path) -
     said = run("ask", image, "Which modality made this image?", *options("MRI", "CT"), *heat)
     assert said.status == 0, said.err
     for number in (1, 2):
-        assert (tmp_path / f"heat-{number}.png").is_file() and f"heat-{number}.png" in said.err
+        assert (tmp_path / f"heat-{number}.png").is_file() and f"heat-{number}.png" in said.out
     assert (tmp_path / "case.html").is_file()
 
 
@@ -198,11 +198,11 @@ def test_a_bad_row_is_left_out_and_told(run: Any, phantoms: Path, tmp_path: Path
         (["train", "--data", "DATA", "--set", "rollout.num_completions=1"], "set 2 or more"),
         (["train", "--data", "DATA", "--set", "grpo.betta=0"], "did you mean grpo.beta"),
         (["train", "--data", "DATA", "--model", "./no-model"], "no such folder"),
-        (["train", "--data", "DATA", "--method", "dpo"], "method = 'dpo'"),
+        (["train", "--data", "DATA", "--method", "dpo"], "--method: 'dpo' is not one of"),
         (["train", "--data", "DATA", "--config", "no.toml"], "no.toml: no such file"),
         (["eval", "--data", "DATA", "--mode", "loud"], "loud"),
         (["eval", "--data", "DATA", "--condition", "dark"], "dark"),
-        (["eval", "--data", "DATA", "--part", "half"], "--part half"),
+        (["eval", "--data", "DATA", "--part", "half"], "--part: 'half' is not one of"),
     ],
 )
 def test_mistakes(run: Any, phantoms: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -237,7 +237,8 @@ def test_a_killed_process_resumes_to_the_same_model(phantoms: Path, tmp_path: Pa
         ]  # fmt: skip
 
     whole = subprocess.run(command(tmp_path / "whole"), check=True, cwd=ROOT / "src", capture_output=True)
-    assert not whole.stdout, "log lines go to log.jsonl and trackers"
+    lines = whole.stdout.decode().splitlines()
+    assert lines[0].startswith("trained 12 steps") and len(lines) < 7, "log lines go to log.jsonl and trackers"
     killed = subprocess.Popen(command(tmp_path / "killed"), cwd=ROOT / "src", stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while not (tmp_path / "killed" / "checkpoint-4").exists():

@@ -51,7 +51,7 @@ from medr1.policy.vlm import load_vlm
 from medr1.processes import alone
 from medr1.report.pages import package_versions
 from medr1.study.report import write_study_report
-from medr1.training.base import LOG
+from medr1.training.folder import LOG
 from medr1.training.run import train
 from medr1.trust.faithfulness import NUMBERS, measure_faithfulness, read_faithfulness
 

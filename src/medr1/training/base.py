@@ -44,11 +44,9 @@ from medr1.policy.adapters import add_lora, compile_text_layers, freeze_vision
 from medr1.policy.encoding import PromptBatch, encode_prompts
 from medr1.policy.vlm import VLM, computes_in_bfloat16
 from medr1.processes import agree, gather
-from medr1.training.folder import place_trackers, write_recipe
+from medr1.training.folder import LOG, place_trackers, write_recipe
 from medr1.training.progress import TrainingProgress
 from medr1.training.trackers import check_trackers
-
-LOG = "log.jsonl"
 
 
 class RecordTrainer(Trainer):

@@ -8,7 +8,7 @@ be extended, what may be thrown away at its end, and where trackers write.
     RUN/eval-step-N.jsonl    held-out answers on the way
     RUN/checkpoint-N/        a plain model folder, and what is needed to go on from there
     RUN/model/               the trained model
-    RUN/result.json          what `train` returned; there once the run is complete
+    RUN/result.json          {"steps", "train_records", "test_records"}; there once the run is complete
 """
 
 import json
@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from medr1.config import RECIPE, Config, differences, load_config, to_toml
-from medr1.data.records import append_jsonl, write_atomic
+from medr1.data.records import append_jsonl, read_jsonl, write_atomic
 from medr1.errors import MedR1Error
 
+LOG = "log.jsonl"
 MODEL = "model"
 RESULT = "result.json"
 EXTENSIONS = "extensions.jsonl"
@@ -47,7 +48,8 @@ def finished(config: Config, out: Path) -> dict[str, Any] | None:
     path = out / RESULT
     if check_recipe(config, out, extend=True) or not (path.is_file() and (out / MODEL).is_dir()):
         return None
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+    counts = json.loads(path.read_text(encoding="utf-8"))
+    return {"model": str(out / MODEL), **counts, "last": read_jsonl(out / LOG)[-1]}
 
 
 def check_recipe(config: Config, out: Path, *, extend: bool = False) -> dict[str, Any] | None:

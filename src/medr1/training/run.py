@@ -36,17 +36,15 @@ def train(config: Config, out: Path, *, extend: bool = False) -> dict[str, Any]:
         agree(lambda: held.enter_context(alone(out)))
         trainer = agree(lambda: _prepare(config, out, device, extend))
         trainer.run()
-    result = {
-        "model": str(out / MODEL),
-        "steps": trainer.state.global_step,
-        "train_records": trainer.num_records,
-        "test_records": trainer.num_test_records,
-        "last": trainer.state.log_history[-1],
-    }
-    if is_first():
-        thin_checkpoints(out)
-        write_atomic(out / RESULT, json.dumps(result))
-    return result
+        counts = {
+            "steps": trainer.state.global_step,
+            "train_records": trainer.num_records,
+            "test_records": trainer.num_test_records,
+        }
+        if is_first():
+            thin_checkpoints(out)
+            write_atomic(out / RESULT, json.dumps(counts))
+    return {"model": str(out / MODEL), **counts, "last": trainer.state.log_history[-1]}
 
 
 def _prepare(config: Config, out: Path, device: Any, extend: bool) -> RecordTrainer:
