@@ -44,15 +44,11 @@ def finish(
         return
     for sentence in said:
         Console().print(sentence, highlight=False, markup=False, soft_wrap=True)
-    table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True, style="bold")
-    table.add_column(no_wrap=True, overflow="ignore")
-    for name, place in (made or {}).items():
-        table.add_row(name, Text(str(place)))
-    if then:
-        table.add_row("next", Text(then))
-    if table.rows:
-        Console(width=4096).print(table)  # a path that is broken over two lines cannot be copied
+    lines = {name: str(place) for name, place in (made or {}).items()} | ({"next": then} if then else {})
+    width = max(map(len, lines), default=0)
+    for name, text in lines.items():  # no table: a path that is broken over two lines cannot be copied
+        line = Text.assemble((name.ljust(width), "bold"), "  ", text)
+        Console().print(line, soft_wrap=True)
 
 
 def shown(path: Path | str) -> str:
