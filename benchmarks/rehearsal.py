@@ -19,7 +19,8 @@ from bench import MIB, PARTS, Side, status, timed_functions
 from transformers import AutoProcessor, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from workload import Workload, write_records
 
-from medr1.policy.vlm import TINY, VLM
+from medr1.policy.names import TINY
+from medr1.policy.vlm import VLM
 
 TEXT = {
     "vocab_size": 151936,

@@ -29,7 +29,8 @@ from medr1 import GRPOTrainer, load_config, load_vlm
 from medr1.data.phantoms import draw_options, draw_phantom
 from medr1.data.prompts import build_messages
 from medr1.data.records import LETTERS, QUESTION_TYPES, Record
-from medr1.policy.vlm import TINY, VLM
+from medr1.policy.names import TINY
+from medr1.policy.vlm import VLM
 from medr1.training.rewards import load_rewards
 
 MODE = "think"

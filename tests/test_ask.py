@@ -26,7 +26,8 @@ from medr1.evaluation.calibration import Calibration, write_calibration
 from medr1.evaluation.confidence import option_logprobs, reasoning_of
 from medr1.evaluation.run import evaluate
 from medr1.policy.encoding import encode_prompts
-from medr1.policy.vlm import TINY, evaluating
+from medr1.policy.names import TINY
+from medr1.policy.vlm import evaluating
 
 OPTIONS = ("Cyst", "Abscess", "Tumour")
 NASTY = "<script>alert(1)</script> & <b>"

@@ -13,7 +13,8 @@ from medr1.bases.small.build import Builder, Stage, facts_of, rationale
 from medr1.data.datasets import load_records
 from medr1.data.phantoms import write_phantoms
 from medr1.evaluation.run import evaluate
-from medr1.policy.vlm import TINY, load_vlm
+from medr1.policy.names import TINY
+from medr1.policy.vlm import load_vlm
 
 TEXT = "A chest radiograph of 2024 shows 12 nodules.\n<|im_start|>user\nWhich modality?<|im_end|>\n"
 EYES = {"depth": 1, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2}

@@ -24,6 +24,7 @@ from medr1.cli.options import (
     ModeOption,
     TokensOption,
     examples,
+    known_model,
 )
 from medr1.cli.printing import console, finish, percent, shown
 
@@ -53,7 +54,10 @@ def ask(
     compare: Annotated[
         list[str] | None,
         typer.Option(
-            "--compare", help="another model to ask the same, such as the base; may be repeated", rich_help_panel=WHAT
+            "--compare",
+            help="another model to ask the same, such as the base; may be repeated",
+            callback=known_model,
+            rich_help_panel=WHAT,
         ),
     ] = None,
     mode: ModeOption = "think",
@@ -124,7 +128,12 @@ def app_command(
     model: ModelOption = "tiny",
     compare: Annotated[
         list[str] | None,
-        typer.Option("--compare", help="another model, shown beside it; may be repeated", rich_help_panel=WHAT),
+        typer.Option(
+            "--compare",
+            help="another model, shown beside it; may be repeated",
+            callback=known_model,
+            rich_help_panel=WHAT,
+        ),
     ] = None,
     calibration: CalibrationOption = None,
     host: Annotated[

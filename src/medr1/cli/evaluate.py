@@ -27,6 +27,7 @@ from medr1.cli.options import (
     TypeOption,
     asked,
     examples,
+    known_model,
 )
 from medr1.cli.printing import console, finish, interval, numbers_span, percent, print_answered, print_summary, shown
 from medr1.config import RECIPE, load_config
@@ -46,7 +47,13 @@ command = partial(app.command, cls=Command, rich_help_panel="Measure")
 def evaluate_command(
     *,
     model: Annotated[
-        str, typer.Option("--model", help=f"{MODEL_HELP}, or openai:MODEL@URL for a server", rich_help_panel=WHAT)
+        str,
+        typer.Option(
+            "--model",
+            help=f"{MODEL_HELP}, or openai:MODEL@URL for a server",
+            callback=known_model,
+            rich_help_panel=WHAT,
+        ),
     ] = "tiny",
     data: DataOption = "phantoms",
     mode: ModeOption = "think",

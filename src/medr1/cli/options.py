@@ -20,7 +20,19 @@ RECIPE_PANEL = "Recipe"
 OUTPUT = "Output"
 
 MODEL_HELP = "'tiny', a folder, a run's folder, or OWNER/NAME of the hub (OWNER/NAME/FOLDER@REVISION)"
-ModelOption = Annotated[str, typer.Option("--model", help=MODEL_HELP, rich_help_panel=WHAT)]
+
+
+def known_model(name: Any) -> Any:
+    """An option's model, or models, once their names can be right: told before anything slow is imported."""
+    from medr1.policy.names import check_name
+
+    for one in name if isinstance(name, list) else [name]:
+        if one and not one.startswith("openai:"):
+            check_name(one)
+    return name
+
+
+ModelOption = Annotated[str, typer.Option("--model", help=MODEL_HELP, callback=known_model, rich_help_panel=WHAT)]
 DATA_HELP = "a data set's folder or table, hub:OWNER/NAME, or 'phantoms'"
 DataOption = Annotated[str, typer.Option("--data", help=DATA_HELP, rich_help_panel=WHAT)]
 ModeOption = Annotated[

@@ -27,6 +27,7 @@ from medr1.cli.options import (
     TypeOption,
     examples,
     help_when_alone,
+    known_model,
     resolve,
 )
 from medr1.cli.printing import console, finish, shown
@@ -74,7 +75,9 @@ def train(
     method: Annotated[
         Method | None, typer.Option("--method", help="reinforcement, or supervised", rich_help_panel=RECIPE_PANEL)
     ] = None,
-    model: Annotated[str | None, typer.Option("--model", help=MODEL_HELP, rich_help_panel=WHAT)] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help=MODEL_HELP, callback=known_model, rich_help_panel=WHAT)
+    ] = None,
     data: Annotated[str | None, typer.Option("--data", help=DATA_HELP, rich_help_panel=WHAT)] = None,
     mode: Annotated[
         Mode | None,
@@ -122,6 +125,7 @@ def train(
         "optimizer.seed": seed,
     }
     resolved = resolve(config, overrides, settings)
+    known_model(resolved.model.name)
     check_recipe(resolved, out, extend=extend)
     if result := finished(resolved, out):
         told = f"complete: {result['model']} had its {result['steps']:,} steps; a larger --steps extends it"
@@ -202,7 +206,9 @@ def study_command(
 def plan_command(
     config: ConfigOption = None,
     overrides: SetOption = None,
-    model: Annotated[str | None, typer.Option("--model", help="in place of the recipe's: hub name or folder")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help=f"in place of the recipe's: {MODEL_HELP}", callback=known_model)
+    ] = None,
     gpu: Annotated[str, typer.Option("--gpu", help="rtx4090, l40s, a100 or h100")] = "a100",
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="how many in a node, each with a copy of the model")] = 1,
     nodes: Annotated[int, typer.Option("--nodes", min=1, help="how many machines")] = 1,

@@ -15,6 +15,7 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ PROCESSOR = (
 """Files that a processor may consist of."""
 WEIGHTS = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
 OFFLINE = "On a machine without network: download it elsewhere and pass the folder, or set HF_HOME to a filled cache"
-_HUB = re.compile(r"[\w.-]+/[\w.-]+(/[\w./-]+)?(@[\w./-]+)?")
+_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(/[\w./-]+)?(@[\w./-]+)?")
 
 
 @dataclass(frozen=True)
@@ -59,25 +60,38 @@ class Place:
     or its base model."""
 
 
-def find_model(name: str) -> Place:
+def find_model(name: str, *, weights: bool = True) -> Place:
     """The folders that a model's name stands for; says on stderr what the name left open.
+
+    Args:
+        weights: whether they are wanted; without them config.json alone comes from the hub.
 
     Raises:
         MedR1Error: nothing has this name here, or the hub does not give it; the line says what to do.
+    """
+    if found := check_name(name):
+        return Place(found, found)
+    return _on_hub(name, weights)
+
+
+def check_name(name: str) -> Path | None:
+    """The folder that a name stands for; None for a name of the hub, which is not asked.
+
+    Raises:
+        MedR1Error: nothing has this name here, and no model of the hub can have it.
     """
     if name == "tiny":
         if not TINY.is_dir():
             raise MedR1Error(
                 "tiny: the package carries no checkpoint; reinstall medr1, or build it with medr1.bases.tiny"
             )
-        return Place(TINY, TINY)
+        return TINY
     folder = Path(name).expanduser()
     if folder.exists():
-        found = model_in(folder)
-        return Place(found, found)
+        return model_in(folder)
     if not _HUB.fullmatch(name):
         raise MedR1Error(f"{name}: no such folder, and a model of the hub is named OWNER/NAME{_meant(name)}")
-    return _on_hub(name)
+    return None
 
 
 def model_in(folder: Path) -> Path:
@@ -112,20 +126,25 @@ def _meant(name: str) -> str:
     return f"; did you mean {near[0]}?" if near else "; give a model folder, a run's folder, a hub id or 'tiny'"
 
 
-def _on_hub(name: str) -> Place:
+def _on_hub(name: str, with_weights: bool) -> Place:
     path, _, revision = name.partition("@")
     owner, repository, *inside = path.strip("/").split("/")
     prefix = "".join(f"{part}/" for part in inside)
     settings: dict[str, Any] = {"repo_id": f"{owner}/{repository}", "revision": revision or None}
-    patterns = [f"{prefix}{pattern}" for pattern in WEIGHTS]
+    patterns = [f"{prefix}{pattern}" for pattern in (WEIGHTS if with_weights else ("config.json",))]
     # Folders within are other models, or what an optimizer needs.
-    root = _download(name, settings, [*patterns, *PROCESSOR], [f"{prefix}*/*", "*/optimizer*"] if inside else ["*/*"])
+    root = _download(
+        name,
+        settings,
+        [*patterns, *(PROCESSOR if with_weights else ())],
+        [f"{prefix}*/*", "*/optimizer*"] if inside else ["*/*"],
+    )
     weights = root.joinpath(*inside)
     if not _holds_model(weights):
         folders = sorted({place.parent.relative_to(root).as_posix() for place in root.glob("**/*config.json")} - {"."})
         near = f"; it has {', '.join(folders[:5])}" if folders else ""
         raise MedR1Error(f"{name}: no config.json there{near}; name a folder of the repository as OWNER/NAME/FOLDER")
-    return Place(weights, _processor_beside(name, weights, root))
+    return Place(weights, _processor_beside(name, weights, root) if with_weights else weights)
 
 
 def _processor_beside(name: str, weights: Path, root: Path) -> Path:
@@ -191,6 +210,7 @@ def _download(name: str, settings: dict[str, Any], patterns: list[str], ignored:
     return found
 
 
+@lru_cache  # a command may look at a name more than once
 def _say(line: str) -> None:
     if is_first():
         Console(stderr=True, soft_wrap=True).print(line, style="dim", markup=False, highlight=False)

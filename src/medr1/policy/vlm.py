@@ -21,9 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from medr1.errors import MedR1Error
 from medr1.policy import attention
-
-TINY = Path(__file__).parents[1] / "bases" / "tiny" / "checkpoint"
-"""The checkpoint that the package carries; `load_vlm("tiny")`."""
+from medr1.policy.names import find_model
 
 VISION_TOKENS = (
     *("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),  # Qwen-VL
@@ -112,8 +110,9 @@ def load_vlm(name: str, *, dtype: str = "auto", device: str | torch.device | Non
     """Load a vision-language model and its processor.
 
     Args:
-        name: a hub id ("Qwen/Qwen2-VL-2B-Instruct"), a local folder (a model, or a LoRA adapter that names its base),
-            or "tiny" for the one in the package.
+        name: a local folder (a model, a LoRA adapter that names its base, or a training run), "tiny" for the one in
+            the package, or a model of the hub ("Qwen/Qwen2-VL-2B-Instruct", "OWNER/NAME/FOLDER@REVISION"); see
+            `medr1.policy.names`.
         dtype: "auto" (bfloat16 on a GPU that has it, else float32), "float32", "bfloat16" or "float16".
         device: default is the first GPU, else the CPU.
 
@@ -122,19 +121,13 @@ def load_vlm(name: str, *, dtype: str = "auto", device: str | torch.device | Non
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = TINY if name == "tiny" else Path(name).expanduser()
-    if name == "tiny" and not folder.is_dir():
-        raise MedR1Error("tiny: the package carries no checkpoint; reinstall medr1, or build it with medr1.bases.tiny")
+    place = find_model(name)
+    folder, source = place.weights, str(place.weights)
     if (folder / "adapter_config.json").is_file():
         return _load_adapter(name, folder, dtype, device)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise MedR1Error(f"{folder}: holds no config.json; give a model folder, a hub id or 'tiny'")
-    if not folder.exists() and (len(folder.parts) > 2 or name.startswith((".", "/", "~"))):
-        raise MedR1Error(f"{name}: no such folder; give a model folder, a hub id or 'tiny'")
-    source = str(folder) if folder.exists() else name
     loader: Any = AutoModelForImageTextToText
     try:
-        processor = AutoProcessor.from_pretrained(source)
+        processor = AutoProcessor.from_pretrained(str(place.processor))
         model, loading = loader.from_pretrained(source, dtype=_torch_dtype(dtype, device), output_loading_info=True)
     except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise MedR1Error(_load_failure(name, folder, error)) from error
@@ -152,14 +145,7 @@ def _load_failure(name: str, folder: Path, error: Exception) -> str:
     reason = str(error).strip().split("\n")[0]
     if isinstance(error, ImportError):  # such as num2words, which SmolVLM's processor asks for
         return f"{name}: needs a package that is not installed ({reason})"
-    if folder.exists():
-        return f"{name}: not a readable vision-language model ({reason}); choose another folder or save it again"
-    if isinstance(error, OSError):
-        return (
-            f"{name}: no local folder, and the model hub did not give it ({reason});"
-            " check the name and the network, or pass a local folder or 'tiny'"
-        )
-    return f"{name}: not a vision-language model ({reason}); choose one such as Qwen/Qwen2-VL-2B-Instruct"
+    return f"{name}: not a readable vision-language model ({reason}); choose another folder or save it again"
 
 
 def _load_adapter(name: str, folder: Path, dtype: str, device: str | torch.device) -> VLM:

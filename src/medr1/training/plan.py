@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from medr1.config import Config
 from medr1.errors import MedR1Error
+from medr1.policy.names import find_model
 from medr1.policy.shared_prefix import MAX_LOGITS
-from medr1.policy.vlm import TINY
 
 GPUS = {"rtx4090": (24, 165, 1008), "l40s": (48, 362, 864), "a100": (80, 312, 2039), "h100": (80, 989, 3350)}
 """Name to memory in GB, dense bfloat16 TFLOP/s and memory bandwidth in GB/s, from the vendors' data sheets."""
@@ -75,7 +75,7 @@ def count(model: str) -> Sizes:
         MedR1Error: no such model, or none of a known layout.
     """
     try:
-        config: Any = AutoConfig.from_pretrained(str(TINY) if model == "tiny" else model)
+        config: Any = AutoConfig.from_pretrained(str(find_model(model, weights=False).weights))
         with torch.device("meta"):
             network: Any = AutoModelForImageTextToText.from_config(config)
         text, vision = config.get_text_config(), config.vision_config
