@@ -103,3 +103,36 @@ def test_bad_rewards(weights: dict, reason: str) -> None:
         load_rewards(weights)
     assert reason in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_reward_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "beside.py").write_text("WORTH = 0.25\n")
+    (tmp_path / "mine.py").write_text("from beside import WORTH\ndef brevity(reply, record, mode):\n    return WORTH\n")
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine.py:brevity", "./mine.py:brevity", f"{tmp_path}/mine.py:brevity"):
+        [(_, reward, weight)] = load_rewards({name: 0.5})
+        assert (reward("", RECORD, "think"), weight) == (0.25, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("gone.py:f", "", "no such file as gone.py"),
+        ("mine.py:f", "x = 1\n", "mine.py has no function 'f'"),
+        ("mine.py:x", "x = 1\n", "is not a function but a int"),
+        ("mine.py:f", "import nothing_of_this_name\n", r"ModuleNotFoundError: .*at mine.py:1\); mend it"),
+        ("mine.py:f", "x = 1\ny = x + undefined\n", r"NameError: .*undefined.* at mine.py:2"),
+        ("mine.py:f", "def f(:\n", "SyntaxError"),
+        ("mine.py:", "x = 1\n", "has no function ''"),
+        ("mine:f", "", "FILE.py:function"),
+        ("acuracy", "", "did you mean accuracy"),
+    ],
+)
+def test_mistakes_with_a_file_are_one_line(
+    name: str, text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MedR1Error, match=message) as error:
+        load_rewards({name: 1.0})
+    assert "\n" not in str(error.value)

@@ -1,11 +1,18 @@
-"""Verifiable rewards: functions (reply, record, mode) -> float, looked up by name or by Python path.
+"""Verifiable rewards: functions (reply, record, mode) -> float, looked up by name, Python path or file.
 
 The accuracy reward and the evaluation share one extractor, so what is trained is what is measured.
 """
 
+import difflib
 import importlib
+import importlib.util
 import math
+import sys
+import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import cast
 
 from medr1.data.answers import exact_match, extract_answer, format_ok, is_correct, read_answer, token_f1
 from medr1.data.records import LETTERS, Record
@@ -54,8 +61,8 @@ def load_rewards(weights: Mapping[str, float]) -> list[tuple[str, Reward, float]
     """(name, function, weight) for each entry, e.g. of {"accuracy": 1.0, "my_package.rewards:brevity": 0.1}.
 
     Raises:
-        MedR1Error: there is no entry, a name is neither known nor an importable "module:function", or a
-            weight is not a finite number.
+        MedR1Error: there is no entry, a name is neither known nor an importable "module:function" or
+            "FILE.py:function", or a weight is not a finite number.
     """
     if not weights:
         raise MedR1Error(f"no reward is set; name one or more of {', '.join(_NAMED)} or a module:function")
@@ -66,13 +73,49 @@ def load_rewards(weights: Mapping[str, float]) -> list[tuple[str, Reward, float]
 
 
 def _import(name: str) -> Reward:
-    module, colon, function = name.partition(":")
+    """A reward of the user's own: "package.module:function", or "FILE.py:function" from the working directory."""
+    module, colon, function = name.rpartition(":")
     if not colon:
-        raise MedR1Error(f"unknown reward {name!r}; use {', '.join(_NAMED)} or the path of your own as module:function")
+        near = difflib.get_close_matches(name, _NAMED, n=1, cutoff=0.6)
+        raise MedR1Error(
+            f"unknown reward {name!r}; use {', '.join(_NAMED)} or your own as module:function or FILE.py:function"
+            + (f"; did you mean {near[0]}?" if near else "")
+        )
+    path = Path(module).expanduser()
+    is_file = path.suffix == ".py" or "/" in module
+    if is_file and not path.is_file():
+        raise MedR1Error(f"reward {name!r}: no such file as {path}, seen from {Path.cwd()}")
     try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:  # ValueError: an empty module name
-        raise MedR1Error(f"reward {name!r} cannot be imported ({error}); install it or set PYTHONPATH") from error
+        found = getattr(_run_file(path) if is_file else importlib.import_module(module), function, None)
+    except Exception as error:  # whatever the user's module raises
+        kind = "" if isinstance(error, ImportError) and not is_file else f"{type(error).__name__}: "
+        reason = " ".join(f"{kind}{error}".split())[:200]
+        places = [place for place in traceback.extract_tb(error.__traceback__) if Path(place.filename).suffix == ".py"]
+        where = f" at {Path(places[-1].filename).name}:{places[-1].lineno}" if is_file and places else ""
+        remedy = "mend it" if is_file else "install it, set PYTHONPATH, or give the file as FILE.py:function"
+        raise MedR1Error(f"reward {name!r} cannot be imported ({reason}{where}); {remedy}") from error
+    if found is None:
+        raise MedR1Error(f"reward {name!r} cannot be imported: {module} has no function {function!r}")
     if not callable(found):
         raise MedR1Error(f"reward {name!r} is not a function but a {type(found).__name__}")
-    return found
+    return cast(Reward, found)
+
+
+def _run_file(path: Path) -> ModuleType:
+    """The module in a file; it may import what lies beside it, and is run once."""
+    path = path.resolve()
+    if (name := f"medr1_rewards_{path.stem}_{abs(hash(path))}") in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError("Python cannot load a file of this kind")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
