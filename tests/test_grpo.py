@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medr1.errors import MedR1Error
-from medr1.training.objective import group_advantages, kl_k3, loss_denominator, policy_loss, rollout_weights
+from medr1.training.objective import (
+    bounded_exp,
+    group_advantages,
+    group_deviation,
+    kl_k3,
+    loss_denominator,
+    policy_loss,
+    rollout_weights,
+)
 
 
 def test_advantages_by_hand() -> None:
@@ -187,3 +195,59 @@ def test_weighted_samples_of_another_policy_have_the_gradient_of_our_own(seed: i
     loss, _ = policy_loss(logp[:, None], None, server_logp.exp() * rewards, mask, denominator=1.0, weight_NT=weights)
     (gradient,) = torch.autograd.grad(loss, logits)
     torch.testing.assert_close(gradient, expected)
+
+
+def test_what_no_reward_applies_to_is_left_out_of_its_group() -> None:
+    # of (1, -, 0): mean 1/2, std of (1, 0) 0.70711: 0.5 / 0.70721 = 0.70701; one alone and none have nothing to compare
+    rewards = torch.tensor([[1.0, math.nan, 0.0], [math.nan, 3.0, math.nan], [math.nan] * 3, [0.1, 0.1, math.nan]])
+    expected = [[0.70701, 0.0, -0.70701], [0.0] * 3, [0.0] * 3, [0.0] * 3]
+    for row, want in zip(group_advantages(rewards).tolist(), expected, strict=True):
+        assert row == pytest.approx(want, abs=1e-5)
+    assert group_advantages(rewards, scale="none")[0].tolist() == [0.5, 0.0, -0.5]
+    assert group_deviation(rewards).tolist() == pytest.approx([0.70711, 0, 0, 0], abs=1e-5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-3, 3, width=32), min_size=2, max_size=6), st.sampled_from(["group", "none"]), st.data())
+def test_a_group_with_gaps_is_the_group_without_them(rewards: list[float], scale: str, data: st.DataObject) -> None:
+    places = data.draw(st.lists(st.integers(0, len(rewards)), max_size=3))
+    gaps = list(rewards)
+    for place in places:
+        gaps.insert(place, math.nan)
+    plain = group_advantages(torch.tensor([rewards], dtype=torch.float64), scale=scale)  # type: ignore[arg-type]
+    found = group_advantages(torch.tensor([gaps], dtype=torch.float64), scale=scale)[0]  # type: ignore[arg-type]
+    apart = torch.tensor(gaps).isnan()
+    assert found[~apart].tolist() == pytest.approx(plain[0].tolist(), abs=1e-9)
+    assert not found[apart].any()
+
+
+def test_bounded_exp_is_exp_and_then_its_tangent() -> None:
+    below = torch.tensor([-200.0, -1.0, 0.0, 1.0, 19.9, 20.0], dtype=torch.float64)
+    assert torch.equal(bounded_exp(below), below.exp())
+    above = torch.tensor([20.0, 21.0, 120.0, 1e6], dtype=torch.float64, requires_grad=True)
+    bounded_exp(above).sum().backward()
+    bound = math.exp(20)
+    assert bounded_exp(above).tolist() == pytest.approx([bound, 2 * bound, 101 * bound, (1e6 - 19) * bound])
+    assert above.grad is not None and above.grad.tolist() == pytest.approx([bound] * 4)
+
+
+@pytest.mark.parametrize("distance", [25.0, 100.0, 1e4])
+@pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
+@pytest.mark.parametrize("kl_by_ratio", [False, True])
+def test_log_probs_far_apart_overflow_nothing(distance: float, advantage: float, kl_by_ratio: bool) -> None:
+    """One token far below the reference, one far above the policy that sampled; both are pulled the right way."""
+    logp = torch.tensor([[-distance, -0.1]], requires_grad=True)
+    old, reference = torch.tensor([[-distance, -distance]]), torch.tensor([[-0.1, -0.1]])
+    mask = torch.ones(1, 2)
+    loss, sums = policy_loss(
+        logp, old, torch.tensor([advantage]), mask, denominator=1.0, beta=0.04, ref_logp_NT=reference,
+        kl_by_ratio=kl_by_ratio,
+    )  # fmt: skip
+    loss.backward()
+    assert logp.grad is not None and bool(logp.grad.isfinite().all()) and bool(loss.isfinite())
+    assert all(math.isfinite(value) for value in sums.values())
+    assert logp.grad[0, 0] < 0  # towards the reference: its probability must rise
+    if advantage < 0:
+        assert logp.grad[0, 1] > 0
+    weights, mismatch = rollout_weights(logp, old - distance, mask, cap=2.0)
+    assert weights.max() == 2 and all(math.isfinite(value) for value in mismatch.values())

@@ -134,11 +134,17 @@ class Gradients(TrainerCallback):
 def test_bfloat16_gives_every_weight_its_gradient(phantoms: Path, tmp_path: Path) -> None:
     """Whether prompts are read with gradient beside tokens sampled without, or apart: casts of weights are kept."""
     found = []
-    for size in (0, 1):
-        settings = {"model.dtype": "bfloat16", "optimizer.steps": 1, "grpo.beta": 0.0}
-        config = recipe(phantoms, **LETTERS, **settings, **{"optimizer.prompts_per_forward": size})
-        trainer = make_trainer(config, tmp_path / str(size))
-        assert trainer.reads_prompts_once == (size == 0)
+    for once in (True, False):
+        settings = {
+            "model.dtype": "bfloat16",
+            "optimizer.steps": 1,
+            "grpo.beta": 0.0,
+            "optimizer.prompts_per_step": 1,
+            "rollout.num_completions": 8,
+        }
+        trainer = make_trainer(recipe(phantoms, **LETTERS, **settings), tmp_path / str(once))
+        assert trainer.reads_prompts_once
+        trainer.reads_prompts_once = once
         trainer.add_callback(gradients := Gradients())
         trainer.run()
         found.append(gradients.by_name)

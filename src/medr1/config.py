@@ -19,6 +19,8 @@ from medr1.errors import MedR1Error
 
 RECIPE = "recipe.toml"
 """The recipe's file in the folder of a run."""
+EXPORTED = "medr1.json"
+"""In an exported folder: what it was made from."""
 
 
 class _Section(BaseModel):
@@ -40,6 +42,18 @@ class ModelConfig(_Section):
         "auto", description="torch.compile of the text layers in training; auto: on a GPU"
     )
     train_vision: bool = Field(True, description="train the vision tower too (full fine-tuning only); false: frozen")
+    min_pixels: int = Field(0, ge=0, description="an image is scaled up to so many pixels; 0: the model's own limit")
+    max_pixels: int = Field(
+        0,
+        ge=0,
+        description="an image is scaled down to so many pixels; 0: the model's own limit, and for Qwen-VL's hub models"
+        " the published 401408",
+    )
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """What `load_vlm` is told beside the name."""
+        return {"dtype": self.dtype, "min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
 
 
 class DataConfig(_Section):
@@ -114,7 +128,12 @@ class OptimizerConfig(_Section):
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
-    seed: int = Field(0, description="seed of the data order and of every sampled token")
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**32,
+        description="seed of the data order, of an adapter's first weights and of every sampled token",
+    )
 
 
 class LogConfig(_Section):

@@ -6,3 +6,7 @@ class MedR1Error(Exception):
 
     The command line prints the message and exits with status 1; nothing else in the package is caught there.
     """
+
+
+class NotFiniteError(MedR1Error):
+    """A model computed something that is not a finite number, so that nothing that follows from it means anything."""

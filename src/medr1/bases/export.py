@@ -20,16 +20,14 @@ from safetensors import SafetensorError
 from tabulate import tabulate
 
 from medr1 import NOTICE
-from medr1.config import RECIPE, Config, load_config, to_toml
+from medr1.config import EXPORTED, RECIPE, Config, load_config, to_toml
 from medr1.data.records import read_jsonl
 from medr1.errors import MedR1Error
 from medr1.evaluation.metrics import summarise
 from medr1.evaluation.run import weights_fingerprint
-from medr1.policy.vlm import load_vlm, merged
+from medr1.policy.vlm import load_vlm, merged, refuse_not_finite
 from medr1.report.pages import package_versions
 
-ABOUT = "medr1.json"
-"""In an exported folder: what it was made from. A folder with it may be written anew."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -53,7 +51,7 @@ def export_model(
     """
     if dtype not in DTYPES:
         raise MedR1Error(f"--dtype {dtype}: is not known; choose {', '.join(DTYPES)}")
-    if out.exists() and not (out / ABOUT).is_file() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not (out / EXPORTED).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise MedR1Error(f"{out}: holds files that are not of an export; name a new folder")
     evaluations = [_evaluation(path) for path in answers]
     run = Path(model).expanduser()
@@ -64,6 +62,7 @@ def export_model(
     vlm = load_vlm(source, dtype="float32", device="cpu")
     has_adapter = vlm.core is not vlm.model
     core = merged(vlm).to(DTYPES[dtype])
+    refuse_not_finite(core, f"{model} in {dtype}")
     base = _public_name(recipe.model.name if recipe else _base(source))
     about = {
         "base_model": base,
@@ -79,7 +78,7 @@ def export_model(
         vlm.processor.save_pretrained(folder)
         if recipe:
             (folder / RECIPE).write_text(to_toml(_without_folders(recipe)), encoding="utf-8")
-        (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        (folder / EXPORTED).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     _replace_folder(out.resolve(), write)

@@ -384,7 +384,7 @@ def faithfulness_command(
     if len(records) < len(held_out):
         console.print(f"{len(held_out) - len(records)} open questions have no options to compare and are left out")
     numbers = measure_faithfulness(
-        load_vlm(model, dtype=resolved.model.dtype),
+        load_vlm(model, **resolved.model.loading),
         limited(records, limit, resolved),
         out=out,
         max_new_tokens=max_new_tokens,

@@ -3,7 +3,6 @@
 Each command ends in the same way: what came out, where it lies, what to do next.
 """
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from medr1 import NOTICE
+from medr1.data.records import to_json
 
 console = Console(stderr=True)
 LISTED = 20
@@ -40,7 +40,7 @@ def finish(
     """
     console.print(NOTICE, style="dim")
     if as_json:
-        typer.echo(json.dumps(result, ensure_ascii=False))
+        typer.echo(to_json(result))
         return
     for sentence in said:
         Console().print(sentence, highlight=False, markup=False, soft_wrap=True)

@@ -6,6 +6,7 @@ since in the public data the answer often stands in them.
 """
 
 import json
+import math
 import os
 import re
 import string
@@ -194,13 +195,33 @@ def resume_jsonl(path: Path, keys: Collection[str]) -> dict[str, dict[str, Any]]
     return rows
 
 
+def to_json(value: Any, **settings: Any) -> str:
+    """JSON as the standard has it, for any reader: a number that is not finite, which JSON cannot hold, is null.
+
+    Args:
+        settings: of `json.dumps`.
+    """
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, **settings)
+    except ValueError:
+        return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, **settings)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    return [_finite(part) for part in value] if isinstance(value, list | tuple) else value
+
+
 def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Append rows to a JSON-lines file and force them to disk: all of them, or on a full disk none.
 
     Raises:
         MedR1Error: the disk is full or the folder cannot be written.
     """
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    text = "".join(to_json(row) + "\n" for row in rows)
     size = path.stat().st_size if path.exists() else 0
     try:
         with path.open("a", encoding="utf-8") as file:
@@ -215,7 +236,7 @@ def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write a JSON-lines file anew, whole or not at all; raises as `write_atomic`."""
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_atomic(path, "".join(to_json(row) + "\n" for row in rows))
 
 
 def write_atomic(path: Path, text: str) -> None:

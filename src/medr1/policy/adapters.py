@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from medr1.errors import MedR1Error
@@ -32,9 +33,10 @@ def compile_text_layers(vlm: VLM, backend: str = "inductor") -> None:
                 part.compile(backend=backend, dynamic=True)
 
 
-def add_lora(vlm: VLM, *, rank: int, alpha: float, dropout: float = 0.0) -> VLM:
+def add_lora(vlm: VLM, *, rank: int, alpha: float, dropout: float = 0.0, seed: int = 0) -> VLM:
     """Low-rank adapters on every linear layer of the text model (arXiv:2106.09685); all else is frozen.
 
+    Half of an adapter's weights begin as zeros, the others as draws of `seed`, whatever was drawn before.
     The reference policy is then the same model with its adapters off: `with vlm.model.disable_adapter(): …`.
     """
     from peft import LoraConfig, get_peft_model
@@ -50,7 +52,9 @@ def add_lora(vlm: VLM, *, rank: int, alpha: float, dropout: float = 0.0) -> VLM:
         target_modules=rf".*{text_model}\..*\.({'|'.join(sorted(linear))})",
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(core, config)
+    with torch.random.fork_rng(devices=[] if vlm.device.type == "cpu" else [vlm.device]):
+        torch.manual_seed(seed)
+        model = get_peft_model(core, config)
     folder = Path(vlm.name).expanduser()
     is_folder = vlm.name != "tiny" and folder.is_dir()
     config.base_model_name_or_path = str(folder.resolve()) if is_folder else vlm.name

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from medr1.errors import NotFiniteError
 from medr1.policy.attention import Decoding, Prefill
 from medr1.policy.encoding import PromptBatch
 from medr1.policy.shared_prefix import restrict
@@ -62,9 +63,13 @@ def sample(
         part: (i, n): these prompts are the i-th of n equal parts of a batch that n processes share, and get the draws
             that they would get in a call with the whole batch.
         keep_prefill: read the prompts with gradient, so that `completion_logprobs` need not read them again. One
-            backward pass only, before the weights change.
+            backward pass only, before the weights change. Each is read by itself, so that this pass goes through those
+            alone that are selected for it.
         on_step: called after each token with all ids so far (N, T), padding after a stop token; what it raises ends
             the call.
+
+    Raises:
+        NotFiniteError: the policy gives NaN for a token.
     """
     num_rows = len(prompts) * num_completions
     device = prompts.input_ids_BP.device
@@ -80,7 +85,7 @@ def sample(
 
     with evaluating(vlm.model):
         with torch.set_grad_enabled(keep_prefill):
-            prefill = _read(vlm, prompts)
+            prefill = Prefill.joined(_read_each(vlm, prompts)) if keep_prefill else _read(vlm, prompts)
         assert prefill.logits_BV is not None
         logits = prefill.logits_BV.repeat_interleave(num_completions, dim=0)
         decoding = Decoding(prefill, num_completions, max_new_tokens)
@@ -116,6 +121,8 @@ def sample(
 
     length = int(mask.sum(1).max())
     ids, mask, logp = ids[:, :length], mask[:, :length], logp[:, :length]
+    if not bool(logp.isfinite().all()):
+        raise NotFiniteError(f"{vlm.name}: the probabilities of its next token are not finite numbers")
     texts = vlm.tokenizer.batch_decode(
         [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)], skip_special_tokens=True
     )
@@ -131,6 +138,24 @@ def _read(vlm: VLM, prompts: PromptBatch) -> Prefill:
     before = _call(vlm, beginnings, Prefill(beginnings.attention_mask_BP))
     owner_B = torch.tensor(owners, device=prompts.input_ids_BP.device)
     return _call(vlm, ends, Prefill(ends.attention_mask_BP, before, owner_B))
+
+
+def _read_each(vlm: VLM, prompts: PromptBatch) -> list[Prefill]:
+    """`_read` in a call for each prompt, and one for each beginning that several share: a graph for each."""
+    shared = prompts.split_after_images(vlm.core.config)
+    if shared is None:
+        each = [prompts.select([index]) for index in range(len(prompts))]
+        return [_call(vlm, prompt, Prefill(prompt.attention_mask_BP)) for prompt in each]
+    beginnings, ends, owners = shared
+    # Beginnings are padded on both sides, which `trim` does not know.
+    firsts = [beginnings.select([index], trim=False) for index in range(len(beginnings))]
+    before = [_call(vlm, first, Prefill(first.attention_mask_BP)) for first in firsts]
+    only = torch.zeros(1, dtype=torch.long, device=prompts.input_ids_BP.device)
+    rest = [ends.select([index]) for index in range(len(ends))]
+    return [
+        _call(vlm, end, Prefill(end.attention_mask_BP, before[owner], only))
+        for end, owner in zip(rest, owners, strict=True)
+    ]
 
 
 def _call(vlm: VLM, prompts: PromptBatch, prefill: Prefill) -> Prefill:
@@ -159,12 +184,13 @@ def _greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
 def _draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """A token of each row by inversion of the cumulative distribution, and its log-probability.
 
-    A token of probability 0 is never drawn: its cumulative value equals that of the token before it.
+    A token of probability 0 is never drawn: its cumulative value equals that of the token before it. Of a distribution
+    that is NaN, any token with log-probability NaN.
     """
     shifted = logits - logits.amax(-1, keepdim=True)
     cumulative = shifted.exp().cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)
+    tokens = torch.searchsorted(cumulative, uniform[:, None] * total, right=True).clamp(max=logits.shape[-1] - 1)
     return tokens[:, 0], (shifted.gather(-1, tokens) - total.log())[:, 0].to(logits.dtype)
 
 

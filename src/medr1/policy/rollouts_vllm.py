@@ -14,6 +14,7 @@ in a batch, so that a resumed run need not repeat its completions.
 
 import contextlib
 import hashlib
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ from medr1.data.records import Record
 from medr1.errors import MedR1Error
 from medr1.policy.client import TIMEOUT, api_key, api_messages, openai, reason_of
 from medr1.policy.encoding import PromptBatch
+from medr1.policy.pixels import as_scaled
 from medr1.policy.rollouts import Rollout
 from medr1.policy.vlm import VLM
 
@@ -45,6 +47,13 @@ MAX_REQUESTS = 64
 """Prompts under way at a time."""
 MAX_MISMATCH = 0.5
 """Mean difference of log-probs (nats a token) above which the server cannot hold the policy; bfloat16 gives 0.01."""
+USUAL_STEPS = 5
+"""Steps whose median difference is what is usual for a run: server and policy are hardly apart then, stale or not."""
+MAX_GROWTH = 4.0
+"""Times the usual difference above which a server is taken to hold older weights. Users of another trainer reported a
+server that had stopped reading them: 0.201 in place of 0.015, thirteen times."""
+LEAST_MISMATCH = 0.02
+"""Nats a token that are never taken for that, so that two float32 computations, 1e-6 apart, may come to differ."""
 
 T = TypeVar("T")
 
@@ -74,6 +83,8 @@ class VLLMServer:
         """Name of the weights that the server should have: the run and the step."""
         self.known = False
         """Whether the server that answers was seen to give the log-probs of what it draws from."""
+        self.usual: list[float] = []
+        """`check`'s differences of the run's first steps."""
 
     def push(self, step: int, *, load: bool = True) -> None:
         """Have the server read `weights` and forget all that it computed with others; waits for a lost server.
@@ -132,7 +143,9 @@ class VLLMServer:
         }
 
         def messages(record: Record) -> Any:
-            return api_messages(build_messages(record, self.mode), map(load_image, record.images))
+            # Scaled here, so that the recipe's limits hold whatever those of the server are.
+            images = (as_scaled(self.vlm.processor, load_image(path)) for path in record.images)
+            return api_messages(build_messages(record, self.mode), images)
 
         def ask(place: int) -> list[tuple[list[int], list[float], bool]]:
             try:
@@ -161,16 +174,31 @@ class VLLMServer:
         assert len(completions) == len(records) * num_completions
         return self._rollout(completions, prompts.input_ids_BP.device)
 
+    def remember(self, mismatches: list[float]) -> None:
+        """What `check` was given by the steps of a run before it was resumed, in order."""
+        self.usual = mismatches[:USUAL_STEPS]
+
     def check(self, mismatch: float) -> None:
-        """Raise MedR1Error where log-probs differ by more than MAX_MISMATCH: the server has other weights.
+        """See that the server has the policy's weights; once a step.
 
         Args:
-            mismatch: mean |log π - log μ| of sampled tokens, in nats.
+            mismatch: mean |log π - log μ| of the step's sampled tokens, in nats.
+
+        Raises:
+            MedR1Error: more than MAX_MISMATCH, or than MAX_GROWTH times the median of the run's first USUAL_STEPS.
         """
         if not mismatch <= MAX_MISMATCH:
             raise MedR1Error(
                 f"{self.url}: its log-probs are {mismatch:.2g} nats a token off the policy's, with the weights pushed;"
                 " serve the recipe's model, with --logprobs-mode processed_logprobs"
+            )
+        if len(self.usual) < USUAL_STEPS:
+            self.usual.append(mismatch)
+        elif mismatch > max(LEAST_MISMATCH, MAX_GROWTH * (usual := statistics.median(self.usual))):
+            raise MedR1Error(
+                f"{self.url}: its log-probs are {mismatch:.2g} nats a token off the policy's, and were {usual:.2g} in"
+                " the first steps, as if it had older weights; start the server anew and run the same command, which"
+                " goes on from the last checkpoint"
             )
 
     @property

@@ -8,7 +8,7 @@ Shapes: B prompts, P prompt tokens, A rotary axes (3 with M-RoPE, else 1).
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +17,13 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from medr1.errors import MedR1Error
+from medr1.errors import MedR1Error, NotFiniteError
 from medr1.policy import attention
 from medr1.policy.names import find_model
+from medr1.policy.pixels import limit_as_published, limit_pixels
 
 VISION_TOKENS = (
     *("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),  # Qwen-VL
@@ -106,7 +108,14 @@ class PatchProjection(nn.Conv3d):
         return nn.functional.linear(patches.flatten(1), self.weight.flatten(1), self.bias)[..., None, None, None]
 
 
-def load_vlm(name: str, *, dtype: str = "auto", device: str | torch.device | None = None) -> VLM:
+def load_vlm(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str | torch.device | None = None,
+    min_pixels: int = 0,
+    max_pixels: int = 0,
+) -> VLM:
     """Load a vision-language model and its processor.
 
     Args:
@@ -115,10 +124,20 @@ def load_vlm(name: str, *, dtype: str = "auto", device: str | torch.device | Non
             `medr1.policy.names`.
         dtype: "auto" (bfloat16 on a GPU that has it, else float32), "float32", "bfloat16" or "float16".
         device: default is the first GPU, else the CPU.
+        min_pixels: of an image, which is scaled up to them; 0: the model's own.
+        max_pixels: of an image, which is scaled down to them; 0: the model's own, and of a model that no recipe lies
+            beside at most `pixels.PUBLISHED`.
 
     Raises:
-        MedR1Error: no such model, the hub cannot be reached, or it is not a vision-language model.
+        MedR1Error: no such model, the hub cannot be reached, it is not a vision-language model, limits of pixels that
+            it cannot have, or weights that are not finite numbers.
     """
+    vlm = _load(name, dtype, device)
+    limit_pixels(vlm.processor, name, min_pixels=min_pixels, max_pixels=max_pixels)
+    return vlm
+
+
+def _load(name: str, dtype: str, device: str | torch.device | None) -> VLM:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     place = find_model(name)
@@ -138,7 +157,26 @@ def load_vlm(name: str, *, dtype: str = "auto", device: str | torch.device | Non
         )
     if not hasattr(processor, "image_processor"):
         raise MedR1Error(f"{name}: its processor takes no images; choose a vision-language model")
+    refuse_not_finite(model, name)
+    limit_as_published(processor, name, folder)
     return VLM(model.to(device), processor, name)
+
+
+def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Name of the first tensor that holds NaN or an infinity; of one that is sharded, this process reads its part."""
+    for name, tensor in tensors:
+        part = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+        if part.is_floating_point() and part.numel() and not bool(torch.stack(part.aminmax()).isfinite().all()):
+            return name
+    return None
+
+
+def refuse_not_finite(model: nn.Module, name: str) -> None:
+    """Raise NotFiniteError where a weight is NaN or infinite: nothing that such a model says means anything."""
+    if tensor := first_not_finite(model.state_dict().items()):
+        raise NotFiniteError(
+            f"{name}: {tensor} holds numbers that are not finite; take the checkpoint before, or another model or dtype"
+        )
 
 
 def _load_failure(name: str, folder: Path, error: Exception) -> str:
@@ -151,11 +189,23 @@ def _load_failure(name: str, folder: Path, error: Exception) -> str:
 def _load_adapter(name: str, folder: Path, dtype: str, device: str | torch.device) -> VLM:
     from peft import PeftConfig, PeftModel
 
-    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    try:
+        base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    except (OSError, ValueError, TypeError) as error:
+        raise MedR1Error(_load_failure(name, folder, error)) from error
     if not base:
         raise MedR1Error(f"{folder}: adapter_config.json names no base model; add base_model_name_or_path")
     vlm = load_vlm(base, dtype=dtype, device=device)
-    return VLM(PeftModel.from_pretrained(merged(vlm), str(folder)), vlm.processor, name)
+    try:
+        model = PeftModel.from_pretrained(merged(vlm), str(folder))
+        # As the adapter was trained: its folder says how large images are.
+        has_processor = any((folder / file).is_file() for file in ("processor_config.json", "preprocessor_config.json"))
+        processor = AutoProcessor.from_pretrained(str(folder)) if has_processor else vlm.processor
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise MedR1Error(_load_failure(name, folder, error)) from error
+    refuse_not_finite(model, name)
+    limit_as_published(processor, name, folder)
+    return VLM(model, processor, name)
 
 
 def merged(vlm: VLM) -> Any:

@@ -43,7 +43,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 
 from medr1.config import Config, known_keys, mistakes
 from medr1.data.parts import load_parts
-from medr1.data.records import MODALITIES, QUESTION_TYPES, Record, read_jsonl, write_atomic
+from medr1.data.records import MODALITIES, QUESTION_TYPES, Record, read_jsonl, to_json, write_atomic
 from medr1.errors import MedR1Error
 from medr1.evaluation.controls import as_shown, text_only_prior
 from medr1.evaluation.run import evaluate
@@ -346,7 +346,7 @@ def _run(plan: Plan, out: Path) -> dict[str, Any]:
         print(f"study: {done} of {len(plan.cells)} cells done{_remaining(plan, out)}; now {cell.name}", file=sys.stderr)
         _run_cell(plan, cell, out)
         _discard(study, cell, out)
-    write_atomic(out / "results.json", json.dumps(_results(plan, out), ensure_ascii=False, indent=1))
+    write_atomic(out / "results.json", to_json(_results(plan, out), indent=1))
     return write_study_report(out)
 
 
@@ -410,7 +410,7 @@ def _answer(plan: Plan, cell: Cell, out: Path) -> None:
     if cell.axis and not (run / "model").is_dir():
         train(cell_recipe(study, cell), run)
         gc.collect()  # a Trainer is a cycle, and would keep its model and optimizer on the GPU
-    vlm = load_vlm(cell.model or str(run / "model"), dtype=study.recipe.model.dtype)
+    vlm = load_vlm(cell.model or str(run / "model"), **study.recipe.model.loading)
     vlm.name = cell.model or cell.name  # rows shall not name this machine's folders
     settings |= {"batch_size": study.batch_size, "donors": plan.test}
     for condition, records in plan.asked(cell):

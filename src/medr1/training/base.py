@@ -10,16 +10,18 @@ optimizer by name, so that it loads on another number and another kind of them. 
 """
 
 import contextlib
+import json
 import math
 import random
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import load_peft_weights, set_peft_model_state_dict
+from rich.console import Console
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -29,24 +31,31 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Dataset, Sampler
-from transformers import ProgressCallback, Trainer, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from medr1.config import Config
 from medr1.data.images import load_image
 from medr1.data.prompts import build_messages
-from medr1.data.records import Record, append_jsonl, read_jsonl, write_jsonl
-from medr1.errors import MedR1Error
+from medr1.data.records import Record, append_jsonl, read_jsonl, to_json, write_atomic, write_jsonl
+from medr1.errors import MedR1Error, NotFiniteError
 from medr1.evaluation.metrics import summarise
 from medr1.evaluation.run import Row, evaluate, weights_fingerprint
 from medr1.policy.adapters import add_lora, compile_text_layers, freeze_vision
 from medr1.policy.encoding import PromptBatch, encode_prompts
-from medr1.policy.vlm import VLM, computes_in_bfloat16
+from medr1.policy.pixels import limit_pixels
+from medr1.policy.vlm import VLM, computes_in_bfloat16, first_not_finite
 from medr1.processes import agree, gather
+from medr1.training.checkpoints import newest_whole, seal
 from medr1.training.folder import LOG, place_trackers, write_recipe
 from medr1.training.progress import TrainingProgress
 from medr1.training.trackers import check_trackers
+
+SUMS = "log-sums.json"
+"""In a checkpoint: what the next log line, and the last, have summed up so far."""
+NAMED = 3
+"""Records that an error names; more are counted."""
 
 
 class RecordTrainer(Trainer):
@@ -77,8 +86,11 @@ class RecordTrainer(Trainer):
             raise MedR1Error("no training records; relax the filters of [data]")
         check_trackers(config.log.trackers)
         place_trackers(config.log.trackers, output_dir)
+        limits = {"min_pixels": config.model.min_pixels, "max_pixels": config.model.max_pixels}
+        limit_pixels(vlm.processor, vlm.name, **limits)
         if config.model.lora_rank:
-            vlm = add_lora(vlm, rank=config.model.lora_rank, alpha=config.model.lora_alpha)
+            seed = config.optimizer.seed
+            vlm = add_lora(vlm, rank=config.model.lora_rank, alpha=config.model.lora_alpha, seed=seed)
         elif not config.model.train_vision:
             freeze_vision(vlm)
         if config.model.compile == "on" or (config.model.compile == "auto" and vlm.device.type == "cuda"):
@@ -87,7 +99,10 @@ class RecordTrainer(Trainer):
         self.num_records, self.num_test_records = len(train_records), len(test_records)
         chosen = min(config.log.eval_records, len(test_records))
         self.eval_records = random.Random(config.data.split_seed).sample(test_records, chosen)
+        self.step_records: list[Record] = []
         self.sums: dict[str, float] = {}
+        self.sums_before: dict[str, Any] | None = None
+        """What a checkpoint that the run goes on from had summed up for its log."""
         optimizer, log = config.optimizer, config.log
         self.num_steps = optimizer.steps or math.ceil(
             optimizer.epochs * len(train_records) / optimizer.prompts_per_step * self.repeats
@@ -143,6 +158,7 @@ class RecordTrainer(Trainer):
                 "DeepSpeed ZeRO-3 waits for all processes in each call of the model, and sampling makes another number"
                 " of calls in each; use configs/accelerate/fsdp2.yaml (ZeRO-3 is for SFT with log.eval_every = 0)"
             )
+        self.add_callback(_TakeUpSums(self))
         self.remove_callback(ProgressCallback)
         self.progress = TrainingProgress()
         self.add_callback(self.progress)
@@ -164,12 +180,65 @@ class RecordTrainer(Trainer):
             self.progress.stop()
         self._write_folder(self.out / "model", training_state=False)
 
-    def _last_checkpoint(self) -> str | None:
-        gather(None)  # process 0 has made the folder
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One step's backward passes; this process's share of its loss, times the processes, detached."""
+        model.train()
+        self.step_records = inputs["records"]
+        self.step_loss = self.learn(model, self.step_records)
+        return self.step_loss
+
+    def learn(self, model: nn.Module, records: list[Record]) -> Tensor:
+        """What `training_step` does with the records of one step."""
+        raise NotImplementedError
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The gradient's norm. A loss or a gradient that is no number ends the run here, before the weights change.
+
+        (DeepSpeed has changed them within the backward pass; they are not written.)
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        ids = [record.id for record in self.step_records]
+        told = gather((float(self.step_loss), float(norm), ids))
+        wrong = [part for part in told if not math.isfinite(part[0])] or told
+        loss, length = wrong[0][:2]
+        if not math.isfinite(loss + length):
+            what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {length}"
+            names = [name for part in wrong for name in part[2]]
+            agree(partial(_refuse, self.stopped(self.state.global_step + 1, what, names)))
+        return norm
+
+    def stopped(self, step: int, what: str, ids: Sequence[str]) -> str:
+        """The line of a run that ends because something is not a finite number."""
+        shown = f"{', '.join(ids[:NAMED])}{f' and {len(ids) - NAMED} more' if len(ids) > NAMED else ''}"
         last = get_last_checkpoint(str(self.out))
-        if len(set(gather(last))) > 1:
+        return (
+            f"step {step}: {what}, at records {shown}; nothing of it is kept, and the last good"
+            f" checkpoint is {last or 'none yet'}; look at these records, or choose another --out and a lower"
+            " optimizer.learning_rate"
+        )
+
+    @contextlib.contextmanager
+    def naming_step(self, step: int, records: Sequence[Record]) -> Iterator[None]:
+        """Within this block a policy that computes no numbers ends the run with this step and these records."""
+        try:
+            yield
+        except NotFiniteError as error:
+            raise MedR1Error(self.stopped(step, str(error), [record.id for record in records])) from error
+
+    def _last_checkpoint(self) -> str | None:
+        """The newest whole checkpoint, chosen by process 0; damaged ones after it are passed over with a line each."""
+        gather(None)  # process 0 has made the folder
+        if len(set(gather(get_last_checkpoint(str(self.out))))) > 1:
             agree(partial(_refuse, f"{self.out}: not all processes see the same checkpoints; choose a shared folder"))
-        return last
+        last, passed_over = gather(
+            agree(lambda: newest_whole(self.out) if self.is_world_process_zero() else (None, []))
+        )[0]
+        if self.is_world_process_zero():
+            for line in passed_over:
+                Console(stderr=True, soft_wrap=True).print(
+                    f"{line}; going on from {last.name if last else 'the beginning'}", markup=False, highlight=False
+                )
+        return str(last) if last else None
 
     def encode(self, records: list[Record]) -> PromptBatch:
         """Prompts of records in the recipe's mode, with their images."""
@@ -186,13 +255,19 @@ class RecordTrainer(Trainer):
         raise NotImplementedError
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        sums = self._gathered_sums()
+        self.sums = {}
+        if "train_loss" in logs:  # Trainer's own is of the steps since the last resume
+            logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
+        super().log(logs | (self.log_line(sums) if sums else {}), *args, **kwargs)
+        self.first_appends(LOG, [self.state.log_history[-1]])
+
+    def _gathered_sums(self) -> dict[str, float]:
         sums: dict[str, float] = {}
         for part in gather(self.sums):
             for name, value in part.items():
                 sums[name] = sums.get(name, 0.0) + value
-        self.sums = {}
-        super().log(logs | (self.log_line(sums) if sums else {}), *args, **kwargs)
-        self.first_appends(LOG, [self.state.log_history[-1]])
+        return sums
 
     def first_appends(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Process 0 appends rows to a .jsonl file of the run; if it cannot, all end."""
@@ -227,14 +302,15 @@ class RecordTrainer(Trainer):
         return metrics
 
     def _answer(self, records: list[Record], out: Path, fingerprint: str) -> list[Row]:
-        return evaluate(
-            self.vlm,
-            records,
-            mode=self.config.rollout.mode,
-            out=out,
-            max_new_tokens=self.config.rollout.max_new_tokens,
-            fingerprint=fingerprint,
-        )
+        with self.naming_step(self.state.global_step, records):
+            return evaluate(
+                self.vlm,
+                records,
+                mode=self.config.rollout.mode,
+                out=out,
+                max_new_tokens=self.config.rollout.max_new_tokens,
+                fingerprint=fingerprint,
+            )
 
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[None]:
@@ -297,6 +373,7 @@ class RecordTrainer(Trainer):
         else:
             core = self.vlm.core
             core.load_state_dict(type(core).from_pretrained(checkpoint, dtype=core.dtype).state_dict())
+        self.sums_before = json.loads((Path(checkpoint) / SUMS).read_text(encoding="utf-8"))
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """`run` has done it."""
@@ -310,8 +387,10 @@ class RecordTrainer(Trainer):
         """The whole model, and with `training_state` all that a run needs to go on from here.
 
         Written aside and renamed when every process has written its part: a full disk or a kill leaves older folders
-        as they are.
+        as they are. Weights that are not finite are not written.
         """
+        agree(self._refuse_not_finite)
+        sums = self._sums_so_far() if training_state else None
         weights = self._gathered_weights() if self.is_sharded else None
         optimizer = self._optimizer_state() if training_state and not self.is_deepspeed_enabled else None
         first, hidden = self.is_world_process_zero(), folder.parent / f".{folder.name}.saving"
@@ -334,10 +413,13 @@ class RecordTrainer(Trainer):
                 if first:
                     torch.save(self._schedule.state_dict(), staging / SCHEDULER_NAME)
                     self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
+                    write_atomic(staging / SUMS, to_json(sums))
                 self._save_rng_state(str(staging))
 
         def put_in_place() -> None:
             if first:
+                if training_state:
+                    seal(staging)
                 shutil.rmtree(folder, ignore_errors=True)
                 staging.replace(folder)
 
@@ -347,6 +429,23 @@ class RecordTrainer(Trainer):
             agree(partial(_or_disk_error, folder, put_in_place))
         finally:
             clean()
+
+    def _refuse_not_finite(self) -> None:
+        parameters = cast(nn.Module, self.vlm.model).named_parameters()
+        name = first_not_finite((name, weight) for name, weight in parameters if weight.requires_grad)
+        if name:
+            ids = [record.id for record in self.step_records]
+            raise MedR1Error(self.stopped(self.state.global_step, f"its update left {name} not finite", ids))
+
+    def _sums_so_far(self) -> dict[str, Any]:
+        """Ours and Trainer's, these under the names of its fields; over all processes."""
+        losses = gather(float(self._tr_loss))
+        return {
+            "sums": self._gathered_sums(),
+            "_tr_loss": sum(losses) / len(losses),
+            "_total_loss_scalar": self._total_loss_scalar,
+            "_globalstep_last_logged": self._globalstep_last_logged,
+        }
 
     def _gathered_weights(self) -> dict[str, Tensor]:
         """Whole weights of a sharded model by name, in process 0."""
@@ -385,6 +484,23 @@ class RecordTrainer(Trainer):
     def _bare_optimizer(self) -> torch.optim.Optimizer:
         optimizer = cast(Any, self.optimizer)
         return getattr(optimizer, "optimizer", optimizer)
+
+
+class _TakeUpSums(TrainerCallback):
+    """Log lines of a run that was resumed cover the steps that they would have covered without a break."""
+
+    def __init__(self, trainer: RecordTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        if trainer.sums_before is None:
+            return
+        before = trainer.sums_before
+        trainer.sums = before["sums"] if state.is_world_process_zero else {}
+        trainer._tr_loss = torch.tensor(before["_tr_loss"], device=args.device)
+        trainer._total_loss_scalar = before["_total_loss_scalar"]
+        trainer._globalstep_last_logged = before["_globalstep_last_logged"]
 
 
 def _refuse(message: str) -> None:

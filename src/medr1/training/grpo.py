@@ -10,8 +10,10 @@ their forward and backward are skipped, and they are counted.
 
 import contextlib
 import copy
+import math
 import shutil
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,26 +21,37 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from rich.console import Console
 from torch import Tensor, nn
 
 from medr1.config import Config
 from medr1.data.answers import format_ok, read_answer
-from medr1.data.records import Record
+from medr1.data.records import Record, read_jsonl, write_atomic
 from medr1.errors import MedR1Error
 from medr1.policy.encoding import FeatureCache, PromptBatch, with_vision_features
 from medr1.policy.rollouts import Rollout, sample
 from medr1.policy.shared_prefix import completion_logprobs
 from medr1.policy.vlm import VLM, evaluating
 from medr1.processes import agree, gather
-from medr1.training.base import RecordTrainer
-from medr1.training.objective import group_advantages, loss_denominator, policy_loss, rollout_weights
-from medr1.training.rewards import load_rewards
+from medr1.training.base import LOG, RecordTrainer
+from medr1.training.objective import (
+    group_advantages,
+    group_deviation,
+    loss_denominator,
+    policy_loss,
+    rollout_weights,
+)
+from medr1.training.rewards import MAX_REWARD, load_rewards, reward_of
 from medr1.training.trackers import SendCompletions
 
 if TYPE_CHECKING:
     from medr1.policy.rollouts_vllm import VLLMServer
 
 COMPLETIONS = "completions.jsonl"
+TRACEBACK = "reward-error.txt"
+"""What a reward of the user's own raised."""
+DIFFERENCE = "rollout_difference"
+"""In the log: between the log-probs of a server and the policy's."""
 WEIGHTS = "vllm-weights"
 """The folder from which a vLLM server reads the policy before each step."""
 
@@ -51,8 +64,10 @@ class Experience:
     rollout: Rollout
     advantages_BG: Tensor
     old_logp_NT: Tensor
-    """Of the policy that sampled: what the local sampler kept. A server's log-probs are not quite the policy's, so
-    there the first update fills them in."""
+    """Of the policy before the first update, which fills them in: a sampler's log-probs are of other kernels, and in
+    bfloat16, or of a server, not quite the policy's."""
+    ref_logp_NT: Tensor
+    """Of the reference, which the first update asks once for all; zeros without one."""
 
 
 class GRPOTrainer(RecordTrainer):
@@ -88,6 +103,7 @@ class GRPOTrainer(RecordTrainer):
         self.reference = copy.deepcopy(vlm.model).requires_grad_(False).eval() if needs_copy else None
         super().__init__(vlm, config, train_records, test_records, output_dir)
         self.features = FeatureCache()
+        self.told_unscored = False
         if config.log.trackers and (every := config.log.completions_every):
             self.add_callback(
                 SendCompletions(every, train_records, lambda: self.completions, self.callback_handler.callbacks)
@@ -117,11 +133,16 @@ class GRPOTrainer(RecordTrainer):
         if self.server and self.is_world_process_zero():
             shutil.rmtree(self.out / WEIGHTS, ignore_errors=True)
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+    @property
+    def is_first_update(self) -> bool:
+        """Whether the policy is still the one that this step's completions were sampled from."""
+        return self.state.global_step % self.repeats == 0
+
+    def learn(self, model: nn.Module, records: list[Record]) -> Tensor:
         """Sample (every `num_iterations`-th step), then one backward pass; the loss of the whole step, detached."""
         began = time.perf_counter()
-        if self.state.global_step % self.repeats == 0:
-            self.experience = self.collect(inputs["records"])
+        if self.is_first_update:
+            self.experience = self.collect(records)
         model.train()
         loss = self._update(model, self.experience)
         world = self.args.world_size
@@ -137,8 +158,21 @@ class GRPOTrainer(RecordTrainer):
         with self.whole_weights():
             experience, rows = agree(lambda: self._sample(records))
         self.completions = [row for part in gather(rows) for row in part]
+        self._tell_unscored()
         self.first_appends(COMPLETIONS, self.completions)
         return experience
+
+    def _tell_unscored(self) -> None:
+        """Say once that no reward applied to a reply, which may be meant and may be a mistake in them."""
+        row = next((row for row in self.completions if row["reward"] is None), None)
+        if row and not self.told_unscored and self.is_world_process_zero():
+            self.told_unscored = True
+            Console(stderr=True, soft_wrap=True).print(
+                f"step {row['step']}: every reward gave None for a reply to record {row['id']}, which is left out of"
+                f" its group; {LOG} counts such replies as unscored_rate",
+                markup=False,
+                highlight=False,
+            )
 
     def _sample(self, records: list[Record]) -> tuple[Experience, list[dict[str, Any]]]:
         config, num_completions = self.config, self.config.rollout.num_completions
@@ -152,22 +186,46 @@ class GRPOTrainer(RecordTrainer):
             "part": (self.args.process_index, self.args.world_size),
         }
         if self.server is None:
-            with self.accelerator.autocast():  # around all of it, so that each weight is cast once, not for each token
+            # Autocast around all of it, so that each weight is cast once, not for each token.
+            with self.naming_step(self.state.global_step + 1, records), self.accelerator.autocast():
                 rollout = sample(self.vlm, prompts, keep_prefill=self.reads_prompts_once, **settings)
-            old_logp_NT = rollout.logp_NT
         else:
             rollout = self.server.sample(records, prompts, **settings)
-            old_logp_NT = torch.zeros_like(rollout.logp_NT)
         owners = [record for record in records for _ in range(num_completions)]
-        mode = config.rollout.mode
-        replies = list(zip(rollout.texts, owners, strict=True))
-        parts = {name: [reward(text, owner, mode) for text, owner in replies] for name, reward, _ in self.rewards}
-        rewards_N = sum(torch.tensor(parts[name]) * weight for name, _, weight in self.rewards)
-        assert isinstance(rewards_N, Tensor)
-        rewards_BG = rewards_N.view(-1, num_completions)
-        advantages_BG = group_advantages(rewards_BG, scale=config.grpo.advantage_scale)
+        parts, rewards_BG = self._reward(rollout.texts, owners)
+        advantages_BG = group_advantages(rewards_BG, scale=config.grpo.advantage_scale).float()
         rows = self._log_rollout(owners, rollout, parts, rewards_BG, advantages_BG)
-        return Experience(prompts, rollout, advantages_BG.to(prompts.input_ids_BP.device), old_logp_NT), rows
+        zeros_NT = torch.zeros_like(rollout.logp_NT)
+        device = prompts.input_ids_BP.device
+        return Experience(prompts, rollout, advantages_BG.to(device), zeros_NT, zeros_NT.clone()), rows
+
+    def _reward(self, texts: list[str], owners: list[Record]) -> tuple[dict[str, list[float | None]], Tensor]:
+        """What each reward gives for each reply, and their weighted sums (B, G) in float64.
+
+        A reward that does not apply (None) adds nothing; NaN where none of them applies (as in TRL 1.16).
+        """
+        mode = self.config.rollout.mode
+        parts: dict[str, list[float | None]] = {}
+        try:
+            for name, reward, _ in self.rewards:
+                parts[name] = [reward_of(name, reward, *reply, mode) for reply in zip(texts, owners, strict=True)]
+        except MedR1Error as error:
+            line = f"step {self.state.global_step + 1}: {error}"
+            if error.__cause__:
+                write_atomic(self.out / TRACEBACK, "".join(traceback.format_exception(error.__cause__)))
+                line += f" (traceback in {self.out / TRACEBACK})"
+            raise MedR1Error(line) from error
+        weights_R1 = torch.tensor([[weight] for _, _, weight in self.rewards], dtype=torch.float64)
+        values_RN = torch.tensor(
+            [[math.nan if value is None else value for value in values] for values in parts.values()],
+            dtype=torch.float64,
+        )
+        rewards_N = (values_RN * weights_R1).nansum(0).masked_fill(values_RN.isnan().all(0), math.nan)
+        if bool((rewards_N.abs() > MAX_REWARD).any()):
+            raise MedR1Error(
+                f"step {self.state.global_step + 1}: rewards times weights exceed {MAX_REWARD:.1g}; lower them"
+            )
+        return parts, rewards_N.view(-1, self.config.rollout.num_completions)
 
     def _update(self, model: nn.Module, experience: Experience) -> Tensor:
         config, objective = self.config, self.config.grpo
@@ -183,6 +241,7 @@ class GRPOTrainer(RecordTrainer):
         size = config.optimizer.prompts_per_forward or len(indices)
         chunks = [indices[start : start + size] for start in range(0, len(indices), size or 1)]
         total = torch.zeros((), device=mask_NT.device)
+        difference = tokens = 0.0
         for number, chunk in enumerate(chunks):
             rows = torch.cat([torch.arange(b * num_completions, (b + 1) * num_completions) for b in chunk])
             prompts, prefill = experience.prompts, experience.rollout.prefill
@@ -191,13 +250,14 @@ class GRPOTrainer(RecordTrainer):
             elif len(chunk) < len(prompts):
                 prefill = prefill.select(torch.tensor(chunk, device=mask_NT.device))
                 prompts = prompts.select(chunk, trim=False)
-            ids_NT = experience.rollout.completion_ids_NT[rows]
             rows_mask_NT = mask_NT[rows] & carries_B[chunk].repeat_interleave(num_completions)[:, None]
+            part = rows, slice(max(1, int(rows_mask_NT.sum(1).max())))  # of these rows no more than their longest
+            rows_mask_NT = rows_mask_NT[:, part[1]]
+            ids_NT = experience.rollout.completion_ids_NT[part]
             with self.last_of_step(model, number + 1 == len(chunks)):
-                ref_logp_NT = None
-                if objective.beta > 0:
+                if objective.beta > 0 and self.is_first_update:
                     with self._reference() as reference:
-                        ref_logp_NT, _ = completion_logprobs(
+                        experience.ref_logp_NT[part], _ = completion_logprobs(
                             reference, prompts, ids_NT, rows_mask_NT, temperature=temperature
                         )
                 logp_NT, entropy_NT = completion_logprobs(
@@ -210,21 +270,22 @@ class GRPOTrainer(RecordTrainer):
                     model=model,
                     prefill=prefill,
                 )
+                if self.is_first_update:
+                    experience.old_logp_NT[part] = logp_NT.detach()
                 weight_NT = None
                 if self.server:
-                    if self.state.global_step % self.repeats == 0:
-                        experience.old_logp_NT[rows] = logp_NT.detach()
                     weight_NT, mismatch = rollout_weights(
-                        experience.old_logp_NT[rows],
-                        experience.rollout.logp_NT[rows],
+                        experience.old_logp_NT[part],
+                        experience.rollout.logp_NT[part],
                         rows_mask_NT,
                         cap=objective.rollout_ratio_cap,
                     )
-                    self.server.check(mismatch["mismatch_abs"] / max(1, int(rows_mask_NT.sum())))
+                    difference += mismatch["mismatch_abs"]
+                    tokens += float(rows_mask_NT.sum())
                     self.add_to_log({f"policy_{name}": value for name, value in mismatch.items()})
                 loss, sums = policy_loss(
                     logp_NT,
-                    experience.old_logp_NT[rows] if self.repeats > 1 else None,
+                    None if self.is_first_update else experience.old_logp_NT[part],
                     experience.advantages_BG[chunk].flatten(),
                     rows_mask_NT,
                     denominator=denominator,
@@ -232,7 +293,7 @@ class GRPOTrainer(RecordTrainer):
                     clip_low=objective.clip_low,
                     clip_high=objective.clip_high,
                     beta=objective.beta,
-                    ref_logp_NT=ref_logp_NT,
+                    ref_logp_NT=experience.ref_logp_NT[part] if objective.beta > 0 else None,
                     weight_NT=weight_NT,
                 )
                 # DDP averages gradients over processes, and the denominator already counts them all.
@@ -241,7 +302,17 @@ class GRPOTrainer(RecordTrainer):
             self.add_to_log({f"policy_{name}": value for name, value in sums.items()})
             self.add_to_log({"policy_entropy": float(entropy_NT.sum())})
             total += loss.detach()
+        if self.server and self.is_first_update:
+            self._check(self.server, difference, tokens)
         return total * self.args.world_size
+
+    def _check(self, server: "VLLMServer", difference: float, tokens: float) -> None:
+        """See by all processes' tokens that the server has the policy's weights, before these change again."""
+        differences, counts = zip(*gather((difference, tokens)), strict=True)
+        if not server.usual and (self.out / LOG).exists():  # of the run that is gone on with
+            server.remember([row[DIFFERENCE] for row in read_jsonl(self.out / LOG) if DIFFERENCE in row])
+        if sum(counts):
+            agree(lambda: server.check(sum(differences) / sum(counts)))
 
     @contextlib.contextmanager
     def _reference(self) -> Iterator[VLM]:
@@ -257,7 +328,7 @@ class GRPOTrainer(RecordTrainer):
         self,
         owners: list[Record],
         rollout: Rollout,
-        parts: dict[str, list[float]],
+        parts: dict[str, list[float | None]],
         rewards_BG: Tensor,
         advantages_BG: Tensor,
     ) -> list[dict[str, Any]]:
@@ -270,13 +341,15 @@ class GRPOTrainer(RecordTrainer):
                 "completions": len(owners),
                 "groups": len(rewards_BG),
                 "tokens": float(lengths.sum()),
-                "reward": float(rewards_BG.sum()),
-                "group_std": float(rewards_BG.std(1).sum()),
+                "reward": float(rewards_BG.nansum()),
+                "scored": float((~rewards_BG.isnan()).sum()),
+                "group_std": float(group_deviation(rewards_BG).sum()),
                 "zero_variance": float((advantages_BG == 0).all(1).sum()),
                 "truncated": float((~rollout.finished_N).sum()),
                 "unparsed": sum(answer.outcome not in ("letter", "text") for answer in answers),
                 "format_ok": sum(format_ok(text, mode) for text in rollout.texts),
-                **{f"reward_{name}": sum(values) for name, values in parts.items()},
+                **{f"reward_{name}": sum(value or 0.0 for value in values) for name, values in parts.items()},
+                **{f"given_{name}": sum(value is not None for value in values) for name, values in parts.items()},
             }
         )
         step = self.state.global_step + 1
@@ -290,7 +363,7 @@ class GRPOTrainer(RecordTrainer):
                 "outcome": answers[row].outcome,
                 "letter": answers[row].letter,
                 "tokens": int(lengths[row]),
-                "reward": round(rewards[row], 6),
+                "reward": None if math.isnan(rewards[row]) else round(rewards[row], 6),
                 "rewards": {name: values[row] for name, values in parts.items()},
                 "advantage": round(advantages[row], 6),
             }
@@ -300,9 +373,11 @@ class GRPOTrainer(RecordTrainer):
     def log_line(self, sums: dict[str, float]) -> dict[str, float]:
         line = {}
         if completions := sums.get("completions"):
+            given = {name: sums[f"given_{name}"] for name, _, _ in self.rewards}
             line = {
-                "reward": sums["reward"] / completions,
-                **{name: value / completions for name, value in sums.items() if name.startswith("reward_")},
+                **({"reward": sums["reward"] / sums["scored"]} if sums["scored"] else {}),
+                **{f"reward_{name}": sums[f"reward_{name}"] / count for name, count in given.items() if count},
+                **({"unscored_rate": 1 - sums["scored"] / completions} if sums["scored"] < completions else {}),
                 "reward_std": sums["group_std"] / sums["groups"],
                 "zero_variance_groups": sums["zero_variance"] / sums["groups"],
                 "format_rate": sums["format_ok"] / completions,
@@ -320,7 +395,7 @@ class GRPOTrainer(RecordTrainer):
             }
             optional = {
                 "kl": "kl",
-                "rollout_difference": "mismatch_abs",
+                DIFFERENCE: "mismatch_abs",
                 "rollout_kl": "mismatch_kl",
                 "rollout_capped": "capped",
             }

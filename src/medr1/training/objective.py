@@ -6,6 +6,7 @@ the whole optimizer step, so that micro-batches of any size add up to the gradie
 Shapes: B prompts, G completions each, N = B*G rows, T completion tokens.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -23,6 +24,8 @@ def group_advantages(rewards_BG: Tensor, *, scale: Scale = "group", ddof: int = 
     "group": (r - mean) / (std + eps) (arXiv:2402.03300, eq. 4.1.1; ddof=1 and eps=1e-4 as in R1-V and TRL).
     "none": r - mean (Dr. GRPO, arXiv:2503.20783: dividing by std favours too easy and too hard questions).
     A group of equal rewards gets exactly 0. Rewards (1, 0, 0, 0) give (1.4997, -0.4999, -0.4999, -0.4999).
+    NaN is a completion that no reward applies to: it gets 0, and mean and deviation are those of the others, as in TRL
+    1.16. Rewards (1, NaN, 0) give (0.7070, 0, -0.7070); one that is alone in its group gets 0.
 
     Raises:
         MedR1Error: G = 1, where there is nothing to compare with.
@@ -31,21 +34,44 @@ def group_advantages(rewards_BG: Tensor, *, scale: Scale = "group", ddof: int = 
         raise MedR1Error(
             "GRPO compares the completions of one prompt, and there is only one; set num_completions to 2 or more"
         )
+    apart = rewards_BG.isnan()
     # Rounding of the mean must not turn equal rewards into a tiny advantage over a tiny deviation.
-    equal = (rewards_BG == rewards_BG[:, :1]).all(dim=1, keepdim=True)
-    centred = (rewards_BG - rewards_BG.mean(dim=1, keepdim=True)).masked_fill(equal, 0.0)
+    least_B = rewards_BG.masked_fill(apart, torch.inf).amin(dim=1, keepdim=True)
+    equal_B = least_B >= rewards_BG.masked_fill(apart, -torch.inf).amax(dim=1, keepdim=True)
+    centred = (rewards_BG - rewards_BG.nanmean(dim=1, keepdim=True)).masked_fill(apart | equal_B, 0.0)
     if scale == "none":
         return centred
-    return centred / (rewards_BG.std(dim=1, correction=ddof, keepdim=True) + eps)
+    return centred / (group_deviation(rewards_BG, ddof=ddof)[:, None] + eps)
+
+
+def group_deviation(rewards_BG: Tensor, *, ddof: int = 1) -> Tensor:
+    """Standard deviation of each group's rewards (B,), NaN left out; 0 where no more than `ddof` are left."""
+    centred = (rewards_BG - rewards_BG.nanmean(dim=1, keepdim=True)).nan_to_num(0.0)
+    count_B = (~rewards_BG.isnan()).sum(1) - ddof
+    return (centred.square().sum(1) / count_B.clamp(min=1)).sqrt()
+
+
+MAX_EXPONENT = 20.0
+"""Nats beyond which `bounded_exp` goes on as a straight line."""
+
+
+def bounded_exp(exponent: Tensor) -> Tensor:
+    """exp(x) for x up to MAX_EXPONENT, above it its tangent there, exp(20) (x - 19): no log-probs overflow it.
+
+    verl cuts at the same bound (`clamp(kl, -20, 20)` in verl/trainer/ppo/core_algos.py), and so gives the tokens that
+    are furthest off no gradient; here they keep the bound's, 4.9e8, and the gradient is cut by its norm as always.
+    """
+    beyond = (exponent - MAX_EXPONENT).relu()
+    return exponent.clamp(max=MAX_EXPONENT).exp() + math.exp(MAX_EXPONENT) * beyond
 
 
 def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """KL(policy ‖ reference) at each sampled token, never negative: exp(d) - d - 1 with d = ref_logp - logp.
 
-    Source: estimator k3 of http://joschu.net/blog/kl-approx.html, as in arXiv:2402.03300, eq. 4.
+    Source: estimator k3 of http://joschu.net/blog/kl-approx.html, as in arXiv:2402.03300, eq. 4; exp is `bounded_exp`.
     """
     difference = ref_logp - logp
-    return difference.exp() - difference - 1
+    return bounded_exp(difference) - difference - 1
 
 
 def rollout_weights(
@@ -69,7 +95,7 @@ def rollout_weights(
     """
     mask = mask_NT.to(logp_NT.dtype)
     difference = (logp_NT.detach() - rollout_logp_NT) * mask
-    ratio = difference.exp()
+    ratio = bounded_exp(difference)
     sums = {
         "mismatch_abs": difference.abs().sum(),
         "mismatch_kl": (kl_k3(torch.zeros_like(difference), difference) * mask).sum(),
@@ -109,7 +135,8 @@ def policy_loss(
     """The clipped objective with a KL penalty, to minimise (arXiv:2402.03300, eq. 3).
 
     clip_high may differ from clip_low (arXiv:2503.14476).
-    Per token: -min(ρ A, clip(ρ, 1 - clip_low, 1 + clip_high) A) + beta k3, with ρ = exp(logp - old_logp).
+    Per token: -min(ρ A, clip(ρ, 1 - clip_low, 1 + clip_high) A) + beta k3, with ρ = exp(logp - old_logp)
+    (`bounded_exp`).
     Then, over the denominator (see `loss_denominator`):
         "sequence": mean over the tokens of each row, summed over rows (GRPO as published);
         "token": sum over all tokens (DAPO, arXiv:2503.14476);
@@ -130,7 +157,7 @@ def policy_loss(
     """
     mask = mask_NT.to(logp_NT.dtype)
     old = logp_NT.detach() if old_logp_NT is None else old_logp_NT
-    ratio = ((logp_NT - old) * mask).exp()
+    ratio = bounded_exp((logp_NT - old) * mask)
     advantage = advantage_N.to(logp_NT.dtype)[:, None]
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     loss_NT = -torch.minimum(ratio * advantage, clipped * advantage)

@@ -1,6 +1,7 @@
 """Verifiable rewards: functions (reply, record, mode) -> float, looked up by name, Python path or file.
 
-The accuracy reward and the evaluation share one extractor, so what is trained is what is measured.
+The accuracy reward and the evaluation share one extractor, so what is trained is what is measured. A reward of one's
+own may give any finite number (NumPy's and torch's, and True for 1), or None where it does not apply to a reply.
 """
 
 import difflib
@@ -10,15 +11,19 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from decimal import Decimal
+from numbers import Real
 from pathlib import Path
 from types import ModuleType
-from typing import cast
+from typing import Any, cast
+
+import torch
 
 from medr1.data.answers import exact_match, extract_answer, format_ok, is_correct, read_answer, token_f1
 from medr1.data.records import LETTERS, Record
 from medr1.errors import MedR1Error
 
-Reward = Callable[[str, Record, str], float]
+Reward = Callable[[str, Record, str], float | None]
 
 
 def accuracy_reward(reply: str, record: Record, mode: str) -> float:
@@ -47,6 +52,47 @@ def _answered(reply: str, record: Record) -> str:
 def format_reward(reply: str, record: Record, mode: str) -> float:
     """1.0 for a reply in the asked format, right or wrong, else 0.0."""
     return float(format_ok(reply, mode))
+
+
+def reward_of(name: str, reward: Reward, reply: str, record: Record, mode: str) -> float | None:
+    """What a reward gives for one reply, as a finite float; None where it says that it does not apply.
+
+    Raises:
+        MedR1Error: it raised, or gave anything else; the line names reward and record. The cause, with its traceback,
+            is the error's `__cause__`.
+    """
+    try:
+        value: Any = reward(reply, record, mode)
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise MedR1Error(
+            f"reward {name!r} raised {reason} at {Path(last.filename).name}:{last.lineno} on a reply to record"
+            f" {record.id}; mend it, or return None where it does not apply"
+        ) from error
+    if value is None:
+        return None
+    number = _as_float(value)
+    if number is None or not abs(number) <= MAX_REWARD:
+        shown = " ".join(repr(value).split())[:80]
+        raise MedR1Error(
+            f"reward {name!r} gave {shown} for a reply to record {record.id}; return one finite number, or None where"
+            " it does not apply"
+        )
+    return number
+
+
+MAX_REWARD = torch.finfo(torch.float32).max
+"""The largest reward, since advantages are float32."""
+
+
+def _as_float(value: Any) -> float | None:
+    """A number of Python, NumPy or torch, also the only one of an array; None of anything else."""
+    try:
+        value = value.item() if hasattr(value, "item") else value
+        return float(value) if isinstance(value, Real | Decimal) else None
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # several values, or more than a float holds
+        return None
 
 
 _NAMED: dict[str, Reward] = {

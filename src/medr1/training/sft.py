@@ -9,7 +9,6 @@ prompts: at equal steps both methods have seen the same questions equally often 
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,10 +44,8 @@ class SFTTrainer(RecordTrainer):
             )
         super().__init__(vlm, config, train_records, test_records, output_dir)
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+    def learn(self, model: nn.Module, records: list[Record]) -> Tensor:
         """One backward pass; the mean negative log-probability of the answer's tokens over the whole step."""
-        model.train()
-        records: list[Record] = inputs["records"]
         end = self.vlm.tokenizer.eos_token_id
         targets = [[*self.vlm.tokenizer(f"<answer> {record.gold}</answer>")["input_ids"], end] for record in records]
         denominator = sum(gather(sum(map(len, targets))))

@@ -29,7 +29,7 @@ from rich.progress import track
 
 from medr1.data.images import load_image
 from medr1.data.prompts import build_messages
-from medr1.data.records import LETTERS, Record, append_jsonl, normalise_option, resume_jsonl, write_atomic
+from medr1.data.records import LETTERS, Record, append_jsonl, normalise_option, resume_jsonl, to_json, write_atomic
 from medr1.errors import MedR1Error
 from medr1.evaluation.confidence import option_logprobs, reasoning_of
 from medr1.evaluation.intervals import DIFFERENCE, interval
@@ -97,7 +97,7 @@ def _measure(
     edited = _force(vlm, by_id, think, out / "edited.jsonl", batch_size, seed)
     numbers = conclude(think, plain, hint, edited)
     numbers |= {"model": vlm.name, "max_new_tokens": max_new_tokens, "seed": seed}
-    write_atomic(out / NUMBERS, json.dumps(numbers, ensure_ascii=False, indent=1) + "\n")
+    write_atomic(out / NUMBERS, to_json(numbers, indent=1) + "\n")
     return numbers
 
 

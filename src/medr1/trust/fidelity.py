@@ -37,7 +37,7 @@ from rich.progress import track
 from scipy import stats
 
 from medr1.data.images import load_image
-from medr1.data.records import LETTERS, QUESTION_TYPES, Record, append_jsonl, resume_jsonl, write_atomic
+from medr1.data.records import LETTERS, QUESTION_TYPES, Record, append_jsonl, resume_jsonl, to_json, write_atomic
 from medr1.data.regions import ABOUT_REGION, Box, overlap, overlap_chance, pointing, region_cells
 from medr1.errors import MedR1Error
 from medr1.evaluation.intervals import DIFFERENCE, SHARE, interval
@@ -99,7 +99,7 @@ def measure_heatmaps(
             "seed": seed,
             "left_out": len(records) - len(mapped),
         }
-        write_atomic(out / NUMBERS, json.dumps(numbers, ensure_ascii=False, indent=1) + "\n")
+        write_atomic(out / NUMBERS, to_json(numbers, indent=1) + "\n")
     return rows, numbers
 
 

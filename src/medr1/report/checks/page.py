@@ -1,6 +1,5 @@
 """What the check says: the findings in sentences, on the console and as one self-contained HTML page."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from medr1.data.records import write_atomic
+from medr1.data.records import to_json, write_atomic
 from medr1.report.checks.images import MAX_DISTANCE, MIN_CORRELATION, SIDE
 from medr1.report.pages import environment, percent, thumbnail, with_span
 
@@ -186,7 +185,7 @@ def write_check(report: dict[str, Any], out: Path) -> None:
     Raises:
         MedR1Error: the folder cannot be written.
     """
-    write_atomic(out / "check.json", json.dumps(report, ensure_ascii=False, indent=1) + "\n")
+    write_atomic(out / "check.json", to_json(report, indent=1) + "\n")
     near = report["images"]["near_duplicates"]
     shown = [
         pair | {"thumbnails": [thumbnail(Path(report["folder"]) / name) for name in pair["images"]]}
