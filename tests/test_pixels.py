@@ -143,7 +143,6 @@ def test_what_a_server_is_sent_it_leaves_as_it_is(family: str, width: int, heigh
 def test_a_vllm_server_is_sent_scaled_images(phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("openai", reason="needs the openai client: pip install 'medr1[remote]'")
     from medr1.data.images.read import load_image
-
     from medr1.data.parts import load_parts
     from medr1.data.prompts import build_messages
     from medr1.policy.rollouts_vllm import VLLMServer

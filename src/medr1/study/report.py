@@ -16,7 +16,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from medr1.data.records import LETTERS, read_jsonl, write_atomic
+from medr1.data.records import LETTERS, read_jsonl, to_json, write_atomic
 from medr1.evaluation.metrics import AXES, MIN_N, Row
 from medr1.report.pages import environment, p_value, percent, points, span, span_points, thumbnail
 from medr1.report.plots import CURVES, curve_panel, standalone, study_plot
@@ -392,5 +392,5 @@ def _replies(study: StudyResults, method: str, mode: str, axis: str | None = Non
 
 def _pack(viewer: dict[str, Any]) -> str:
     """Compact JSON, gzip, base64: a tenth of the text for replies that are much alike."""
-    text = json.dumps(viewer["packed"], ensure_ascii=False, separators=(",", ":"))
+    text = to_json(viewer["packed"], separators=(",", ":"))
     return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
