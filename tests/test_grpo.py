@@ -240,7 +240,7 @@ def test_log_probs_far_apart_overflow_nothing(distance: float, advantage: float,
     old, reference = torch.tensor([[-distance, -distance]]), torch.tensor([[-0.1, -0.1]])
     mask = torch.ones(1, 2)
     loss, sums = policy_loss(
-        logp, old, torch.tensor([advantage]), mask, denominator=1.0, beta=0.04, ref_logp_NT=reference,
+        logp, old, torch.tensor([advantage]), mask, denominator=1.0, beta=1.0, ref_logp_NT=reference,
         kl_by_ratio=kl_by_ratio,
     )  # fmt: skip
     loss.backward()

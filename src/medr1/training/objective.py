@@ -61,8 +61,8 @@ def bounded_exp(exponent: Tensor) -> Tensor:
     verl cuts at the same bound (`clamp(kl, -20, 20)` in verl/trainer/ppo/core_algos.py), and so gives the tokens that
     are furthest off no gradient; here they keep the bound's, 4.9e8, and the gradient is cut by its norm as always.
     """
-    beyond = (exponent - MAX_EXPONENT).relu()
-    return exponent.clamp(max=MAX_EXPONENT).exp() + math.exp(MAX_EXPONENT) * beyond
+    tangent = math.exp(MAX_EXPONENT) * (1 + exponent - MAX_EXPONENT)
+    return torch.where(exponent < MAX_EXPONENT, exponent.clamp(max=MAX_EXPONENT).exp(), tangent)
 
 
 def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
@@ -170,9 +170,10 @@ def policy_loss(
         "clipped_high": ((ratio > 1 + clip_high) & (advantage > 0)).to(mask.dtype).mul(mask).sum(),
     }
     if ref_logp_NT is not None:
-        kl_NT = kl_k3(logp_NT, ref_logp_NT) * mask
-        if kl_by_ratio:
-            kl_NT = kl_NT * ratio
+        if kl_by_ratio:  # ρ k3 multiplied out, so that its gradient, -ρ d, is right beyond MAX_EXPONENT too
+            kl_NT = (bounded_exp(ref_logp_NT - old) - ratio * (ref_logp_NT - logp_NT + 1)) * mask
+        else:
+            kl_NT = kl_k3(logp_NT, ref_logp_NT) * mask
         sums["kl"] = kl_NT.sum()
         if beta != 0:
             loss_NT = loss_NT + beta * kl_NT
