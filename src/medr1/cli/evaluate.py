@@ -319,7 +319,7 @@ def explain_command(
 
     resolved = asked(model, data, modality, question_type, settings, {"rollout.mode": mode})
     rows, numbers = measure_heatmaps(
-        load_vlm(model, dtype=resolved.model.dtype),
+        load_vlm(model, **resolved.model.loading),
         limited(load_parts(resolved.data)[1], limit, resolved),
         out=out,
         method=method,

@@ -77,7 +77,7 @@ def evaluate_named(
 
         rows = evaluate_remote(model, records, concurrency=concurrency, **settings)
         return summarise(rows) | token_totals(rows)
-    vlm = load_vlm(model, dtype=config.model.dtype)
+    vlm = load_vlm(model, **config.model.loading)
     scoring = "votes" if num_samples else "options" if score_options else "reply"
     rows = evaluate(vlm, records, batch_size=batch_size, scoring=scoring, num_samples=num_samples, **settings)
     if thresholds is None:
