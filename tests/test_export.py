@@ -42,7 +42,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(0))
     save(vlm, folder / "model")
-    write_recipe(folder, load_config(overrides={"model.lora_rank": 4, "model.name": str(folder / "base")}))
+    write_recipe(load_config(overrides={"model.lora_rank": 4, "model.name": str(folder / "base")}), folder)
     return folder
 
 

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from medr1.errors import MedR1Error
+from medr1.policy import names
 from medr1.policy import vlm as models
 from medr1.policy.adapters import add_lora, freeze_vision
 from medr1.policy.encoding import encode_prompts
@@ -46,9 +47,9 @@ def test_a_saved_folder_loads_as_the_same_model(saved: Path) -> None:
 
 
 def test_tiny_is_the_packaged_folder(saved: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(models, "TINY", saved)
+    monkeypatch.setattr(names, "TINY", saved)
     assert load_vlm("tiny").name == "tiny"
-    monkeypatch.setattr(models, "TINY", tmp_path / "absent")
+    monkeypatch.setattr(names, "TINY", tmp_path / "absent")
     with pytest.raises(MedR1Error, match="reinstall medr1"):
         load_vlm("tiny")
 
@@ -116,7 +117,7 @@ def test_errors_are_one_line_with_a_remedy(tmp_path: Path, saved: Path) -> None:
         str(torn): "not a readable vision-language model",
         str(half): "3 weights are missing, such as model.language_model.layers.1.mlp.down_proj.weight",
         str(tokens_only): "vision-language model",
-        "nobody/no-such-model": "check the name and the network",
+        "nobody/no-such-model": "On a machine without network",
     }
     for name, message in cases.items():
         with pytest.raises(MedR1Error, match=message) as caught:

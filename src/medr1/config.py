@@ -89,7 +89,8 @@ class GRPOConfig(_Section):
 
     rewards: dict[str, float] = Field(
         {"accuracy": 1.0, "format": 0.2},
-        description="reward -> weight; a name, or 'FILE.py:function' or 'module:function' (reply, record, mode) -> float",
+        description="reward -> weight; a name, or 'FILE.py:function' or 'module:function' of (reply, record, mode) that"
+        " gives a finite number, or None where it does not apply",
     )
     advantage_scale: Literal["group", "none"] = Field(
         "group", description="divide by the group's standard deviation, or not (Dr. GRPO)"
