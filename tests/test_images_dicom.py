@@ -105,12 +105,13 @@ IMAGES = {
     "SC_rgb_small_odd_jpeg": (3, 3),
     "SC_ybr_full_422_uncompressed": (100, 100),
 }
-NO_IMAGE = ("rtplan", "rtstruct", "reportsi", "test-SR", "waveform", "priv_SQ", "nested_priv_SQ", "UN_sequence")
+NO_IMAGE = ("rtplan", "rtstruct", "reportsi", "test-SR", "waveform", "priv_SQ", "UN_sequence")
 BROKEN = {
     "MR_truncated": "it is cut off",
     "JPEG2000-embedded-sequence-delimiter": "differ in size",  # its code stream says 3,722,445,056 columns
     "SC_rgb_jpeg": "ValueError",  # its compressed pixels begin with no item
     "badVR": "NumberOfFrames is not one number",  # a number of frames that is none
+    "nested_priv_SQ": "its header lacks Rows",
     "no_meta": "cannot identify image file",  # a stray byte before the first element
 }
 

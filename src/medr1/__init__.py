@@ -15,12 +15,16 @@ if TYPE_CHECKING:
     from medr1.config import load_config
     from medr1.data.answers import Answer, extract_answer
     from medr1.data.datasets import load_records
+    from medr1.data.images import read_image
     from medr1.data.records import Record
     from medr1.data.splits import split_by_group
     from medr1.evaluation.controls import text_only_prior
     from medr1.evaluation.intervals import interval
     from medr1.evaluation.metrics import compare, summarise
     from medr1.evaluation.run import evaluate, score
+    from medr1.policy.encoding import encode_prompts
+    from medr1.policy.rollouts import sample
+    from medr1.policy.shared_prefix import completion_logprobs
     from medr1.policy.vlm import load_vlm
     from medr1.training.grpo import GRPOTrainer
     from medr1.training.sft import SFTTrainer
@@ -31,12 +35,16 @@ _LAZY = {
     "Record": "data.records",
     "SFTTrainer": "training.sft",
     "compare": "evaluation.metrics",
+    "completion_logprobs": "policy.shared_prefix",
+    "encode_prompts": "policy.encoding",
     "evaluate": "evaluation.run",
     "extract_answer": "data.answers",
     "interval": "evaluation.intervals",
     "load_config": "config",
     "load_records": "data.datasets",
     "load_vlm": "policy.vlm",
+    "read_image": "data.images",
+    "sample": "policy.rollouts",
     "score": "evaluation.run",
     "split_by_group": "data.splits",
     "summarise": "evaluation.metrics",
@@ -51,12 +59,16 @@ __all__ = [
     "Record",
     "SFTTrainer",
     "compare",
+    "completion_logprobs",
+    "encode_prompts",
     "evaluate",
     "extract_answer",
     "interval",
     "load_config",
     "load_records",
     "load_vlm",
+    "read_image",
+    "sample",
     "score",
     "split_by_group",
     "summarise",

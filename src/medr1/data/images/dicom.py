@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -25,6 +25,7 @@ from medr1.data.images.display import (
     Grey,
     Values,
     by_table,
+    finite_values,
     given_window,
     robust_range,
     square_pixels,
@@ -49,6 +50,16 @@ _HEADER = [
     "SegmentedBluePaletteColorLookupTableData", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
 ]
 # fmt: on
+
+_OF_TABLES = ("LUTDescriptor", "LUTData", "PixelData")
+"""Further elements that may be named in a line."""
+
+_INTEGERS = (0x7FE0, 0x0010)
+_PIXELS = (_INTEGERS, (0x7FE0, 0x0009), (0x7FE0, 0x0008))
+"""Tags of PixelData, DoubleFloatPixelData and FloatPixelData."""
+
+_SAMPLES = {"MONOCHROME1": 1, "MONOCHROME2": 1, "PALETTE COLOR": 1, "RGB": 3}
+"""Samples a pixel by kind of colour; the kinds that begin with YBR have three."""
 
 _BURNED_IN = {
     "US": "ultrasound",
@@ -77,10 +88,14 @@ def read_dicom(reference: Reference) -> tuple[Image.Image, dict[str, Any]]:
     with _nothing_told(reference):
         header = _header(reference)
         _refuse_unsupported(reference, header)
-        frames = int(header.get("NumberOfFrames") or 1)
+        pixels = _pixel_element(reference, header)
+        assumed = _completed(reference, header, pixels)
+        _refuse_untrue(reference, header)
+        frames = _num_frames(reference, header)
         frame = reference.whole("frame", frames // 2 + 1, 1, frames) - 1
         show = _Display(reference, header, frame)
-        stored = _stored(reference, header, frame, frames)
+        show.warnings += [f"its header lacks {name}: taken as {value}" for name, value in assumed.items()]
+        stored = _stored(reference, header, frame, frames, pixels, assumed)
         is_grey = header.PhotometricInterpretation in ("MONOCHROME1", "MONOCHROME2")
         values, decisions = show.grey(stored) if is_grey else show.colour(stored)
         image, aspect = show.square(Image.fromarray(values).convert("RGB"))
@@ -98,7 +113,14 @@ def read_dicom(reference: Reference) -> tuple[Image.Image, dict[str, Any]]:
 def num_frames(reference: Reference) -> int:
     """Frames that the header declares."""
     with _nothing_told(reference):
-        return int(_header(reference).get("NumberOfFrames") or 1)
+        return _num_frames(reference, _header(reference))
+
+
+def _num_frames(reference: Reference, header: Any) -> int:
+    frames = int(header.get("NumberOfFrames") or 1)
+    if frames < 1:
+        raise _undecodable(reference, f"NumberOfFrames is {frames}")
+    return frames
 
 
 def identifiers(path: Path) -> dict[str, str]:
@@ -126,9 +148,20 @@ def _nothing_told(reference: Reference) -> Iterator[None]:
             raise
         # At bad bytes pydicom and its plugins raise nearly anything, also the panic of the one in Rust: no Exception.
         except BaseException as error:
-            raise _undecodable(reference, type(error).__name__) from None
+            raise _undecodable(reference, _complaint(error)) from None
         finally:
             logger.disabled = disabled
+
+
+def _complaint(error: BaseException) -> str:
+    """What pydicom complains of, without its words: the element of the image that it names, else the kind of error."""
+    from pydicom.datadict import keyword_for_tag
+
+    tags = re.findall(r"\(([0-9A-Fa-f]{4}),\s?([0-9A-Fa-f]{4})\)", str(error))
+    named = [getattr(error, "name", None), *(keyword_for_tag(int(group + number, 16)) for group, number in tags)]
+    if known := [name for name in named if name in _HEADER or name in _OF_TABLES]:
+        return f"{known[0]} is missing or has a value that it cannot have"
+    return "an element that it needs is missing" if isinstance(error, AttributeError) else type(error).__name__
 
 
 def _undecodable(reference: Reference, why: str) -> MedR1Error:
@@ -139,16 +172,21 @@ def _header(reference: Reference, keywords: list[str] = _HEADER) -> Any:
     """The data set of these elements, with a transfer syntax; pixels stay in the file."""
     import pydicom
     from pydicom import uid
-    from pydicom.datadict import dictionary_VM, dictionary_VR
+    from pydicom.datadict import dictionary_VM, dictionary_VR, keyword_for_tag
 
     path = reference.path
     _refuse_inflation(reference)
     header = pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=keywords)
     # A broken length or type makes texts, or other elements' bytes, of a number; nothing of that is to be told.
-    for element in header:
+    for tag in list(header.keys()):
+        keyword = keyword_for_tag(tag)
+        try:
+            element = header[tag]
+        except Exception:  # a number that is none, such as a frame count of "many"
+            raise _undecodable(reference, f"{keyword} is no value of its kind") from None
         is_number = dictionary_VR(element.tag) in _NUMBERS and dictionary_VM(element.tag) == "1"
         if is_number and not element.is_empty and not isinstance(element.value, int | float | Decimal):
-            raise _undecodable(reference, f"{element.keyword} is not one number")
+            raise _undecodable(reference, f"{keyword} is not one number")
     if "TransferSyntaxUID" not in header.file_meta:
         implicit, little = header.original_encoding
         explicit = uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
@@ -175,22 +213,24 @@ def _refuse_inflation(reference: Reference) -> None:
                 raise MedR1Error(f"{reference}: inflates to more than {MAX_BYTES >> 30} GiB; it is broken or a bomb")
 
 
+class _PixelElement(NamedTuple):
+    """The first element that holds pixels."""
+
+    tag: tuple[int, int] | None
+    """None where the file has none."""
+    start: int
+    """Byte at which its tag begins; 0 in a data set that is inflated as a whole."""
+    length: int | None
+    """Of its value in bytes; None where it is not defined, as with compressed pixels."""
+
+
 def _refuse_unsupported(reference: Reference, header: Any) -> None:
-    """Raise MedR1Error for what would come out wrong, too large, or not at all."""
+    """Raise MedR1Error for an index of other files, and for pixels that cannot be decoded here."""
     from pydicom import uid
     from pydicom.pixels import get_decoder
 
     if header.file_meta.get("MediaStorageSOPClassUID") == uid.MediaStorageDirectoryStorage:
         raise MedR1Error(f"{reference}: is a DICOMDIR, an index of other files; name one of those")
-    if not header.get("Rows") or not header.get("Columns"):
-        kind = uid.UID(header.get("SOPClassUID") or "")
-        name = f" ({kind.name})" if kind in uid.UID_dictionary else ""
-        raise MedR1Error(f"{reference}: this DICOM file holds no image{name}; leave it out")
-    if header.Rows * header.Columns > MAX_PIXELS:
-        size = f"{header.Columns} x {header.Rows}"
-        raise MedR1Error(f"{reference}: {size} pixels are above the limit of {MAX_PIXELS}; shrink it")
-    if "HighBit" in header and header.HighBit != header.BitsStored - 1:
-        raise _undecodable(reference, f"{header.BitsStored} bits stored, and the highest is number {header.HighBit}")
     syntax = header.file_meta.TransferSyntaxUID
     name = syntax.name if syntax in uid.UID_dictionary else "an unknown transfer syntax"
     try:
@@ -201,7 +241,93 @@ def _refuse_unsupported(reference: Reference, header: Any) -> None:
         raise MedR1Error(f"{reference}: its pixels are {name}, which needs a decoder; pip install 'medr1[images]'")
 
 
-def _stored(reference: Reference, header: Any, frame: int, frames: int) -> Any:
+def _completed(reference: Reference, header: Any, pixels: _PixelElement) -> dict[str, Any]:
+    """Fill in what the header lacks of the description of its pixels; returns what was taken, by keyword.
+
+    Taken is what follows from the other elements, and where nothing does what viewers take: unsigned values, colours
+    pixel by pixel.
+
+    Raises:
+        MedR1Error: it holds no pixels, or lacks what nothing else tells.
+    """
+    from pydicom import uid
+
+    kind = uid.UID(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or "")
+    name = f" ({kind.name})" if kind in uid.UID_dictionary else ""
+    if pixels.tag not in _PIXELS:
+        if header.get("Rows") and header.get("Columns"):
+            advice = "fetch it again with its pixels or leave it out"
+            raise MedR1Error(f"{reference}: this DICOM file has a header alone, no PixelData{name}; {advice}")
+        raise MedR1Error(f"{reference}: this DICOM file holds no image, for it has no PixelData{name}; leave it out")
+    if pixels.length == 0:
+        raise _undecodable(reference, "its PixelData is empty")
+
+    def lacks(keyword: str) -> bool:
+        return header.get(keyword) in (None, "")
+
+    taken: dict[str, Any] = {}
+
+    def take(keyword: str, value: Any) -> None:
+        if value is None:
+            raise _undecodable(reference, f"its header lacks {keyword}")
+        if lacks(keyword):
+            taken[keyword] = value
+            setattr(header, keyword, value)
+
+    for keyword in ("Rows", "Columns"):
+        if not header.get(keyword):
+            raise _undecodable(reference, f"its header lacks {keyword}" if lacks(keyword) else f"{keyword} is 0")
+    colour = str(header.get("PhotometricInterpretation") or "")
+    samples = _SAMPLES.get(colour, 3 if colour.startswith("YBR") else None)
+    take("SamplesPerPixel", header.get("SamplesPerPixel") or samples)
+    native = not header.file_meta.TransferSyntaxUID.is_encapsulated
+    take(
+        "PhotometricInterpretation",
+        colour or {1: "MONOCHROME2", 3: "RGB" if native else None}.get(header.SamplesPerPixel),
+    )
+    stored = header.get("BitsStored")
+    allocated = next((bits for bits in (1, 8, 16, 32, 64) if stored and stored <= bits), None)
+    take("BitsAllocated", header.get("BitsAllocated") or allocated)
+    if pixels.tag == _INTEGERS:
+        take("BitsStored", stored or header.BitsAllocated)
+        take("PixelRepresentation", header.get("PixelRepresentation") or 0)
+    if header.SamplesPerPixel > 1:
+        take("PlanarConfiguration", header.get("PlanarConfiguration") or 0)
+    return taken
+
+
+def _pixel_element(reference: Reference, header: Any) -> _PixelElement:
+    import pydicom
+    from pydicom import uid
+
+    syntax = header.file_meta.TransferSyntaxUID
+    if syntax == uid.DeflatedExplicitVRLittleEndian:
+        dataset = pydicom.dcmread(reference.path)
+        tag = next((tag for tag in _PIXELS if tag in dataset), None)
+        return _PixelElement(tag, 0, len(dataset[tag].value) if tag else None)
+    order = "<" if syntax.is_little_endian else ">"
+    with reference.path.open("rb") as file:
+        pydicom.dcmread(file, force=True, stop_before_pixels=True, specific_tags=["Rows"])
+        start, head = file.tell(), file.read(12)
+    if len(head) < 8:
+        return _PixelElement(None, start, None)
+    at = 4 if syntax.is_implicit_VR else 8
+    length = struct.unpack(f"{order}I", head[at : at + 4].ljust(4, b"\xff"))[0]
+    return _PixelElement(struct.unpack(f"{order}HH", head[:4]), start, None if length == 0xFFFFFFFF else length)
+
+
+def _refuse_untrue(reference: Reference, header: Any) -> None:
+    """Raise MedR1Error for what would come out too large, or wrong."""
+    if header.Rows * header.Columns > MAX_PIXELS:
+        size = f"{header.Columns} x {header.Rows}"
+        raise MedR1Error(f"{reference}: {size} pixels are above the limit of {MAX_PIXELS}; shrink it")
+    if header.get("HighBit") is not None and "BitsStored" in header and header.HighBit != header.BitsStored - 1:
+        raise _undecodable(reference, f"{header.BitsStored} bits stored, and the highest is number {header.HighBit}")
+
+
+def _stored(
+    reference: Reference, header: Any, frame: int, frames: int, pixels: _PixelElement, assumed: dict[str, Any]
+) -> Any:
     """Pixels of one frame as they are stored, colour as RGB: (rows, columns) or (rows, columns, 3), any number type."""
     import pydicom
     from pydicom import uid
@@ -210,23 +336,25 @@ def _stored(reference: Reference, header: Any, frame: int, frames: int) -> Any:
     from pydicom.pixels.utils import get_expected_length
 
     syntax, path = header.file_meta.TransferSyntaxUID, reference.path
+    told = {re.sub(r"(?<=.)(?=[A-Z])", "_", keyword).lower(): value for keyword, value in assumed.items()}
     if syntax == uid.DeflatedExplicitVRLittleEndian:
-        return pixel_array(pydicom.dcmread(path), index=frame)
+        return pixel_array(pydicom.dcmread(path), index=frame, **told)
+    if not syntax.is_encapsulated:
+        expected = get_expected_length(header)
+        if pixels.start + 8 + expected > path.stat().st_size:
+            raise _undecodable(reference, "it is cut off: its header tells of more pixels")
+        if pixels.length is not None and pixels.length < expected:
+            raise _undecodable(reference, f"PixelData holds {pixels.length} bytes where its header tells of {expected}")
+        return pixel_array(path, index=frame, transfer_syntax_uid=syntax, **told)
     with path.open("rb") as file:
-        pydicom.dcmread(file, force=True, stop_before_pixels=True, specific_tags=["Rows"])
-        start = file.tell()  # of the pixels' element, whose tag and length take 8 bytes or 12
-        if not syntax.is_encapsulated:
-            if start + 8 + get_expected_length(header) > path.stat().st_size:
-                raise _undecodable(reference, "it is cut off: its header tells of more pixels")
-            return pixel_array(path, index=frame, transfer_syntax_uid=syntax)
-        file.seek(start + 12)
+        file.seek(pixels.start + 12)
         coded = get_frame(file, frame, number_of_frames=frames)
     size = _coded_size(coded)
     if size not in (None, (header.Rows, header.Columns)):
         raise _undecodable(reference, "its header and its compressed pixels differ in size")
     if syntax == uid.JPEGExtended12Bit and header.BitsStored > 8:  # no plugin of a free licence decodes it
         return extra("imagecodecs", reference).jpeg8_decode(coded)
-    return pixel_array(path, index=frame)
+    return pixel_array(path, index=frame, **told)
 
 
 def _coded_size(frame: bytes) -> tuple[int, int] | None:
@@ -263,7 +391,10 @@ class _Display:
     def numbers(self, keyword: str) -> list[float]:
         """All values of a numeric element."""
         value = self.get(keyword)
-        return [] if value is None else [float(one) for one in (value if hasattr(value, "__iter__") else [value])]
+        try:
+            return [] if value is None else [float(one) for one in (value if hasattr(value, "__iter__") else [value])]
+        except ValueError:
+            raise _undecodable(self.reference, f"{keyword} is no number") from None
 
     def colour(self, stored: Any) -> tuple[Any, dict[str, Any]]:
         """Colour of a palette or of three samples as uint8 (rows, columns, 3), and what was decided."""
@@ -340,7 +471,7 @@ class _Display:
             ends = np.array([-(2 ** (bits - 1)), 2 ** (bits - 1) - 1] if is_signed else [0, 2**bits - 1])
             low, high = (float(value) for value in sorted(to_values(ends)))
             return f"none in the file; all {bits} bits, {low:g} to {high:g}", lambda v: stretched(v, low, high)
-        low, high, words = robust_range(to_values(self._without_padding(stored)))
+        low, high, words = robust_range(finite_values(self.reference, to_values(self._without_padding(stored))))
         return f"none in the file; {words}", lambda values: stretched(values, low, high)
 
     def _own_windows(self) -> list[tuple[str, Callable[[Values], Grey]]]:

@@ -1,5 +1,6 @@
 """Grey values to 8 bits (by a window, a straight stretch, or percentiles) and pixels to squares."""
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -77,18 +78,32 @@ def windowed(values: Values, center: float, width: float, function: str = "LINEA
 
 def stretched(values: Values, low: float, high: float) -> Grey:
     """Grey values with `low` and below as 0, `high` and above as 255, linear between; all 0 where low == high."""
-    x = values.astype(np.float64) - low
+    x = values.astype(np.float64)
+    if not math.isfinite(high - low):  # a range that no float64 holds
+        x, low, high = x / 4, low / 4, high / 4
+    x -= low
     return _rounded(x / (high - low) if high > low else np.zeros_like(x))
 
 
-def robust_range(values: Values) -> tuple[float, float, str]:
+def finite_values(reference: Reference, values: Values) -> Values:
+    """The values that are numbers, in one row.
+
+    Raises:
+        MedR1Error: there is none, so that there is nothing to show.
+    """
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        raise MedR1Error(
+            f"{reference}: every grey value is undefined or infinite (NaN, inf); choose another part of the file or leave it out"
+        )
+    return finite
+
+
+def robust_range(finite: Values) -> tuple[float, float, str]:
     """What to stretch where no window is known: low, high, and how they came about.
 
     PERCENTILES of the finite values; where those coincide, as in a mask or a sparse map, the smallest and largest.
     """
-    finite = values[np.isfinite(values)]
-    if not finite.size:
-        raise ValueError("it has no defined grey value")
     low, high = (float(value) for value in np.percentile(finite, PERCENTILES))
     if low < high:
         return low, high, f"{low:g} to {high:g} (percentiles {PERCENTILES[0]} and {PERCENTILES[1]})"

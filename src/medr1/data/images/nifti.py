@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from medr1.data.images.display import CT_WINDOWS, given_window, robust_range, square_pixels, stretched, windowed
+from medr1.data.images.display import (
+    CT_WINDOWS,
+    finite_values,
+    given_window,
+    robust_range,
+    square_pixels,
+    stretched,
+    windowed,
+)
 from medr1.data.images.limits import MAX_BYTES, MAX_PIXELS, extra, reason
 from medr1.data.images.reference import Reference
 from medr1.errors import MedR1Error
@@ -23,50 +31,67 @@ from medr1.errors import MedR1Error
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 """Of a canonical volume, the axis that a slice is cut across."""
 
+_RGB, _RGBA = (np.dtype([(part, np.uint8) for part in parts]) for parts in ("RGB", "RGBA"))
+"""Types of coloured voxels (NIfTI-1 codes 128 and 2304)."""
+
 
 def read_nifti(reference: Reference) -> tuple[Image.Image, dict[str, Any]]:
-    """One slice, the middle axial one by default, of the first volume where there are several.
+    """One slice, the middle axial one by default, of the first volume where there are several; of a volume that is one
+    slice thick, that slice.
 
     Scaled by the header's slope and intercept, and stretched as `display.robust_range` says unless the selector gives
-    a window. Undefined voxels are black. Only the slice is read.
+    a window. Undefined voxels are black, complex ones show their magnitude. Only the slice is read.
     """
     reference.allow("NIfTI volume", "axis", "slice", "window")
     given = given_window(reference, numbered=False)
     with _volume(reference) as volume:
-        name, axis = _axis(reference)
+        shape = _shape(volume)
         native, flipped = _native_axes(reference, volume)
-        sides = [float(volume.header.get_zooms()[one]) for one in native]
-        total = volume.shape[native[axis]]
+        name, axis = _axis(reference, shape, native)
+        zooms = [*map(float, volume.header.get_zooms()), 1.0]  # the side of a flat image's one layer is never asked
+        sides = [zooms[one] for one in native]
+        total = shape[native[axis]]
         place = reference.whole("slice", total // 2 + 1, 1, total) - 1
         index: list[Any] = [slice(None)] * 3 + [0] * (volume.ndim - 3)
         index[native[axis]] = total - 1 - place if flipped[axis] else place
-        plane = np.asarray(volume.dataobj[tuple(index)])
-        num_volumes = math.prod(volume.shape[3:])
+        if volume.ndim == 2:
+            plane = np.asarray(volume.dataobj)[..., np.newaxis][tuple(index)]
+        else:
+            plane = np.asarray(volume.dataobj[tuple(index)])
+        num_volumes = math.prod(shape[3:])
         placed = bool(volume.header["qform_code"] or volume.header["sform_code"])
     across, up = (one for one in range(3) if one != axis)
     if native[across] > native[up]:
         plane = plane.T  # now (across, up) in the volume's own directions
     turned = plane[:: 1 if flipped[across] else -1, :: 1 if flipped[up] else -1].T
+    decisions: dict[str, Any] = {"kind": "NIfTI", "slice": f"{name} {place + 1} of {total}"}
+    if turned.dtype.kind == "c":
+        turned, decisions["values"] = np.abs(turned), "magnitude of complex values"
     warnings = []
-    if given:
-        grey, words = windowed(turned, given[0], given[1], "LINEAR_EXACT"), given[2]
-        if reference.selector["window"] in CT_WINDOWS:
-            warnings.append("NIfTI does not say whether its values are Hounsfield units")
+    if turned.dtype.names:
+        if given:
+            raise reference.wrong("window", "none: this volume has colours")
+        shown, decisions["window"] = np.stack([turned[part] for part in "RGB"], axis=-1), "none: colours as they are"
     else:
-        low, high, words = robust_range(turned)
-        grey = stretched(turned, low, high)
-    if not np.isfinite(turned).all():
-        warnings.append("undefined or infinite values are black or white")
+        finite = finite_values(Reference(reference.path, {"axis": name, "slice": str(place + 1)}), turned)
+        if finite.size < turned.size:
+            warnings.append("undefined or infinite values are black or white")
+        if given:
+            shown, decisions["window"] = windowed(turned, given[0], given[1], "LINEAR_EXACT"), given[2]
+            if reference.selector["window"] in CT_WINDOWS:
+                warnings.append("NIfTI does not say whether its values are Hounsfield units")
+        else:
+            low, high, decisions["window"] = robust_range(finite)
+            shown = stretched(turned, low, high)
     if not placed:
         warnings.append("the header states no orientation: left and right may be exchanged")
-    decisions = {"kind": "NIfTI", "slice": f"{name} {place + 1} of {total}", "window": words}
     if num_volumes > 1:
         decisions["volume"] = f"1 of {num_volumes}"
-    image = Image.fromarray(grey).convert("RGB")
+    image = Image.fromarray(shown).convert("RGB")
     height, width = sides[up], sides[across]
     if all(math.isfinite(side) and side > 0 for side in (height, width)):
         image = square_pixels(reference, image, height, width)
-        decisions["aspect"] = f"voxels {height:g} high, {width:g} wide: {grey.shape[1]} x {grey.shape[0]} became "
+        decisions["aspect"] = f"voxels {height:g} high, {width:g} wide: {shown.shape[1]} x {shown.shape[0]} became "
         decisions["aspect"] += f"{image.width} x {image.height}"
     return image, {**decisions, "warnings": warnings}
 
@@ -74,8 +99,9 @@ def read_nifti(reference: Reference) -> tuple[Image.Image, dict[str, Any]]:
 def num_slices(reference: Reference) -> int:
     """Slices along the selected axis, axial by default."""
     with _volume(reference) as volume:
+        shape = _shape(volume)
         native, _ = _native_axes(reference, volume)
-        return volume.shape[native[_axis(reference)[1]]]
+        return shape[native[_axis(reference, shape, native)[1]]]
 
 
 @contextmanager
@@ -112,10 +138,13 @@ def _volume(reference: Reference) -> Iterator[Any]:
                 raise ValueError("it is the header of a .hdr and .img pair: join them into one .nii file")
             if 3000 <= header["intent_code"] < 3100:
                 raise ValueError("it is CIFTI, values on a surface, no picture")
-            if volume.get_data_dtype().kind not in "iuf" or volume.ndim < 2 or 0 in volume.shape:
-                raise ValueError(f"{volume.ndim} dimensions of type {volume.get_data_dtype()}")
-            size = int(header["vox_offset"]) + math.prod(volume.shape[:3]) * volume.get_data_dtype().itemsize
-            slice_size = math.prod(volume.shape[:3]) / min(volume.shape[:3])
+            kind = volume.get_data_dtype()
+            if not (kind.kind in "iufc" or kind in (_RGB, _RGBA)) or volume.ndim < 2 or 0 in volume.shape:
+                sides = " x ".join(map(str, volume.shape)) or "no"
+                raise ValueError(f"no picture: {sides} values of type {kind}")
+            shape = _shape(volume)[:3]
+            size = int(header["vox_offset"]) + math.prod(shape) * kind.itemsize
+            slice_size = math.prod(shape) / min(shape)
             if size > MAX_BYTES or slice_size > MAX_PIXELS:
                 raise ValueError(f"a volume of {' x '.join(map(str, volume.shape))} is above the limits of medr1")
             if not is_packed and size > reference.path.stat().st_size:
@@ -127,8 +156,15 @@ def _volume(reference: Reference) -> Iterator[Any]:
         raise MedR1Error(f"{reference}: cannot be read as NIfTI ({reason(error)}); fetch it again") from error
 
 
-def _axis(reference: Reference) -> tuple[str, int]:
-    name = reference.selector.get("axis", "axial")
+def _shape(volume: Any) -> tuple[int, ...]:
+    """Sides in voxels, three or more: a flat image is one layer thick."""
+    return (*volume.shape, 1) if volume.ndim == 2 else volume.shape
+
+
+def _axis(reference: Reference, shape: tuple[int, ...], native: list[int]) -> tuple[str, int]:
+    """The axis that is cut across: the selector's, else the one that a single slice lies across, else axial."""
+    thin = [name for name, axis in AXES.items() if shape[native[axis]] == 1]
+    name = reference.selector.get("axis", thin[0] if len(thin) == 1 else "axial")
     if name not in AXES:
         raise reference.wrong("axis", ", ".join(AXES))
     return name, AXES[name]
