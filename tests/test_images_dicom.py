@@ -454,6 +454,119 @@ def test_headers_that_lie(tmp_path: Path) -> None:
         error_of(tmp_path / "f.dcm")
 
 
+NATIVE = (uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian, uid.DeflatedExplicitVRLittleEndian)
+TAKEN = {
+    "SamplesPerPixel": (1, 3),
+    "PhotometricInterpretation": ("MONOCHROME2", "RGB"),
+    "BitsAllocated": (16, 8),
+    "BitsStored": (16, 8),
+    "PixelRepresentation": (0, 0),
+    "PlanarConfiguration": (None, 0),
+    "HighBit": (None, None),
+}
+
+
+@pytest.mark.parametrize("syntax", NATIVE)
+@pytest.mark.parametrize("is_colour", [False, True])
+@pytest.mark.parametrize("is_empty", [False, True])
+def test_what_the_header_lacks_is_taken_and_told(tmp_path: Path, syntax: str, is_colour: bool, is_empty: bool) -> None:
+    grey_values, colours = np.arange(64, dtype=np.uint16).reshape(8, 8), np.arange(192, dtype=np.uint8)
+    values = colours.reshape(8, 8, 3) if is_colour else grey_values
+    whole = dicom(tmp_path / "a.dcm", values, bits=8 if is_colour else 16, syntax=syntax)
+    expected = np.asarray(load_image(whole))
+
+    def without(*keywords: str) -> Path:
+        dataset = pydicom.dcmread(whole)
+        for keyword in keywords:
+            if keyword in dataset and is_empty:
+                dataset[keyword].value = None
+            elif keyword in dataset:
+                delattr(dataset, keyword)
+        dataset.save_as(tmp_path / "b.dcm")
+        return tmp_path / "b.dcm"
+
+    for keyword, taken in TAKEN.items():
+        reading = read_image(without(keyword))
+        assert (np.asarray(reading.image) == expected).all(), keyword
+        told = taken[is_colour]
+        assert reading.decisions["warnings"] == (
+            [] if told is None else [f"its header lacks {keyword}: taken as {told}"]
+        )
+    for keyword, *others in (
+        ["Rows"],
+        ["Columns"],
+        ["BitsAllocated", "BitsStored"],
+        ["SamplesPerPixel", "PhotometricInterpretation"],
+    ):
+        assert f"its header lacks {keyword}" in error_of(without(keyword, *others))
+
+
+def test_compressed_colours_of_an_unknown_kind_are_not_guessed(tmp_path: Path) -> None:
+    dataset = pydicom.dcmread(TEST_FILES / "SC_rgb_jpeg_dcmtk.dcm")
+    expected = load_image(TEST_FILES / "SC_rgb_jpeg_dcmtk.dcm")
+    del dataset.PlanarConfiguration, dataset.PixelRepresentation, dataset.BitsStored, dataset.SamplesPerPixel
+    dataset.save_as(tmp_path / "a.dcm")
+    assert (np.asarray(load_image(tmp_path / "a.dcm")) == np.asarray(expected)).all()
+    dataset.SamplesPerPixel = 3
+    del dataset.PhotometricInterpretation
+    dataset.save_as(tmp_path / "a.dcm")
+    assert "its header lacks PhotometricInterpretation" in error_of(tmp_path / "a.dcm")
+
+
+def test_a_file_without_pixels_is_called_that(tmp_path: Path) -> None:
+    whole = dicom(tmp_path / "a.dcm", np.zeros((8, 8), dtype=np.uint16))
+    dataset = pydicom.dcmread(whole)
+    dataset.PixelData = b""
+    dataset.save_as(tmp_path / "b.dcm")
+    assert "PixelData is empty" in error_of(tmp_path / "b.dcm")
+    dataset.PixelData = b"\0" * 10
+    dataset.add_new(0xFFFCFFFC, "OB", b"\0" * 300)  # padding after it: the file is long enough
+    dataset.save_as(tmp_path / "b.dcm")
+    assert "PixelData holds 10 bytes where its header tells of 128" in error_of(tmp_path / "b.dcm")
+    for syntax in NATIVE:
+        dataset = pydicom.dcmread(dicom(tmp_path / "a.dcm", np.zeros((8, 8), dtype=np.uint16), syntax=syntax))
+        del dataset.PixelData
+        dataset.save_as(tmp_path / "c.dcm")
+        told = error_of(tmp_path / "c.dcm")
+        assert "a header alone, no PixelData (CT Image Storage)" in told and "cut off" not in told
+        del dataset.Rows
+        dataset.SOPClassUID = uid.BasicTextSRStorage
+        dataset.save_as(tmp_path / "c.dcm")
+        assert "holds no image, for it has no PixelData (Basic Text SR Storage)" in error_of(tmp_path / "c.dcm")
+
+
+@pytest.mark.parametrize(
+    ("keyword", "kind", "value"),
+    [
+        ("NumberOfFrames", "IS", "many"),
+        ("NumberOfFrames", "IS", "1.5"),
+        ("NumberOfFrames", "IS", "-3"),
+        ("SamplesPerPixel", "US", 2),
+        ("BitsAllocated", "US", 12),
+        ("BitsStored", "US", 20),
+        ("PixelRepresentation", "US", 7),
+        ("PhotometricInterpretation", "CS", "ODD"),
+        ("Rows", "US", 0),
+        ("WindowCenter", "DS", "middle"),
+        ("RescaleSlope", "DS", "steep"),
+        ("PixelSpacing", "DS", "wide"),
+    ],
+)
+def test_an_impossible_element_is_named(tmp_path: Path, keyword: str, kind: str, value: Any) -> None:
+    path = dicom(tmp_path / "a.dcm", np.arange(64, dtype=np.uint16).reshape(8, 8), WindowWidth=5)
+    dataset = pydicom.dcmread(path)
+    if keyword == "BitsStored":
+        del dataset.HighBit
+    dataset[keyword] = pydicom.DataElement(keyword, "US" if kind == "US" else "LO", value)
+    dataset.save_as(path, implicit_vr=False, little_endian=True)
+    if kind != "US":
+        content, at = path.read_bytes(), struct.pack("<HH", dataset[keyword].tag.group, dataset[keyword].tag.element)
+        path.write_bytes(content.replace(at + b"LO", at + kind.encode(), 1))
+    told = error_of(path)
+    assert (keyword if keyword != "SamplesPerPixel" else "header tells of") in told
+    assert "Error" not in told
+
+
 def test_compressed_pixels_that_lie_about_their_size(tmp_path: Path) -> None:
     from PIL import Image
 

@@ -4,9 +4,11 @@ import gzip
 import io
 import struct
 import tracemalloc
+import zlib
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import nibabel
 import numpy as np
 import pydicom
@@ -172,8 +174,9 @@ def test_bad_volumes(tmp_path: Path) -> None:
             content = header.binaryblock + b"\0" * 100
             (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
             assert ("above the limits" in error_of(tmp_path / name)) == (shape[0] == 30000)
-    complex_volume = nifti(tmp_path / "d.nii", np.ones((3, 3, 3), dtype=np.complex64))
-    assert "of type complex64" in error_of(complex_volume)
+    thin = nibabel.Nifti1Image(np.ones(9, dtype=np.int16), np.eye(4))
+    nibabel.save(thin, tmp_path / "d.nii")
+    assert "no picture: 9 values of type int16" in error_of(tmp_path / "d.nii")
     (tmp_path / "e.nii.gz").write_bytes(gzip.compress(b"no volume"))
     assert "cannot identify image file" in error_of(tmp_path / "e.nii.gz")
     unplaced = bytearray(nifti(tmp_path / "f.nii", np.arange(27, dtype=np.int16).reshape(3, 3, 3)).read_bytes())
@@ -193,6 +196,52 @@ def test_a_changed_byte_of_a_header(tmp_path_factory: pytest.TempPathFactory, pl
         assert read_image(path).image.mode == "RGB"
     except MedR1Error as error:
         assert "\n" not in str(error)
+
+
+def test_a_flat_image_is_the_slice_that_it_is(shared: Path, tmp_path: Path) -> None:
+    """Without a third axis, or with one that is a single layer thick, wherever that lies in space."""
+    given = shared / "findings" / "inputs" / "two-dimensional.nii"
+    assert read_image(given).image.size == nibabel.load(given).shape
+    values = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    flat = grey(f"{nifti(tmp_path / 'a.nii', values)}#window=0,510")
+    assert flat.tolist() == grey(f"{nifti(tmp_path / 'b.nii', values[..., None])}#window=0,510").tolist()
+    assert sorted(flat.flatten()) == [round(127.5 + value / 2) for value in range(12)]
+    coronal = nifti(tmp_path / "c.nii", values[:, None])
+    assert read_image(coronal).decisions["slice"] == "coronal 1 of 1" and load_image(coronal).size == (3, 4)
+    upright = np.array([[1.0, 0, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 1]])  # its second axis is up
+    assert read_image(nifti(tmp_path / "d.nii", values, upright)).decisions["slice"] == "coronal 1 of 1"
+    assert [path.name for path in expand_reference(f"{tmp_path / 'd.nii'}#slices=1")] == ["d.nii#slice=1"]
+    deep = read_image(nifti(tmp_path / "e.nii", np.ones((3, 4, 5, 1, 3, 2), dtype=np.float32)))
+    assert deep.decisions["volume"] == "1 of 6" and deep.decisions["warnings"] == ["all of it is one colour"]
+
+
+def test_coloured_and_complex_voxels(tmp_path: Path) -> None:
+    for parts in ("RGB", "RGBA"):
+        values = np.zeros((3, 2, 1), dtype=[(part, np.uint8) for part in parts])
+        values["R"][2, 1], values["B"][0, 0] = 200, 90
+        path = nifti(tmp_path / "a.nii", values)
+        image = load_image(path)  # right at the left, front at the top
+        assert image.getpixel((0, 0)) == (200, 0, 0) and image.getpixel((2, 1)) == (0, 0, 90)
+        assert "none: this volume has colours" in error_of(f"{path}#window=5,5")
+    path = nifti(tmp_path / "b.nii", np.array([[[3 + 4j]], [[0]]], dtype=np.complex64).reshape(2, 1, 1))
+    assert grey(path).tolist() == [[0, 255]]
+    assert read_image(path).decisions["values"] == "magnitude of complex values"
+
+
+@pytest.mark.parametrize("blank", [np.nan, np.inf, -np.inf])
+def test_a_slice_without_a_number_is_one_line(shared: Path, tmp_path: Path, blank: float) -> None:
+    assert "every value is undefined" in error_of(shared / "findings" / "inputs" / "blank-slice.nii")
+    values = np.arange(27, dtype=np.float32).reshape(3, 3, 3)
+    values[:, :, 1] = blank
+    path = nifti(tmp_path / "a.nii", values)
+    with pytest.raises(MedR1Error, match=r"a\.nii#axis=axial&slice=2: every value is undefined or infinite"):
+        load_image(path)
+    with pytest.raises(MedR1Error, match="every value is undefined"):
+        load_image(f"{path}#window=5,5")
+    assert read_image(f"{path}#slice=1").decisions["warnings"] == []
+    assert "undefined" in read_image(f"{path}#axis=coronal").decisions["warnings"][0]
+    wide = nifti(tmp_path / "b.nii", np.array([-1.7e308, 0, 1.7e308]).reshape(3, 1, 1))  # its range is no float64
+    assert grey(wide).tolist() == [[255, 128, 0]]
 
 
 # ---- slides
@@ -346,6 +395,205 @@ def test_pages_of_a_compressed_stack(tmp_path: Path) -> None:
     assert load_image(f"{tmp_path / 'a.tif'}#frame=2").getpixel((0, 0)) == (100, 100, 100)
     assert [path.name for path in expand_reference(f"{tmp_path / 'a.tif'}#frames=3")][2] == "a.tif#frame=3"
     assert "from 1 to 3" in error_of(f"{tmp_path / 'a.tif'}#frame=4")
+
+
+LAYOUTS: list[dict[str, Any]] = [
+    {},
+    {"byteorder": ">"},
+    {"compression": "zlib"},
+    {"compression": "zlib", "byteorder": ">"},
+    {"compression": "lzw", "predictor": True},
+    {"compression": "zstd", "byteorder": ">", "tile": (16, 16)},
+    {"bigtiff": True},
+    {"rowsperstrip": 5, "bigtiff": True, "byteorder": ">"},
+]
+
+
+@pytest.mark.parametrize(
+    "kind", ["uint8", "int8", "uint16", "int16", "uint32", "int64", "float16", "float32", "float64"]
+)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_every_sample_format_and_layout_of_tiff(tmp_path: Path, kind: str, layout: dict[str, Any]) -> None:
+    """Grey, transparent grey, colour and transparent colour, interleaved or plane by plane, by the plain definition."""
+    if layout.get("predictor") and kind == "int64":
+        layout = {"compression": "lzw"}
+    path = tmp_path / "a.tif"
+    rng = np.random.default_rng(0)
+    low = -100 if np.dtype(kind).kind == "i" else 0
+    values = rng.integers(low, 101 if low else 251, (20, 17, 4)).astype(kind)
+    values[0, 0], values[0, 1] = low, 100 if low else 250
+    values[..., 3] = np.where(rng.random((20, 17)) < 0.5, 0, 100 if low else 250)
+    top = float(values.max())
+
+    def eight(part: np.ndarray) -> np.ndarray:
+        """By the smallest and largest value where it is no unsigned byte, or a float colour of a byte's range."""
+        if kind == "uint8" or (part.ndim == 3 and not low):
+            return part.astype(np.uint8)
+        return np.rint((part.astype(float) - low) / (top - low) * 255).astype(np.uint8)
+
+    for white_is_zero in (False, True):
+        tifffile.imwrite(path, values[..., 0], photometric="miniswhite" if white_is_zero else "minisblack", **layout)
+        expected = eight(values[..., 0])
+        assert (grey(path) == (255 - expected if white_is_zero else expected)).all()
+    for planes in ("contig", "separate"):
+        order = (lambda part: part) if planes == "contig" else (lambda part: np.moveaxis(part, -1, 0))
+        options: dict[str, Any] = {"photometric": "rgb", "planarconfig": planes, **layout}
+        tifffile.imwrite(path, order(values[..., :3]), **options)
+        assert (np.asarray(load_image(path)) == eight(values[..., :3])).all(), planes
+        if low or kind.startswith("float"):
+            continue  # alpha is unsigned
+        tifffile.imwrite(path, order(values), extrasamples=["unassalpha"], **options)
+        clear = values[..., 3] == 0
+        shown = np.asarray(load_image(path)).astype(int)
+        assert (shown[clear] == 255).all()
+        if kind != "uint8":  # an alpha of 250 in words of 16 bits is 250 of 255
+            share = 250 / 255
+            assert np.abs(shown - (eight(values[..., :3]) * share + 255 * (1 - share)))[~clear].max() <= 1
+        tifffile.imwrite(
+            path, order(values[..., [0, 3]]), extrasamples=["unassalpha"], **options | {"photometric": "minisblack"}
+        )
+        assert (grey(path)[clear] == 255).all()
+        tifffile.imwrite(path, order(values), extrasamples=["unspecified"], **options)
+        assert (np.asarray(load_image(path)) == eight(values[..., :3])).all(), "a fourth sample that is no alpha"
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 12])
+def test_few_bits_and_palettes_of_tiff(tmp_path: Path, bits: int) -> None:
+    """Written by hand: nobody's writer makes samples of 2, 4 and 12 bits."""
+    top = 2**bits - 1
+    row = [0, top, top // 2, top]
+    packed = int("".join(f"{value:0{bits}b}" for value in row).ljust(-(-4 * bits // 8) * 8, "0"), 2)
+    pixels = packed.to_bytes(-(-4 * bits // 8), "big")
+
+    def tiff(photometric: int, colours: list[int] | None = None) -> Path:
+        entries = [
+            (256, 4, 4),
+            (257, 4, 1),
+            (258, 3, bits),
+            (259, 3, 1),
+            (262, 3, photometric),
+            (273, 4, 8),
+            (277, 3, 1),
+        ]
+        entries += [(278, 4, 1), (279, 4, len(pixels))]
+        start = 8 + len(pixels) + len(pixels) % 2
+        table = struct.pack(f"<{len(colours or [])}H", *(colours or []))
+        counted = [(tag, kind, 1, value) for tag, kind, value in entries]
+        counted += [(320, 3, len(colours), start)] if colours else []
+        content = struct.pack("<2sHI", b"II", 42, start + len(table)) + pixels.ljust(start - 8, b"\0") + table
+        content += struct.pack("<H", len(counted)) + b"".join(struct.pack("<HHII", *entry) for entry in counted)
+        (tmp_path / "a.tif").write_bytes(content + b"\0" * 4)
+        return tmp_path / "a.tif"
+
+    shown = [0, 255, round(255 * (top // 2) / top), 255]
+    assert grey(tiff(1))[0].tolist() == shown
+    assert grey(tiff(0))[0].tolist() == [255 - value for value in shown]
+    if bits in (4, 1):
+        for unit in (1, 256):  # some writers put 8-bit colours into the palette's entries of 16
+            table = [unit * (entry * 9 % 256) for entry in range(3 * 2**bits)]
+            image = load_image(tiff(3, table))
+            assert image.getpixel((1, 0)) == tuple(table[part * 2**bits + top] // unit for part in range(3))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(
+    "suffix", ["jpg", "png", "webp", "tif", "16.png", "rgba.png", "grey16.png", "16.tif", "float.tif"]
+)
+def test_orientation_is_kept_on_every_way(tmp_path: Path, orientation: int, suffix: str) -> None:
+    """By the EXIF standard: what stands at the top left of the upright image, and its size."""
+    grid = np.repeat(np.repeat(np.array([[0, 1, 2], [3, 4, 5]]) * 40, 8, 0), 8, 1)
+    upright = {
+        1: grid,
+        2: grid[:, ::-1],
+        3: grid[::-1, ::-1],
+        4: grid[::-1],
+        5: grid.T,
+        6: np.rot90(grid, -1),
+        7: grid[::-1, ::-1].T,
+        8: np.rot90(grid),
+    }[orientation]
+    path = tmp_path / f"a.{suffix}"
+    exif = Image.Exif()
+    exif[274] = orientation
+    eight = grid.astype(np.uint8)
+    if suffix in ("16.tif", "float.tif"):
+        values = grid.astype(np.float32 if suffix == "float.tif" else np.uint16)
+        tifffile.imwrite(path, values, photometric="minisblack", extratags=[(274, 3, 1, orientation, True)])
+        upright = upright / 200 * 255
+    elif suffix == "grey16.png":
+        Image.fromarray(grid.astype(np.uint16)).save(path, exif=exif)
+        upright = upright / 200 * 255
+    elif suffix == "16.png":
+        content = imagecodecs.png_encode(np.stack([grid.astype(np.uint16) * 257] * 3, -1))
+        chunk = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+        chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        path.write_bytes(content[:33] + chunk + content[33:])
+    elif suffix == "rgba.png":
+        Image.fromarray(np.stack([eight, eight, eight, np.full_like(eight, 255)], -1)).save(path, exif=exif)
+    else:
+        Image.fromarray(np.stack([eight] * 3, -1)).save(path, exif=exif)
+    reading = read_image(path)
+    shown = np.asarray(reading.image)[..., 0].astype(float)
+    assert shown.shape == upright.shape
+    assert np.abs(shown - upright)[4::8, 4::8].max() < 12
+
+
+def test_12_bits_in_words_of_16_are_seen(shared: Path, tmp_path: Path) -> None:
+    inputs = shared / "findings" / "inputs"
+    grey_alpha, colour = read_image(inputs / "grey-alpha-12-in-16.png"), read_image(inputs / "colour-12-in-16.png")
+    assert max(grey_alpha.image.getextrema()[0]) == 255 and max(colour.image.getextrema()[0]) > 240
+    assert colour.decisions["warnings"] == ["no colour is above 4095: taken as 12 bits in words of 16"]
+    values = np.random.default_rng(0).integers(0, 4096, (9, 7, 4)).astype(np.uint16)
+    values[..., 3] = 4095
+    values[0, 0] = 4095
+    colours, whole = np.ascontiguousarray(values[..., :3]), {"level": 0, "reversible": True}
+    for name, content in {
+        "a.png": imagecodecs.png_encode(colours),
+        "b.png": imagecodecs.png_encode(values),
+        "c.jp2": imagecodecs.jpeg2k_encode(colours, codecformat="jp2", **whole),
+        "d.j2k": imagecodecs.jpeg2k_encode(colours, codecformat="j2k", bitspersample=12, **whole),
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        reading = read_image(tmp_path / name)
+        assert np.abs(np.asarray(reading.image).astype(int) - np.rint(colours * (255 / 4095))).max() <= 1, name
+        assert (reading.decisions["warnings"] == []) == (name == "d.j2k"), "which declares its 12 bits"
+    full = np.random.default_rng(0).integers(0, 65536, (9, 7, 3)).astype(np.uint16)
+    (tmp_path / "e.png").write_bytes(imagecodecs.png_encode(full))
+    assert (np.asarray(load_image(tmp_path / "e.png")) == full >> 8).all()
+    tifffile.imwrite(tmp_path / "f.tif", values, photometric="rgb", extrasamples=["unassalpha"])
+    assert (np.asarray(load_image(tmp_path / "f.tif")) == np.asarray(load_image(tmp_path / "b.png"))).all()
+
+
+def test_a_jpeg_of_12_bits(tmp_path: Path) -> None:
+    values = np.repeat(np.arange(64, dtype=np.uint16)[None] * 60, 64, 0)
+    (tmp_path / "a.jpg").write_bytes(imagecodecs.jpeg8_encode(values, level=98, bitspersample=12))
+    assert np.abs(grey(tmp_path / "a.jpg")[0].astype(float) - np.linspace(0, 255, 64)).max() < 4
+
+
+def test_what_cannot_be_seen_is_told(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4), (9, 9, 9)).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png").decisions["warnings"] == ["all of it is one colour"]
+    mask = np.zeros((4, 4), dtype=np.uint8)
+    mask[1:3] = 2
+    Image.fromarray(mask).save(tmp_path / "b.png")
+    (told,) = read_image(tmp_path / "b.png").decisions["warnings"]
+    assert told == "nearly black: nothing in it is brighter than 2 of 255"
+    for number, value in enumerate((np.nan, np.inf)):
+        tifffile.imwrite(tmp_path / f"{number}.tif", np.full((3, 3), value, dtype=np.float32))
+        assert "every value is undefined" in error_of(tmp_path / f"{number}.tif")
+        partly = np.array([[0, 50, value], [100, 200, 0]], dtype=np.float32)
+        tifffile.imwrite(tmp_path / "c.tif", partly)
+        reading = read_image(tmp_path / "c.tif")
+        assert "undefined or infinite" in reading.decisions["warnings"][0]
+        assert np.asarray(reading.image)[..., 0].tolist() == [[0, 64, 255 if value == np.inf else 0], [128, 255, 0]]
+    tifffile.imwrite(tmp_path / "d.tif", np.array([[3 + 4j, 0]], dtype=np.complex64))
+    assert grey(tmp_path / "d.tif").tolist() == [[255, 0]]
+
+
+def test_cielab_as_srgb(tmp_path: Path) -> None:
+    """L* = 53.2, a* = 80.1, b* = 67.2 is pure red (sRGB, D65); by the profiles' D50 within a few steps of it."""
+    Image.new("LAB", (4, 4), (round(53.2 * 2.55), 80 + 128, 67 + 128)).save(tmp_path / "a.tif")
+    assert np.abs(np.asarray(load_image(tmp_path / "a.tif"))[0, 0].astype(int) - (255, 0, 0)).max() < 30
 
 
 def test_cmyk_as_adobe_writes_it(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from medr1.data.images.codestream import declared
 from medr1.data.images.display import (
     CT_WINDOWS,
     Grey,
@@ -72,9 +73,6 @@ _NUMBERS = ("US", "SS", "US or SS", "IS", "DS")
 """Value representations of numbers."""
 
 _ONE_AT_A_TIME = threading.RLock()
-
-_JPEG_FRAMES = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF, 0xF7}
-"""Second byte of the markers that start a frame (ITU-T T.81 table B.1; F7: JPEG-LS)."""
 
 
 def read_dicom(reference: Reference) -> tuple[Image.Image, dict[str, Any]]:
@@ -349,27 +347,12 @@ def _stored(
     with path.open("rb") as file:
         file.seek(pixels.start + 12)
         coded = get_frame(file, frame, number_of_frames=frames)
-    size = _coded_size(coded)
-    if size not in (None, (header.Rows, header.Columns)):
+    said = declared(coded)
+    if said and (said.rows, said.columns) != (header.Rows, header.Columns):
         raise _undecodable(reference, "its header and its compressed pixels differ in size")
     if syntax == uid.JPEGExtended12Bit and header.BitsStored > 8:  # no plugin of a free licence decodes it
         return extra("imagecodecs", reference).jpeg8_decode(coded)
     return pixel_array(path, index=frame, **told)
-
-
-def _coded_size(frame: bytes) -> tuple[int, int] | None:
-    """(rows, columns) that a JPEG, JPEG-LS or JPEG 2000 code stream declares; None for others, such as RLE."""
-    start = frame.find(b"\xff\x4f\xff\x51", 0, 1024)
-    if start == 0 or (start > 0 and frame[4:8] == b"jP  "):  # bare, or in the boxes of a JP2 file
-        # ISO/IEC 15444-1 A.5.1: size of the reference grid less its offset
-        width, height, left, top = struct.unpack(">IIII", frame[start + 8 : start + 24])
-        return height - top, width - left
-    place = 2
-    while frame[:2] == b"\xff\xd8" and place + 9 <= len(frame) and frame[place] == 0xFF:
-        if frame[place + 1] in _JPEG_FRAMES:
-            return struct.unpack(">HH", frame[place + 5 : place + 9])
-        place += 1 if frame[place + 1] == 0xFF else 2 + struct.unpack(">H", frame[place + 2 : place + 4])[0]
-    return None
 
 
 class _Display:

@@ -93,9 +93,8 @@ def finite_values(reference: Reference, values: Values) -> Values:
     """
     finite = values[np.isfinite(values)]
     if not finite.size:
-        raise MedR1Error(
-            f"{reference}: every grey value is undefined or infinite (NaN, inf); choose another part of the file or leave it out"
-        )
+        why = "every value is undefined or infinite (NaN, inf)"
+        raise MedR1Error(f"{reference}: {why}; choose another part of the file or leave it out")
     return finite
 
 

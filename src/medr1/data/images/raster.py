@@ -1,27 +1,61 @@
-"""PNG, JPEG, TIFF and other common formats: Pillow, and tifffile where Pillow cannot."""
+"""PNG, JPEG, TIFF and other common formats: Pillow, and imagecodecs and tifffile where Pillow loses values.
+
+Pillow gives colours and transparent grey of 16 bits their upper 8, drops the sign of 8-bit values, swaps the bytes of
+some compressed TIFFs of big-endian order, and refuses many others: those are read elsewhere.
+"""
 
 import math
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+import numpy.typing as npt
+from PIL import Image, ImageCms, features
 
-from medr1.data.images.display import stretched
+from medr1.data.images.codestream import declared
+from medr1.data.images.display import Grey, Values, finite_values, stretched
 from medr1.data.images.kinds import is_tiff
 from medr1.data.images.limits import MAX_PIXELS, extra, reason
 from medr1.data.images.reference import Reference
 from medr1.errors import MedR1Error
 
 # Pillow's own list also has formats that start other programs (EPS runs Ghostscript).
-FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP", "PPM", "JPEG2000")
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "BMP",
+    "TIFF",
+    "GIF",
+    "WEBP",
+    "PPM",
+    "JPEG2000",
+    *(["AVIF"] if features.check("avif") else []),
+)
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image upright, by the number under the orientation tag."""
+
+_TAG_BITS, _TAG_PHOTOMETRIC, _TAG_ORIENTATION, _TAG_COLORMAP, _TAG_FORMAT = 258, 262, 274, 320, 339
+_DEPTHS = (8, 10, 12, 14)
+"""Bits that instruments store in words of 16 without shifting them up."""
 
 
 def read_raster(reference: Reference) -> tuple[Image.Image, dict[str, Any]]:
     """A frame, upright by its EXIF tag; the first of several by default.
 
-    Alpha is laid on white. Grey values of more than 8 bits are stretched so that the frame's own smallest and largest
-    become 0 and 255 (a constant image becomes black); colours of 16 bits keep their upper 8.
+    Alpha is laid on white. Grey values of more than 8 bits, signed and float ones are stretched so that the frame's own
+    smallest and largest become 0 and 255 (a constant image becomes black; undefined values too). Colours of more than
+    8 bits keep the upper 8 of the bits that are in use: colours of a 12-bit camera in 16-bit words are none of them
+    above 4095, and would be black by the upper 8 of 16.
     """
     reference.allow("picture", "frame")
     try:
@@ -33,6 +67,8 @@ def read_raster(reference: Reference) -> tuple[Image.Image, dict[str, Any]]:
     except Exception as error:  # at bad bytes decoders raise nearly anything, not OSError alone
         if is_tiff(reference.path):
             return _by_tifffile(reference, error)
+        if (code := declared(_begin(reference.path))) and code.bits != 8:
+            return _by_imagecodecs(reference, error)
         raise undecodable(reference, error) from error
 
 
@@ -49,7 +85,15 @@ def num_pages(reference: Reference) -> int:
         with Image.open(reference.path, formats=FORMATS) as image:
             return getattr(image, "n_frames", 1)
     except Exception as error:
-        raise undecodable(reference, error) from error
+        if not is_tiff(reference.path):
+            raise undecodable(reference, error) from error
+        try:
+            with extra("tifffile", reference).TiffFile(reference.path) as file:
+                return len(file.pages)
+        except MedR1Error:
+            raise
+        except Exception:
+            raise undecodable(reference, error) from error
 
 
 def _by_pillow(reference: Reference) -> tuple[Image.Image, dict[str, Any]]:
@@ -61,16 +105,72 @@ def _by_pillow(reference: Reference) -> tuple[Image.Image, dict[str, Any]]:
             image.seek(reference.whole("frame", 1, 1, frames) - 1)
             decisions["frame"] = f"{image.tell() + 1} of {frames}"
         _bounded(reference, image.width, image.height)
-        tags = getattr(image, "tag_v2", {})
-        if tags.get(284) == 2 and max(tags.get(258, (8,))) > 8:  # Pillow 12 mistakes uncompressed planes of 16 bits
-            raise ValueError("colours one after the other, of more than 8 bits")
+        if image.format == "TIFF":
+            _demand_small_samples(image)
+        if _is_deep(image, reference.path):
+            return _by_imagecodecs(reference, None)
         image.load()
-        rgb, decisions["scale"] = _to_rgb(image)
-        return ImageOps.exif_transpose(rgb), decisions
+        orientation = image.getexif().get(_TAG_ORIENTATION, 1)  # also the chunk that stands after the pixels
+        rgb, said = _to_rgb(reference, image)
+    return _upright(rgb, orientation, decisions | said)
+
+
+def _demand_small_samples(image: Any) -> None:
+    """Raise ValueError, which leads to tifffile, unless a TIFF has unsigned samples of 8 bits or fewer."""
+    tags = image.tag_v2
+    if max(tags.get(_TAG_BITS, (1,))) > 8 or max(tags.get(_TAG_FORMAT, (1,))) not in (1, 4):
+        raise ValueError("samples of more than 8 bits or with a sign")
+
+
+def _is_deep(image: Any, path: Path) -> bool:
+    """Whether a PNG or JPEG 2000 file has samples of more than 8 bits of which Pillow would drop some."""
+    if image.format == "PNG":
+        return image.mode in ("LA", "RGB", "RGBA") and str(image.tile[0][3]).endswith("16B")
+    if image.format != "JPEG2000":
+        return False
+    code = declared(_begin(path))
+    return code is not None and code.bits > 8
+
+
+def _begin(path: Path) -> bytes:
+    """Enough of a file for the header of its code stream, after the profiles that may stand before it."""
+    with path.open("rb") as file:
+        return file.read(1 << 20)
+
+
+def _by_imagecodecs(reference: Reference, first: Exception | None) -> tuple[Image.Image, dict[str, Any]]:
+    """A PNG, JPEG or JPEG 2000 file of more than 8 bits a sample."""
+    imagecodecs = extra("imagecodecs", reference)
+    content = reference.path.read_bytes()
+    code = declared(content)
+    try:
+        if code is not None:
+            _bounded(reference, code.columns, code.rows)
+        if content.startswith(b"\x89PNG"):
+            kind, values = "PNG", imagecodecs.png_decode(content)
+        elif content.startswith(b"\xff\xd8"):
+            kind, values = "JPEG", imagecodecs.jpeg_decode(content)
+        else:
+            kind, values = "JPEG2000", imagecodecs.jpeg2k_decode(content)
+        # Of a JPEG that Pillow refuses the orientation is not known.
+        orientation = 1 if first else _orientation(reference.path)
+        transparency = "straight" if values.shape[2:] in ((2,), (4,)) else ""
+        rgb, said = _array_to_rgb(reference, values, transparency, depth=code.bits if code else None)
+    except MedR1Error:
+        raise
+    except Exception as error:
+        raise undecodable(reference, first or error) from error
+    return _upright(rgb, orientation, {"kind": "picture", "format": kind} | said)
+
+
+def _orientation(path: Path) -> int:
+    with Image.open(path, formats=FORMATS) as image:
+        image.load()
+        return image.getexif().get(_TAG_ORIENTATION, 1)
 
 
 def _by_tifffile(reference: Reference, first: Exception) -> tuple[Image.Image, dict[str, Any]]:
-    """Compressed 16-bit colour, float and many other TIFFs that Pillow refuses with `first`."""
+    """Samples of more than 8 bits, with a sign or as floats, and other TIFFs that Pillow refuses with `first`."""
     tifffile: Any = extra("tifffile", reference)
     try:
         with tifffile.TiffFile(reference.path) as file:
@@ -78,18 +178,53 @@ def _by_tifffile(reference: Reference, first: Exception) -> tuple[Image.Image, d
             page = file.pages[number - 1]
             _bounded(reference, page.imagewidth, page.imagelength)
             if math.prod(page.shape) > 4 * MAX_PIXELS:  # a few bytes can tell of thousands of colours
-                raise ValueError
+                raise ValueError("too many samples")
             values = page.asarray()
-            if page.axes == "SYX":  # colours one after the other
-                values = np.moveaxis(values, 0, -1)
-            colour = page.photometric.name
-            frames = len(file.pages)
-        rgb, scale = _array_to_rgb(values, colour)
+            frames, colour = len(file.pages), page.photometric.name
+            orientation = page.tags.valueof(_TAG_ORIENTATION, 1)
+            if colour == "PALETTE":
+                values, colour = _looked_up(values, page.colormap), "RGB"
+            values, transparency = _samples(values, page.axes, colour, page.extrasamples)
+        rgb, said = _array_to_rgb(reference, values, transparency, white_is_zero=colour == "MINISWHITE")
     except MedR1Error:
         raise
-    except Exception:  # the name of what Pillow missed says more than tifffile's complaint about the same bytes
-        raise undecodable(reference, first) from first
-    return rgb, {"kind": "picture", "format": "TIFF", "frame": f"{number} of {frames}", "scale": scale}
+    except Exception as error:
+        # What Pillow missed says more than tifffile's complaint about the same bytes, but for what we sent here.
+        why = error if isinstance(first, ValueError) else first
+        raise undecodable(reference, why) from error
+    return _upright(rgb, orientation, {"kind": "picture", "format": "TIFF", "frame": f"{number} of {frames}"} | said)
+
+
+_NUM_COLOURS = {"MINISBLACK": 1, "MINISWHITE": 1, "RGB": 3, "YCBCR": 3, "SEPARATED": 4}
+"""Samples a pixel without alpha, by the TIFF's photometric interpretation."""
+
+
+def _samples(values: Values, axes: str, colour: str, beside: tuple[int, ...]) -> tuple[Values, str]:
+    """Values as (height, width) or (height, width, samples), and what is transparent: "", "straight", "multiplied".
+
+    Args:
+        axes: tifffile's letters for the axes of `values`.
+        beside: what the samples after the colour's are (TIFF 6.0, ExtraSamples: 1 multiplied alpha, 2 straight).
+    """
+    if axes == "SYX":  # colours one after the other
+        values, axes = np.moveaxis(values, 0, -1), "YXS"
+    if axes not in ("YX", "YXS") or colour not in _NUM_COLOURS:
+        raise ValueError(f"axes {axes} and colours of kind {colour} are not supported")
+    count = _NUM_COLOURS[colour]
+    num_samples = values.shape[2] if axes == "YXS" else 1
+    if num_samples < count or (colour == "SEPARATED" and values.dtype.kind != "u"):
+        raise ValueError(f"{num_samples} samples of type {values.dtype} for colours of kind {colour}")
+    if colour == "SEPARATED":
+        eight = (values[..., :4] >> 8 * (values.dtype.itemsize - 1)).astype(np.uint8)
+        return np.asarray(Image.fromarray(eight, "CMYK").convert("RGB")), ""
+    transparency = {1: "multiplied", 2: "straight"}.get(beside[0], "") if beside and num_samples > count else ""
+    kept = values if axes == "YX" else values[..., : count + bool(transparency)]
+    return kept[..., 0] if kept.shape[2:] == (1,) else kept, transparency
+
+
+def _looked_up(values: Values, table: npt.NDArray[np.uint16]) -> Grey:
+    """Colours (height, width, 3) of a TIFF's palette; some writers put 8-bit colours into its 16-bit entries."""
+    return (table >> 8 if table.max() > 255 else table).astype(np.uint8).T[values]
 
 
 def _bounded(reference: Reference, width: int, height: int) -> None:
@@ -98,33 +233,108 @@ def _bounded(reference: Reference, width: int, height: int) -> None:
         raise MedR1Error(f"{reference}: {size} pixels are above the limit of {MAX_PIXELS}; shrink it")
 
 
-def _to_rgb(image: Image.Image) -> tuple[Image.Image, str]:
+def _upright(image: Image.Image, orientation: object, decisions: dict[str, Any]) -> tuple[Image.Image, dict[str, Any]]:
+    if isinstance(orientation, int) and orientation in _TURNS:
+        image = image.transpose(_TURNS[orientation])
+        return image, decisions | {"orientation": f"turned upright by its EXIF tag ({orientation})"}
+    return image, decisions
+
+
+def _to_rgb(reference: Reference, image: Image.Image) -> tuple[Image.Image, dict[str, Any]]:
+    """What Pillow decoded without loss as RGB, and what was decided."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        white_is_zero = getattr(image, "tag_v2", {}).get(262) == 0  # Pillow heeds it in 8-bit TIFF only
-        return _array_to_rgb(np.asarray(image), "MINISWHITE" if white_is_zero else "MINISBLACK")
+        values = np.asarray(image)
+        if isinstance(clear := image.info.get("transparency"), int):  # the one grey value of a PNG that is not seen
+            values = np.stack([values, np.where(values == clear, 0, 65535)], axis=-1)
+        return _array_to_rgb(reference, values, "straight" if values.ndim == 3 else "")
+    if image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        rgb = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        assert rgb is not None
+        return rgb, {"scale": "L*a*b* as sRGB"}
+    if image.mode == "P" and image.format == "TIFF":
+        table = getattr(image, "tag_v2", {}).get(_TAG_COLORMAP, ())
+        if table and max(table) <= 255:
+            size = len(table) // 3
+            image.putpalette([table[part * size + entry] for entry in range(size) for part in range(3)])
+            return image.convert("RGB"), {"scale": "colours of its palette, 8 bits in entries of 16"}
     if image.has_transparency_data:
-        return _on_white(image), "as it is, alpha on white"
-    return image.convert("RGB"), "as it is"
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB"), {"scale": "as it is, alpha on white"}
+    return image.convert("RGB"), {"scale": "as it is"}
 
 
-def _on_white(image: Image.Image) -> Image.Image:
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+def _array_to_rgb(
+    reference: Reference,
+    values: Values,
+    transparency: str = "",
+    *,
+    white_is_zero: bool = False,
+    depth: int | None = None,
+) -> tuple[Image.Image, dict[str, Any]]:
+    """Grey (height, width), grey and alpha (…, 2), colour (…, 3), colour and alpha (…, 4) of any number type as RGB.
+
+    Args:
+        transparency: "" (no alpha), "straight", or "multiplied" where the alpha has been multiplied into the values.
+        depth: bits of a value where the file declares fewer than the array's type has.
+    """
+    told: list[str] = []
+    if values.dtype.kind == "c":
+        values, told = np.abs(values), ["complex values show their magnitude"]
+    if values.dtype.kind not in "biuf":
+        raise ValueError(f"values of type {values.dtype}")
+    opaque = np.ones(values.shape[:2])
+    if transparency:
+        values, alpha = values[..., :-1], values[..., -1]
+        bits, _ = _bits_in_use(alpha, depth) if alpha.dtype.kind == "u" else (0, "")
+        opaque = np.clip(alpha / (2**bits - 1 if bits else 1), 0, 1)
+        if transparency == "multiplied":
+            values = np.where(opaque[..., None] > 0, values / np.maximum(opaque, 1e-6)[..., None], 0).astype(
+                values.dtype
+            )
+        if values.shape[2] == 1:
+            values = values[..., 0]
+    seen = values[opaque > 0] if transparency and (opaque > 0).any() else values
+    finite = finite_values(reference, seen)
+    if finite.size < seen.size:
+        told.append("undefined or infinite values are black or white")
+    if values.ndim == 2 or values.dtype.kind != "u":
+        low, high, words = _ends(finite, is_grey=values.ndim == 2)
+    else:
+        bits, words = _bits_in_use(finite, depth)
+        low, high = 0.0, float(2**bits - 1)
+        if (whole := depth or 8 * values.dtype.itemsize) > bits:
+            told.append(f"no colour is above {2**bits - 1}: taken as {bits} bits in words of {whole}")
+    if values.dtype == np.uint16 and values.ndim == 3 and bits == 16:
+        shown = (values >> 8).astype(np.uint8)
+    else:
+        shown = stretched(values, low, high)
+    if white_is_zero:
+        shown = 255 - shown
+    if transparency:
+        words += ", alpha on white"
+        share = opaque if shown.ndim == 2 else opaque[..., None]
+        shown = np.rint(shown * share + 255 * (1 - share)).astype(np.uint8)
+    return Image.fromarray(shown).convert("RGB"), {"scale": words, "warnings": told}
 
 
-def _array_to_rgb(values: np.ndarray, colour: str) -> tuple[Image.Image, str]:
-    """Grey (height, width) or colour (height, width, 3 or 4 with alpha) of any number type."""
-    if values.shape[2:] in ((3,), (4,)) and colour in ("RGB", "YCBCR", "PALETTE"):
-        if values.dtype == np.uint16:
-            return _on_white(Image.fromarray((values >> 8).astype(np.uint8))), "upper 8 of 16 bits"
-        if values.dtype == np.uint8:
-            return _on_white(Image.fromarray(values)), "as it is"
-    elif values.ndim != 2 or colour not in ("MINISBLACK", "MINISWHITE"):
-        raise ValueError(f"{values.ndim} dimensions and colours of kind {colour} are not supported")
-    if not np.isfinite(values).all():
-        raise ValueError("it has infinite or undefined grey values")
-    low, high = values.min(), values.max()
-    scaled = stretched(values, float(low), float(high))
-    if colour == "MINISWHITE":
-        scaled = 255 - scaled
-    return Image.fromarray(scaled).convert("RGB"), f"{low:g} to {high:g} (smallest and largest value)"
+def _ends(finite: Values, *, is_grey: bool) -> tuple[float, float, str]:
+    """What becomes black and white: of grey the smallest and largest value, of float colours 0 and 1 or 255."""
+    if finite.dtype == np.bool_:
+        return 0.0, 1.0, "1 bit"
+    if finite.dtype == np.uint8:
+        return 0.0, 255.0, "as it is"
+    low, high = float(finite.min()), float(finite.max())
+    if not is_grey and low >= 0 and high <= 255:
+        top = 1.0 if high <= 1 else 255.0
+        return 0.0, top, f"0 to {top:g}"
+    return low, high, f"{low:g} to {high:g} (smallest and largest value)"
+
+
+def _bits_in_use(values: Values, depth: int | None) -> tuple[int, str]:
+    """Bits that unsigned values take: all that they have, or one of _DEPTHS where none is above; and words for it."""
+    whole, largest = depth or 8 * values.dtype.itemsize, int(values.max())
+    bits = next((bits for bits in (*_DEPTHS, 16) if largest < 2**bits), whole)
+    bits = min(bits, whole)
+    return bits, f"upper 8 of {bits} bits" if bits > 8 else "as it is"

@@ -11,7 +11,7 @@ Content decides, not a file's name. Nothing that identifies a patient is ever re
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image, ImageDraw
 
@@ -20,6 +20,9 @@ from medr1.data.images.limits import MAX_ASPECT
 from medr1.data.images.raster import num_pages, read_raster
 from medr1.data.images.reference import Reference
 from medr1.errors import MedR1Error
+
+NEARLY_BLACK = 16
+"""Brightest value, of 255, below which a picture is hardly one: labels of a mask, or 12-bit values read as of 16."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,24 @@ def read_image(reference: Path | str) -> Reading:
     except OSError as error:
         raise MedR1Error(f"{parsed}: cannot be read ({error.strerror}); check its permissions") from error
     image.info.clear()  # EXIF, XMP and comments, which a copy that is saved would carry on
-    decisions.setdefault("warnings", [])
+    decisions["warnings"] = [*decisions.get("warnings", []), *_looks_empty(image)]
     if "redact" in parsed.selector:
         decisions["redacted"] = _redact(image, parsed)
     if max(image.size) > MAX_ASPECT * min(image.size):
         size = f"{image.width} x {image.height}"
         raise MedR1Error(f"{parsed}: {size} pixels are more than {MAX_ASPECT} times as long as wide; crop it")
     return Reading(image, decisions)
+
+
+def _looks_empty(image: Image.Image) -> list[str]:
+    """A warning about an image in which nothing can be seen."""
+    ends = cast(tuple[tuple[int, int], ...], image.getextrema())
+    if all(low == high for low, high in ends):
+        return ["all of it is one colour"]
+    brightest = max(high for _, high in ends)
+    if brightest < NEARLY_BLACK:
+        return [f"nearly black: nothing in it is brighter than {brightest} of 255"]
+    return []
 
 
 def load_image(reference: Path | str) -> Image.Image:
