@@ -240,7 +240,7 @@ def test_an_unknown_source_in_a_question_type_file_has_no_modality(tmp_path: Pat
             "option keys option_A, option_C are not A, B, …",
         ),
         ({"option_A": "Naevus", "option_B": None}, "1 options, expected 2 to 26"),
-        ({"option_A": " "}, "an option is empty"),
+        ({"option_A": " "}, "'options' lacks a value before others"),
         ({"question": " "}, "the question is empty"),
         ({"modality_type": "Endoscopy"}, "unknown modality 'Endoscopy'"),
         ({"modality_type": None}, "'modality_type' is missing"),
@@ -312,7 +312,7 @@ def test_bad_files(tmp_path: Path) -> None:
     file.write_text('[\n{"image": 1},\n{"image" 2}]', encoding="utf-8")
     assert "X-Ray_train.json: line 3 is not JSON" in error_of(file)
     file.write_text("", encoding="utf-8")
-    assert "line 1 is not JSON" in error_of(file)
+    assert "the file is empty" in error_of(file)
     for text in ("[" * 100_000, "[1" + "0" * 5_000 + "]"):
         file.write_text(text, encoding="utf-8")
         assert "cannot be read as JSON" in error_of(file)

@@ -423,7 +423,7 @@ def test_pixels_become_square(tmp_path: Path) -> None:
 
 
 def test_burnt_in_text_is_warned_of(tmp_path: Path) -> None:
-    values = np.zeros((2, 2), dtype=np.uint8)
+    values = np.diag([200, 0]).astype(np.uint8)
     signs = {
         "ultrasound": {"Modality": "US"},
         "angiography": {"Modality": "XA"},

@@ -1,5 +1,6 @@
 """One's own data: the documented format with all it takes and refuses, conversion there and back, and the page."""
 
+import gzip
 import json
 import re
 import shutil
@@ -18,6 +19,7 @@ from medr1.data.datasets import load_records
 from medr1.data.datasets.convert import convert
 from medr1.data.images import load_image
 from medr1.data.phantoms import write_phantoms
+from medr1.data.prompts import build_messages
 from medr1.data.records import MODALITIES, QUESTION_TYPES, Record, read_jsonl
 from medr1.errors import MedR1Error
 from medr1.report.checks import check_data
@@ -235,6 +237,211 @@ def test_bad_tables(tmp_path: Path) -> None:
     (tmp_path / "mine.parquet").write_bytes(b"PAR1 no")
     assert "cannot be read as Parquet" in error_of(tmp_path / "mine.parquet")
     assert "no known layout" in error_of(table(tmp_path, "x", "notes.txt"))
+
+
+# -- values that are none, options with letters, files of other makes -----------------------------------------
+
+
+def test_a_missing_value_names_nothing(shared: Path, tmp_path: Path) -> None:
+    for record in load_records(shared / "findings" / "inputs" / "pandas-nan.json"):
+        assert record.options == ("Naevus", "Melanoma") and record.group.startswith("file-")
+    pictures(tmp_path, "a.png", "b.png")
+    for nothing in ("nan", "NaN", "None", "<NA>", "null", "N/A", ""):
+        rows = f"a.png,What?,x,y,{nothing if nothing not in ('None', 'N/A') else ''},B,{nothing},{nothing},{nothing}\n"
+        header = "image,question,option_a,option_b,option_c,answer,group,modality,source\n"
+        records, refused = load(table(tmp_path, header + rows + rows.replace("a.png", "b.png")))
+        assert not refused and len({record.group for record in records}) == 2, nothing
+        assert {(record.options, record.answer, record.modality, record.source) for record in records} == {
+            (("x", "y"), "B", None, "mine")
+        }
+    bad = "image,question,answer\na.png,What?,nan\nnan,What?,x\na.png,<NA>,x\n"
+    _, refused = load(table(tmp_path, bad + "a.png,What?,None\n"))
+    assert [line.rsplit(": ")[-1].partition(" is missing")[0] for line in refused] == [
+        "'answer'",
+        "'image'",
+        "'question'",
+    ]
+
+
+def test_none_is_an_option_and_an_answer(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png")
+    header = "image,question,option_a,option_b,option_c,answer\n"
+    rows = [
+        "Nodule,Mass,None,C",
+        "Nodule,N/A,None,None",
+        "None,Mass,Nodule,A",
+        "Nodule,None of these,NA,c",
+        "x,y,None,B",
+    ]
+    records, refused = load(table(tmp_path, header + "".join(f"a.png,What?,{row}\n" for row in rows)))
+    assert not refused and [record.gold for record in records] == ["None", "None", "None", "NA", "y"]
+    assert load(table(tmp_path, "image,question,answer\na.png,What?,None\n"))[0][0].answer == "None"
+    several = {"image": "a.png", "question": "q", "answer": "B", "options": ["x", "y", "None", "None"]}
+    inner = several | {"options": ["x", float("nan"), "y"]}
+    (record,), refused = load(table(tmp_path, json.dumps([several, inner]), "own.json"))
+    assert record.options == ("x", "y") and "'options' lacks a value before others" in refused[0]
+    gap = table(tmp_path, header + "a.png,What?,x,nan,y,A\na.png,What?,x,y,nan,A\n")
+    assert "are not a, b, … without a gap" in load(gap)[1][0]
+
+
+@pytest.mark.parametrize(
+    ("options", "plain"),
+    [
+        ("A. Naevus|B. Melanoma", "Naevus|Melanoma"),
+        ("A) Naevus|B) Melanoma|C) Wart", "Naevus|Melanoma|Wart"),
+        ("(A) Naevus|(B) Melanoma", "Naevus|Melanoma"),
+        ("[a] Naevus|[b] Melanoma", "Naevus|Melanoma"),
+        ("A: Naevus|B: Melanoma", "Naevus|Melanoma"),
+        ("A.Naevus|B.Melanoma", "Naevus|Melanoma"),
+        ("A - Naevus|B - Melanoma", "Naevus|Melanoma"),
+        ("1. Naevus|2. Melanoma", "Naevus|Melanoma"),
+        ("(1) Naevus|(2) Melanoma", "Naevus|Melanoma"),
+        ("B. Naevus|A. Melanoma", "Naevus|Melanoma"),
+        ("A-mode|B-mode", None),
+        ("1.5 cm|2.5 cm", None),
+        ("1:30|2:30", None),
+        ("A|B", None),
+        ("A. fumigatus|C. albicans", None),
+        ("A. Naevus|Melanoma", None),
+        ("A. Naevus|A. Melanoma", None),
+        ("B. Naevus|C. Melanoma", None),
+        ("I. Naevus|II. Melanoma", None),
+    ],
+)
+def test_letters_of_the_options_own_are_taken_off(tmp_path: Path, options: str, plain: str | None) -> None:
+    """As columns and as a list; the answer is a letter, a text, or both, and the prompt has one letter an option."""
+    pictures(tmp_path, "a.png")
+    given, texts = options.split("|"), (plain or options).split("|")
+    in_order = plain and not options.startswith("B.")
+    answers = [given[1], texts[1], *(["B", "(B)", "b"] if in_order or not plain else [])]
+    answers += [f"B. {texts[1]}", f"B) {texts[1]}"] if in_order else []
+    for answer in answers:
+        row = {"image": "a.png", "question": "What?", "answer": answer}
+        columns = {f"option_{letter}": text for letter, text in zip("abc", given, strict=False)}
+        for cells in ({"options": given}, columns):
+            (record,), _ = load(table(tmp_path, json.dumps([row | cells]), "own.json"))
+            assert record.options == tuple(texts) and record.gold == texts[1], answer
+            lines = build_messages(record, "no-think")[0]["content"][-1]["text"].split("\n")
+            assert lines[1:3] == [f"A) {texts[0]}", f"B) {texts[1]}"]
+    if plain and not in_order:
+        for letter in "AB":
+            _, (line,) = load(
+                table(tmp_path, json.dumps([{**row, "options": given, "answer": letter}, row | cells]), "own.json")
+            )
+            assert "the options' own letters are B, A" in line
+
+
+def test_an_answer_with_another_options_letter_is_refused(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png")
+    row = {"image": "a.png", "question": "What?", "options": ["A. x", "B. y"], "answer": "A. y"}
+    numbered = row | {"options": ["1. 2", "2. 3"], "answer": "1. 3"}
+    right = row | {"options": ["1. x", "2. y"], "answer": "2"}
+    (record,), refused = load(table(tmp_path, json.dumps([row, numbered, right]), "own.json"))
+    assert record.gold == "y" and all(
+        "has the letter of one option and the text of another" in line for line in refused
+    )
+
+
+def test_letters_in_the_layouts_of_public_sets(tmp_path: Path) -> None:
+    pictures(tmp_path, "Images/X/a.png", "images/a.png")
+    omni = {"dataset": "X", "question_id": "1", "question_type": "Disease Diagnosis", "question": "What?",
+            "gt_answer": "B. y", "image_path": "Images/X/a.png", "option_A": "A. x", "option_B": "B. y",
+            "option_C": float("nan"), "modality_type": "CT"}  # fmt: skip
+    folder = tmp_path / "QA_information" / "Open-access"
+    folder.mkdir(parents=True)
+    for answer in ("B. y", "y"):
+        (folder / "X.json").write_text(json.dumps([omni | {"gt_answer": answer}]))
+        (record,) = load_records(tmp_path)
+        assert record.options == ("x", "y") and record.answer == "B"
+    shutil.rmtree(folder.parent)
+    row = {"image": "Images/X/a.png", "problem": "What? A)A. x, B)B. y", "solution": "<answer>B</answer>"}
+    (tmp_path / "CT_train.json").write_text(json.dumps([row]))
+    (record,) = load_records(tmp_path)
+    assert record.options == ("x", "y") and record.answer == "B"
+    (tmp_path / "CT_train.json").unlink()
+    expert = {
+        "id": "1",
+        "question": "What?",
+        "options": {"A": "(A) x", "B": "(B) y", "C": None},
+        "label": "B",
+        "images": ["a.png"],
+    }
+    (tmp_path / "mm.jsonl").write_text(json.dumps(expert))
+    (record,) = load_records(tmp_path)
+    assert record.options == ("x", "y") and record.answer == "B"
+
+
+GOOD = [{"image": "a.png", "question": f"What {number}?", "answer": "x"} for number in range(2)]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "\ufeff" + json.dumps(GOOD),
+        "\r\n".join(map(json.dumps, GOOD)) + "\r\n",
+        "\n\n".join(map(json.dumps, GOOD)),
+        json.dumps(GOOD, indent=2),
+        json.dumps(GOOD).encode("utf-16"),
+    ],
+)
+@pytest.mark.parametrize("name", ["own.json", "own.jsonl"])
+def test_json_however_it_was_written(tmp_path: Path, content: str | bytes, name: str) -> None:
+    """A list in a file of lines, lines in a file of a list, marks, line ends and UTF-16 with a mark."""
+    pictures(tmp_path, "a.png")
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert [record.question for record in load_records(tmp_path / name)] == ["What 0?", "What 1?"]
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_csv_however_it_was_written(tmp_path: Path, delimiter: str, encoding: str, end: str) -> None:
+    pictures(tmp_path, "a.png")
+    lines = [["", "image", "question", "answer"], ["0", "a.png", "Größe?", "x"]]
+    (tmp_path / "own.csv").write_bytes(end.join(delimiter.join(line) for line in lines).encode(encoding))
+    assert [record.question for record in load_records(tmp_path / "own.csv")] == ["Größe?"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.jsonl", "".join(json.dumps(row) + ",\n" for row in GOOD), "line 1 is not JSON (a comma follows the object"),
+        ("a.json", "".join(json.dumps(row) + ",\n" for row in GOOD), "line 1 is not JSON (a comma follows the object"),
+        ("a.jsonl", "\n\n" + str(GOOD[0]), "line 3 is not JSON (single quotes"),
+        ("a.json", str(GOOD), "line 1 is not JSON (single quotes"),
+        ("a.json", '[{"image": None}]', "None is Python's"),
+        ("a.json", json.dumps(GOOD, indent=1)[:-2] + ",\n]", "a comma stands before a closing bracket"),
+        ("a.json", '[{"image": "a.png",}]', "a comma stands before a closing bracket"),
+        ("a.json", "", "the file is empty"),
+        ("a.jsonl", "", "the file is empty"),
+        ("a.csv", "", "the file is empty"),
+        ("a.parquet", "", "the file is empty"),
+        ("a.csv", gzip.compress(b"image,question,answer\n"), "is packed by gzip; unpack it first"),
+        ("a.jsonl", gzip.compress(b"{}"), "is packed by gzip; unpack it first"),
+        ("a.csv", b"PK\3\4 a sheet", "a zip archive or a spreadsheet"),
+        ("a.csv", "image,question,answer\n".encode("utf-16-le"), "holds NUL bytes"),
+        ("a.json", json.dumps(GOOD).encode("utf-16-be"), "holds NUL bytes"),
+        ("a.csv", "image,question,answer,\na.png,What?,x,y,z\n", "has more cells than there are columns"),
+    ],
+)
+def test_a_file_that_is_no_table_is_one_line_with_its_cause(
+    tmp_path: Path, name: str, content: str | bytes, says: str
+) -> None:
+    pictures(tmp_path, "a.png")
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    for path in (tmp_path / name, tmp_path):
+        with pytest.raises(MedR1Error) as error:
+            load_records(path)
+        assert says in str(error.value) and name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_trailing_commas_of_the_report(shared: Path, tmp_path: Path) -> None:
+    with pytest.raises(MedR1Error, match=r"trailing-commas\.jsonl: line 1 is not JSON .a comma follows the object"):
+        load_records(shared / "findings" / "inputs" / "trailing-commas.jsonl")
+    pictures(tmp_path, "a.png")
+    mixed = json.dumps(GOOD[0]) + "\n\n" + json.dumps(GOOD[1]) + ",\n"
+    _, (line,) = load(table(tmp_path, mixed, "own.jsonl"))
+    assert "own.jsonl: row 2: is not JSON (line 3: a comma follows the object" in line
 
 
 # -- conversion ----------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from medr1.config import Config, recipe_of
 from medr1.data.answers import extract_answer
+from medr1.data.datasets.rows import plain_options
 from medr1.data.images import Reading, read_image
 from medr1.data.prompts import build_messages, check_mode
 from medr1.data.records import LETTERS, Record, normalise_answer
@@ -168,7 +169,7 @@ def question_about(
             id="ask",
             images=tuple(images),
             question=question,
-            options=tuple(options),
+            options=plain_options(options)[0],
             answer=LETTERS[0] if options else "unknown",  # nobody knows it, and nothing here reads it
             modality=modality,
             question_type=None,

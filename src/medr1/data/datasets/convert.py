@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from medr1.data.datasets.own import answer_letter
-from medr1.data.datasets.rows import letter_of
+from medr1.data.datasets.rows import answer_letter, letter_of, plain_options
+from medr1.data.datasets.tables import is_missing, without_missing
 from medr1.data.images import file_of
 from medr1.data.records import LETTERS, Record, write_atomic
 from medr1.errors import MedR1Error
@@ -49,6 +49,7 @@ def convert(records: Sequence[Record], to: str, out: Path) -> dict[str, Any]:
     groups: dict[Path, str] = {}
     for record in records:
         try:
+            _check_words(record)
             check(record)
             if to == "omnimedvqa" and groups.setdefault(record.images[0], record.group) != record.group:
                 raise ValueError(
@@ -99,6 +100,22 @@ def _place_images(records: Sequence[Record], out: Path) -> dict[Path, str]:
 def _folder_name(source: str) -> str:
     """A source as the name of a folder or file."""
     return re.sub(r"[^\w &()+,.-]", "_", source).strip(" .")[:80] or "source"
+
+
+def _check_words(record: Record) -> None:
+    """Raise ValueError if a reader would take a text for a missing value, or a part of an option for its letter."""
+    texts = {"question": record.question, "answer": record.answer}
+    for name, text in texts.items():
+        if is_missing(text):
+            raise ValueError(f"its {name} is {text!r}, which tables write for a missing value")
+    for name in ("id", "source", "group", "licence"):
+        if is_missing(getattr(record, name), names=True):
+            raise ValueError(f"its {name} is {getattr(record, name)!r}, which tables write for a missing value")
+    for listed in (record.options, record.alternatives):
+        if without_missing(listed, "options") != list(listed):
+            raise ValueError("the last of its options reads like a missing value")
+    if plain_options(record.options)[1]:
+        raise ValueError("its options carry letters of their own, which readers take off")
 
 
 # -- OmniMedVQA ----------------------------------------------------------------------------------------------

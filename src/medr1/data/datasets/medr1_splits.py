@@ -21,6 +21,7 @@ from medr1.data.datasets.rows import (
     canonical_modality,
     canonical_question_type,
     letter_of,
+    options_in_order,
     read_records,
     text_field,
 )
@@ -198,8 +199,8 @@ def _question(problem: str, solution: str) -> tuple[str, tuple[str, ...], str]:
     if not marks or letters != LETTERS[: len(marks)]:
         raise ValueError(f"option letters {', '.join(letters) or '(none)'} in 'problem' are not A, B, … in order")
     ends = [mark.start() for mark in marks[1:]] + [len(problem)]
-    options = tuple(
-        problem[mark.end() : end].strip().removesuffix(",").rstrip() for mark, end in zip(marks, ends, strict=True)
+    options = options_in_order(
+        [problem[mark.end() : end].strip().removesuffix(",").rstrip() for mark, end in zip(marks, ends, strict=True)]
     )
     answer = _SOLUTION.fullmatch(solution)
     if answer is None:

@@ -17,11 +17,12 @@ from medr1.data.datasets.rows import (
     canonical_modality,
     canonical_question_type,
     letter_of,
+    plain_options,
     read_records,
     text_field,
 )
-from medr1.data.datasets.tables import read_table
-from medr1.data.records import LETTERS, Record
+from medr1.data.datasets.tables import read_table, without_missing
+from medr1.data.records import LETTERS, Record, normalise_option
 from medr1.errors import MedR1Error
 
 
@@ -42,7 +43,9 @@ def read_omnimedvqa(root: Path, refused: list[str] | None = None) -> list[Record
 
 
 def _record(folder: ImageFolder, row: dict[str, Any]) -> Record:
-    options = _options(row)
+    given, gold = _options(row), text_field(row, "gt_answer")
+    options, _ = plain_options(given)
+    is_whole = normalise_option(gold) in map(normalise_option, given)
     image = text_field(row, "image_path")
     modality_key = "modality" if "modality" in row and "modality_type" not in row else "modality_type"
     return Record(
@@ -50,7 +53,7 @@ def _record(folder: ImageFolder, row: dict[str, Any]) -> Record:
         images=(folder.locate(image),),
         question=text_field(row, "question"),
         options=options,
-        answer=letter_of(text_field(row, "gt_answer"), options),
+        answer=letter_of(gold, given if is_whole else options),
         modality=canonical_modality(text_field(row, modality_key)),
         question_type=canonical_question_type(text_field(row, "question_type")),
         source=text_field(row, "dataset"),
@@ -59,7 +62,8 @@ def _record(folder: ImageFolder, row: dict[str, Any]) -> Record:
 
 
 def _options(row: dict[str, Any]) -> tuple[str, ...]:
-    given = sorted(key for key in row if re.fullmatch("option_[A-Z]", key) and row[key] is not None)
+    named = sorted(key for key in row if re.fullmatch("option_[A-Z]", key) and row[key] is not None)
+    given = named[: len(without_missing([row[key] for key in named], "options"))]
     if given != [f"option_{letter}" for letter in LETTERS[: len(given)]]:
         raise ValueError(f"option keys {', '.join(given)} are not A, B, … without a gap")
     return tuple(text_field(row, key) for key in given)

@@ -4,7 +4,9 @@
     option_a, option_b, … or options (";", JSON list)    none: the question is open
     id, modality, question_type, group, source, licence  optional; alternatives: other right answers, of open ones
 
-`answer` is the letter of the right option or its text; of an open question the text. Image paths start from the
+`answer` is the letter of the right option or its text; of an open question the text. Options may carry letters of
+their own ("A. Naevus"), which are taken off. A cell that holds nothing, "nan", "<NA>" or "null" is missing, and "None"
+and "N/A" but as an option or an answer. Image paths start from the
 folder that was given (or the table's), and may carry a selector ("scan.dcm#frame=3") or ask for several slices
 ("volume.nii.gz#slices=4"). Without `group` an image's patient (DICOM) or content is the group. A record dumped as
 JSON is a row of this format. So are VQA-RAD and PathVQA as republished in Parquet, with images inside the rows.
@@ -18,9 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from medr1.data.datasets.embedded import keep_image
-from medr1.data.datasets.rows import ImageFolder, canonical_modality, canonical_question_type, letter_of, text_field
-from medr1.data.datasets.tables import Table
-from medr1.data.records import LETTERS, Record, normalise_option
+from medr1.data.datasets.rows import (
+    ImageFolder,
+    canonical_modality,
+    canonical_question_type,
+    options_and_letter,
+    text_field,
+)
+from medr1.data.datasets.tables import Table, without_missing
+from medr1.data.records import LETTERS, Record
 
 Row = dict[str, Any]
 
@@ -47,7 +55,8 @@ class Place:
 
 def read_own(row: Row, place: Place) -> Record:
     """A row of the format above, under the names of `tables.by_column`, as a record."""
-    options = _options(row)
+    given = _options(row)
+    options, answer = options_and_letter(given, said(row, "answer")) if given else ((), said(row, "answer"))
     images, group = _images(row, place)
     name = re.sub(r"[^a-z]", "", place.table.name.casefold())
     source, licence = next(
@@ -58,7 +67,7 @@ def read_own(row: Row, place: Place) -> Record:
         images=images,
         question=text_field(row, "question"),
         options=options,
-        answer=answer_letter(said(row, "answer"), options) if options else said(row, "answer"),
+        answer=answer,
         modality=canonical_modality(text_field(row, "modality")) if "modality" in row else None,
         question_type=canonical_question_type(text_field(row, "question type")) if "question type" in row else None,
         source=said(row, "source") if "source" in row else source,
@@ -80,29 +89,13 @@ def said(row: Row, name: str) -> str:
     return str(value) if isinstance(value, int | float) else text_field(row, name)
 
 
-def answer_letter(answer: str, options: tuple[str, ...]) -> str:
-    """Letter of the right option, given as a letter ("B", "b", "B)", "(B)") or as the option's text.
-
-    Raises:
-        ValueError: it is neither, or it is the text of one option and the letter of another.
-    """
-    letters = LETTERS[: len(options)]
-    match = re.fullmatch(r"\(([A-Z])\)|([A-Z])[).]?", answer) or re.fullmatch(r"()([a-z])", answer)
-    letter = (match[1] or match[2]).upper() if match else ""
-    texts = [normalise_option(option) for option in options]
-    if letter not in letters or not letter:
-        return letter_of(answer, options)
-    if normalise_option(answer) in texts and letter_of(answer, options) != letter:
-        raise ValueError(f"the answer {answer!r} is the letter of one option and the text of another; write ({letter})")
-    return letter
-
-
 def _options(row: Row) -> tuple[str, ...]:
     named = sorted(name for name in row if re.fullmatch("option [a-z]", name))
     if named and "options" in row:
         raise ValueError(f"options stand in 'options' and in {named[0]!r}; keep one")
     if "options" in row:
         return _listed(row["options"], "options")
+    named = named[: len(without_missing([row[name] for name in named], "options"))]
     if named != [f"option {letter.lower()}" for letter in LETTERS[: len(named)]]:
         raise ValueError(f"option columns {', '.join(named)} are not a, b, … without a gap")
     return tuple(said(row, name) for name in named)
@@ -114,7 +107,8 @@ def _listed(value: Any, name: str) -> tuple[str, ...]:
         value = _json_list(value, name) if value.lstrip().startswith("[") else value.split(";")
     if not isinstance(value, list):
         raise ValueError(f"{name!r} is neither a list nor a text but {value!r:.40}")
-    return tuple(said({name: item}, name) for item in value)
+    kept = value if name in ("image", "images") else without_missing(value, name)  # a path that lacks is a mistake
+    return tuple(said({name: item}, name) for item in kept)
 
 
 def _json_list(text: str, name: str) -> Any:

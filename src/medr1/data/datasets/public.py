@@ -17,8 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from medr1.data.datasets.embedded import from_base64, keep_image
-from medr1.data.datasets.own import Place, Row, answer_letter, read_own, said
-from medr1.data.datasets.rows import NotAsked, canonical_modality, text_field
+from medr1.data.datasets.own import Place, Row, read_own, said
+from medr1.data.datasets.rows import NotAsked, answer_letter, canonical_modality, options_in_order, text_field
+from medr1.data.datasets.tables import is_missing
 from medr1.data.records import LETTERS, Record, normalise_option
 
 
@@ -47,7 +48,7 @@ def _vqa_rad(row: Row, place: Place) -> Record:
         modality=None,
         question_type=None,
         source="VQA-RAD",
-        group=case if isinstance(case, str) and case != "NULL" else image,
+        group=case if isinstance(case, str) else image,
         licence="CC0-1.0",
     )
 
@@ -82,7 +83,8 @@ def _slake(row: Row, place: Place) -> Record:
 def _pmc_vqa(row: Row, place: Place) -> Record:
     image = text_field(row, "figure path")
     letters = [letter for letter in LETTERS if f"choice {letter.lower()}" in row]
-    options = tuple(_without_letter(text_field(row, f"choice {letter.lower()}"), letter) for letter in letters)
+    given = [_without_letter(text_field(row, f"choice {letter.lower()}"), letter) for letter in letters]
+    options = options_in_order(given)
     if letters != list(LETTERS[: len(letters)]):
         raise ValueError(f"choices {', '.join(letters)} are not A, B, … without a gap")
     answer = said(row, "answer") if "answer" in row else said(row, "anwser") if "anwser" in row else ""
@@ -115,10 +117,10 @@ def _medxpertqa(row: Row, place: Place) -> Record:
     options, images = row.get("options"), row.get("images")
     if not isinstance(options, dict) or not isinstance(images, list) or not images:
         raise ValueError("'options' is no object of letters, or 'images' is no list of names; give the MM part")
-    given = {letter: text for letter, text in options.items() if text is not None}
+    given = {letter: text for letter, text in options.items() if not is_missing(text)}
     if sorted(given) != list(LETTERS[: len(given)]):
         raise ValueError(f"option keys {', '.join(given)} are not A, B, … without a gap")
-    texts = tuple(text_field(given, letter) for letter in sorted(given))
+    texts = options_in_order([text_field(given, letter) for letter in sorted(given)])
     names = [text_field({"images": name}, "images") for name in images]
     return Record(
         id=said(row, "id"),
@@ -147,7 +149,7 @@ def _gmai(row: Row, place: Place) -> Record:
         raise ValueError(f"options {', '.join(letters)} are not A, B, … without a gap")
     if "answer" not in row:
         raise ValueError("'answer' is missing; the published test files have none, use the validation file")
-    options = tuple(said(row, letter.lower()) for letter in letters)
+    options = options_in_order([said(row, letter.lower()) for letter in letters])
     path = keep_image(from_base64(text_field(row, "image")))
     try:
         modality = canonical_modality(str(row.get("modality", "")))

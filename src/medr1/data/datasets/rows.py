@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from medr1.data.datasets.tables import Table, read_text
+from medr1.data.datasets.tables import Table, is_missing, read_text
 from medr1.data.images import expand_reference, file_of, group_of, resolve_inside
 from medr1.data.records import LETTERS, MODALITIES, QUESTION_TYPES, Record, normalise_option
 from medr1.errors import MedR1Error
@@ -95,6 +95,98 @@ def letter_of(gold: str, options: Sequence[str]) -> str:
     if len(found) > 1:
         raise ValueError(f"duplicate options {' and '.join(found)} both read as the answer, {gold!r}; remove one")
     return found[0]
+
+
+_OWN_LETTER = re.compile(
+    r"""\s* (?: [(\[] ([A-Za-z]|\d{1,2}) [)\]] [.:]?   # (A) x, [1] x
+          | ([A-Za-z]) [.):]                          # A. x, A)x, a: x
+          | (\d{1,2}) [.):] (?=\s)                    # 1. x, but not 1.5
+          | ([A-Za-z]) \s+ - (?=\s)                   # A - x, but not A-mode
+        ) \s* (?=\S)""",
+    re.VERBOSE,
+)
+
+
+def plain_options(given: Sequence[str]) -> tuple[tuple[str, ...], str]:
+    """Options without letters or numbers of their own, which a prompt gives them anew; and these letters.
+
+    They are taken off only where all options carry one, and these are A, B, … (or 1, 2, …) of as many, in any order:
+    "A. fumigatus" among other names stays whole. "" where none were taken off.
+
+    Example:
+        plain_options(["A. Naevus", "B. Melanoma"]) == (("Naevus", "Melanoma"), "AB")
+    """
+    marks = [_OWN_LETTER.match(option) for option in given]
+    found = [next(filter(None, mark.groups())).upper() for mark in marks if mark]
+    if all(one.isdigit() for one in found):
+        found = [LETTERS[int(one) - 1] if 0 < int(one) <= len(LETTERS) else "" for one in found]
+    if not given or "".join(sorted(found)) != LETTERS[: len(given)]:
+        return tuple(given), ""
+    return tuple(option[mark.end() :].strip() for option, mark in zip(given, marks, strict=True) if mark), "".join(
+        found
+    )
+
+
+def options_in_order(given: Sequence[str]) -> tuple[str, ...]:
+    """`plain_options` where the right one is named by its place.
+
+    Raises:
+        ValueError: the options' own letters say another order.
+    """
+    options, own = plain_options(given)
+    if own not in ("", LETTERS[: len(given)]):
+        raise ValueError(f"the options' own letters are {', '.join(own)}, in another order than their places; mend one")
+    return options
+
+
+def options_and_letter(given: Sequence[str], answer: str) -> tuple[tuple[str, ...], str]:
+    """`plain_options`, and the letter of the right one, which is given as `answer_letter` reads it.
+
+    Raises:
+        ValueError: as `answer_letter`; or the options' own letters are out of order and the answer is one of them.
+    """
+    options, own = plain_options(given)
+    if own:
+        if normalise_option(answer) in map(normalise_option, given):
+            return options, letter_of(answer, given)
+        if own != LETTERS[: len(given)] and letter_named(answer, len(given)):
+            raise ValueError(f"the options' own letters are {', '.join(own)}, the answer is {answer!r}: write its text")
+        number = re.fullmatch(r"\(?(\d{1,2})[).]?", answer)
+        if number and given[0].lstrip(" ([")[:1].isdigit() and 0 < int(number[1]) <= len(given):
+            answer = LETTERS[int(number[1]) - 1]
+    return options, answer_letter(answer, options)
+
+
+def letter_named(answer: str, num_options: int) -> str:
+    """The letter that an answer is: "B", "b", "B)", "B.", "(B)"; "" where it is none of these options'."""
+    match = re.fullmatch(r"\(([A-Z])\)|([A-Z])[).]?", answer) or re.fullmatch(r"()([a-z])", answer)
+    letter = (match[1] or match[2]).upper() if match else ""
+    return letter if letter and letter in LETTERS[:num_options] else ""
+
+
+def answer_letter(answer: str, options: tuple[str, ...]) -> str:
+    """Letter of the right option, given as a letter, as the option's text, or as both ("B. Melanoma").
+
+    Raises:
+        ValueError: it is none of these, or it is the text of one option and the letter of another.
+    """
+    letter = letter_named(answer, len(options))
+    texts = [normalise_option(option) for option in options]
+    if letter:
+        if normalise_option(answer) in texts and letter_of(answer, options) != letter:
+            raise ValueError(
+                f"the answer {answer!r} is the letter of one option and the text of another; write ({letter})"
+            )
+        return letter
+    mark = _OWN_LETTER.match(answer)
+    if normalise_option(answer) in texts or mark is None or normalise_option(answer[mark.end() :]) not in texts:
+        return letter_of(answer, options)
+    own = next(filter(None, mark.groups())).upper()
+    if own.isdigit():
+        own = LETTERS[int(own) - 1] if 0 < int(own) <= len(options) else ""
+    if own not in LETTERS[: len(options)] or texts[LETTERS.index(own)] != normalise_option(answer[mark.end() :]):
+        raise ValueError(f"the answer {answer!r} has the letter of one option and the text of another; mend one")
+    return own
 
 
 class ImageFolder:
@@ -179,7 +271,7 @@ def _read_groups(path: Path) -> dict[str, str]:
         raise MedR1Error(f"{path}: the first line must name the columns image_path and group")
     for row in reader:
         image, group = row["image_path"], row["group"]
-        if not image or not group:
+        if is_missing(image) or is_missing(group):
             raise MedR1Error(f"{path}: line {reader.line_num} lacks an image path or a group; fill it in")
         if groups.setdefault(image, group) != group:
             raise MedR1Error(f"{path}: line {reader.line_num} gives {image!r} a second group; keep one")

@@ -7,7 +7,7 @@ is given as a `ValueError` in its place, so that it can be refused without its n
 import csv
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,46 @@ def column(name: str) -> str:
     return re.sub(r"[\s_]+", " ", name.strip().casefold())
 
 
+_MISSING = frozenset({"", "nan", "<na>", "null", "nat", "#n/a"})
+"""What stands for no value wherever it stands, in lower case: pandas writes most of them."""
+_MISSING_NAMES = _MISSING | {"none", "n/a", "na"}
+"""The same in cells that name something; as an option or an answer "None" and "N/A" are words."""
+
+
+def is_missing(value: object, *, names: bool = False) -> bool:
+    """Whether a cell holds no value: None, a NaN, blank, or one of the texts that stand for it.
+
+    Args:
+        names: of a cell that names something (a group, a source, a modality): "None" is no name either.
+    """
+    if isinstance(value, str):
+        return value.strip().casefold() in (_MISSING_NAMES if names else _MISSING)
+    return value is None or value != value
+
+
+def without_missing(values: Sequence[Any], name: str) -> list[Any]:
+    """Options or answers without the missing ones at the end, also several that read "None" (pandas writes them so).
+
+    Raises:
+        ValueError: a missing one stands before others, so that letters would shift.
+    """
+    kept = list(values)
+    if sum(value in (None, "None") for value in kept) > 1:
+        kept = [None if value == "None" else value for value in kept]
+    while kept and is_missing(kept[-1]):
+        kept.pop()
+    if any(map(is_missing, kept)):
+        raise ValueError(f"{name!r} lacks a value before others; fill it in or take it out")
+    return kept
+
+
+def _holds_words(name: str) -> bool:
+    """Whether a column, by its compared name, holds words and not a name of something."""
+    return re.fullmatch(r"(option|choice)s?( [a-z])?|[a-z]|answer|anwser|alternatives|question|label", name) is not None
+
+
 def by_column(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row under the compared names of its columns, without cells that are empty or blank.
+    """A row under the compared names of its columns, without cells that hold no value (see `is_missing`).
 
     Raises:
         ValueError: two columns have the same name.
@@ -51,11 +89,7 @@ def by_column(row: Mapping[str, Any]) -> dict[str, Any]:
     named = {column(name): value for name, value in row.items()}
     if len(named) < len(row):
         raise ValueError(f"two of the columns {', '.join(row)} have the same name; rename one")
-    return {
-        name: value
-        for name, value in named.items()
-        if not (value is None or (isinstance(value, str) and value.strip() == ""))
-    }
+    return {name: value for name, value in named.items() if not is_missing(value, names=not _holds_words(name))}
 
 
 def read_table(path: Path) -> Table:
@@ -64,6 +98,7 @@ def read_table(path: Path) -> Table:
     Raises:
         MedR1Error: the file cannot be read or is not what its name says.
     """
+    _refuse_packed(path)
     match path.suffix.lower():
         case ".csv" | ".tsv":
             header, delimiter = _header(path)
@@ -71,7 +106,7 @@ def read_table(path: Path) -> Table:
         case ".parquet":
             return _parquet_table(path)
         case ".jsonl":
-            rows = _json_lines(path)
+            rows = _json_lines(path, read_text(path))
         case _:
             rows = read_rows(path)
     first = next((row for row in rows if isinstance(row, dict)), {})
@@ -79,13 +114,16 @@ def read_table(path: Path) -> Table:
 
 
 def read_text(path: Path) -> str:
-    """A whole UTF-8 file, without a byte order mark.
+    """A whole text file in UTF-8, or by its byte order mark UTF-16; without that mark.
 
     Raises:
-        MedR1Error: it cannot be read, or is no UTF-8.
+        MedR1Error: it cannot be read, or is in neither.
     """
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding=_encoding(path))
+        if "\0" in text:
+            raise _no_text(path)
+        return text
     except UnicodeDecodeError as error:
         raise MedR1Error(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
@@ -93,15 +131,19 @@ def read_text(path: Path) -> str:
 
 
 def read_rows(path: Path) -> list[Any]:
-    """The list in a JSON file.
+    """The list in a JSON file, or the objects in one that holds a line each.
 
     Raises:
         MedR1Error: the file cannot be read, is not JSON (the line is named), or holds no list.
     """
+    text = read_text(path)
     try:
-        rows = json.loads(read_text(path))
+        rows = json.loads(text)
     except json.JSONDecodeError as error:
-        raise MedR1Error(f"{path}: line {error.lineno} is not JSON ({error.msg}); repair the file") from error
+        if error.msg == "Extra data" and text.lstrip().startswith("{"):
+            return _json_lines(path, text)
+        why = _why_not_json(error)
+        raise MedR1Error(f"{path}: line {error.lineno} is not JSON ({why}); repair the file") from error
     except (ValueError, RecursionError) as error:  # a number of too many digits, lists nested too deep
         raise MedR1Error(f"{path}: cannot be read as JSON ({error}); repair the file") from error
     if not isinstance(rows, list):
@@ -109,15 +151,66 @@ def read_rows(path: Path) -> list[Any]:
     return rows
 
 
-def _json_lines(path: Path) -> list[Any]:
+def _json_lines(path: Path, text: str) -> list[Any]:
+    """A value a line, a ValueError for a line that is none; or those of a list that takes the whole file.
+
+    Raises:
+        MedR1Error: not one line is JSON; the first is named.
+    """
+    if text.lstrip().startswith("["):
+        return read_rows(path)
     rows: list[Any] = []
-    for line in read_text(path).split("\n"):  # not splitlines: JSON may hold U+2028
+    first = ""
+    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: JSON may hold U+2028
         if line.strip():
             try:
                 rows.append(json.loads(line))
             except (ValueError, RecursionError) as error:
-                rows.append(ValueError(f"is not JSON ({error})"))
+                why = _why_not_json(error) if isinstance(error, json.JSONDecodeError) else str(error)
+                first = first or f"line {number} is not JSON ({why})"
+                rows.append(ValueError(f"is not JSON (line {number}: {why})"))
+    if first and all(isinstance(row, ValueError) for row in rows):
+        raise MedR1Error(f"{path}: {first}, nor is any other line; repair the file")
     return rows
+
+
+def _why_not_json(error: json.JSONDecodeError) -> str:
+    """The parser's complaint, or what people do who get it."""
+    before, rest = error.doc[: error.pos].rstrip(), error.doc[error.pos :].lstrip()
+    at = f"column {error.colno}"
+    if error.msg == "Extra data" and rest.startswith(","):
+        return f"a comma follows the object, {at}: take it away, a line holds one object alone"
+    if (rest[:1] in ("]", "}") and before.endswith(",")) or "trailing comma" in error.msg:
+        return f"a comma stands before a closing bracket, {at}: take it away"
+    if rest.startswith("'"):
+        return f"single quotes, {at}: JSON has double ones; write it with json.dumps, not str"
+    if re.match(r"(True|False|None)\b", rest):
+        return f"{rest[:5].strip(' ,]}')} is Python's, {at}: write it with json.dumps, not str"
+    return f"{error.msg}, {at}"
+
+
+def _refuse_packed(path: Path) -> None:
+    """Raise MedR1Error for a file without content, and for a packed one, whatever its name says."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(4)
+    except OSError as error:
+        raise MedR1Error(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
+    if not head:
+        raise MedR1Error(f"{path}: the file is empty; fetch it again")
+    if head.startswith(b"\x1f\x8b"):
+        raise MedR1Error(f"{path}: is packed by gzip; unpack it first")
+    if head == b"PK\3\4":
+        raise MedR1Error(f"{path}: is a zip archive or a spreadsheet; unpack it, or save the sheet as CSV (UTF-8)")
+
+
+def _encoding(path: Path) -> str:
+    with path.open("rb") as file:
+        return "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+
+
+def _no_text(path: Path) -> MedR1Error:
+    return MedR1Error(f"{path}: holds NUL bytes, so it is no text, or UTF-16 without a mark; save it as UTF-8")
 
 
 def _header(path: Path) -> tuple[list[str], str]:
@@ -129,8 +222,10 @@ def _header(path: Path) -> tuple[list[str], str]:
         try:
             line = file.readline()
             headers = {sign: next(csv.reader([line], delimiter=sign), []) for sign in ",;\t"}
-        except (UnicodeDecodeError, csv.Error) as error:
+        except (UnicodeError, csv.Error) as error:
             raise _bad_csv(path, "its first line", error) from error
+    if "\0" in line:
+        raise _no_text(path)
     delimiter = "\t" if path.suffix.lower() == ".tsv" else max(headers, key=lambda sign: len(headers[sign]))
     header = headers[delimiter]
     names = [column(name) for name in header]
@@ -152,19 +247,19 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[dict[str, str] | ValueErro
                     yield ValueError("has more cells than there are columns; quote the text that holds the delimiter")
                 else:
                     yield row
-        except (UnicodeDecodeError, csv.Error) as error:
+        except (UnicodeError, csv.Error) as error:
             raise _bad_csv(path, f"row {number}", error) from error
 
 
 def _opened(path: Path) -> Any:
     try:
-        return path.open(encoding="utf-8-sig", newline="")
+        return path.open(encoding=_encoding(path), newline="")
     except OSError as error:
         raise MedR1Error(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
 
 
 def _bad_csv(path: Path, place: str, error: Exception) -> MedR1Error:
-    if isinstance(error, UnicodeDecodeError):
+    if isinstance(error, UnicodeError):
         return MedR1Error(f"{path}: not UTF-8 text, near {place}; save it as UTF-8 (spreadsheets: CSV UTF-8)")
     return MedR1Error(f"{path}: {place} is no CSV ({error}); close its quotation marks, double those in texts")
 

@@ -115,10 +115,10 @@ def num_frames(reference: Reference) -> int:
 
 
 def _num_frames(reference: Reference, header: Any) -> int:
-    frames = int(header.get("NumberOfFrames") or 1)
-    if frames < 1:
-        raise _undecodable(reference, f"NumberOfFrames is {frames}")
-    return frames
+    frames = header.get("NumberOfFrames") or 1
+    if frames < 1 or frames != int(frames):
+        raise _undecodable(reference, f"NumberOfFrames is {float(frames):g}")
+    return int(frames)
 
 
 def identifiers(path: Path) -> dict[str, str]:

@@ -65,7 +65,8 @@ def read_image(reference: Path | str) -> Reading:
     except OSError as error:
         raise MedR1Error(f"{parsed}: cannot be read ({error.strerror}); check its permissions") from error
     image.info.clear()  # EXIF, XMP and comments, which a copy that is saved would carry on
-    decisions["warnings"] = [*decisions.get("warnings", []), *_looks_empty(image)]
+    told = decisions.setdefault("warnings", [])
+    told += [] if any(warning.startswith("all of it") for warning in told) else _looks_empty(image)
     if "redact" in parsed.selector:
         decisions["redacted"] = _redact(image, parsed)
     if max(image.size) > MAX_ASPECT * min(image.size):
