@@ -26,6 +26,8 @@ from medr1.data.records import Record, read_jsonl
 from medr1.errors import MedR1Error
 from medr1.evaluation.metrics import summarise
 from medr1.evaluation.remote import evaluate_remote, token_totals
+from medr1.evaluation.run import score
+from medr1.policy.client import read_completion
 
 MODEL = "org/big@72b"
 Fault = tuple[int, Any, dict[str, str]]
@@ -311,10 +313,13 @@ SECRET = "sk-secret-1"
         ((422, {"detail": [{"loc": ["max_tokens"]}]}, {}), "refuses record r2 (Error code: 422 - {'detail': [{'loc"),
         ((429, {"error": {"message": "quota"}}, {}), "takes no more requests (Error code: 429 - quota); lower --conc"),
         ((500, {"error": {"message": "CUDA"}}, {}), "fails at record r2 (Error code: 500 - CUDA); look into the serv"),
-        ((200, "<html>It works!</html>", {"Content-Type": "text/html"}), "its reply is no chat completion; mend the"),
+        ((200, "<html>It works!</html>", {"Content-Type": "text/html"}), "but <html>It works!</html>; mend"),
         ((200, '{"choices": [', {}), "its reply is no chat completion"),
-        ((200, {"error": "no provider"}, {}), "its reply is no chat completion"),
-        ((200, {"choices": []}, {}), "its reply is no chat completion"),
+        ((200, {"error": "no provider"}, {}), "refuses record r2 (no provider)"),
+        ((200, {"error": {"message": "length exceeded", "code": 400}}, {}), "refuses record r2 (length exceeded)"),
+        ((200, {"error": {"message": "overloaded", "code": 503}}, {}), "fails at record r2 (overloaded); look into"),
+        ((200, {"choices": [{"error": {"message": "no GPU"}, "finish_reason": "error"}]}, {}), "record r2 (no GPU)"),
+        ((200, "data: {}\n\ndata: [DONE]", {"Content-Type": "text/event-stream"}), "it streams its replies, though"),
         ((200, {"choices": [{}]}, {}), "its reply is no chat completion"),
         ((200, [], {}), "its reply is no chat completion"),
     ],
@@ -393,7 +398,105 @@ def test_replies_as_servers_give_them(server: Server, records: list[Record], tmp
     assert (refused["outcome"], refused["correct"]) == ("refusal", False)
     filtered = reply(choice={"finish_reason": "content_filter"}, message={"content": None})
     assert (filtered["reply"], filtered["finish"], filtered["correct"]) == ("", "content_filter", False)
+    assert filtered["outcome"] == "refusal"
     assert reply(message={"content": "A half \ud83d"})["reply"] == "A half ?"
+
+
+@pytest.mark.parametrize(
+    ("message", "finish", "reply"),
+    [
+        ({"content": [{"type": "text", "text": "<answer>B"}, {"text": "</answer>"}]}, "stop", "<answer>B</answer>"),
+        ({"content": ["<answer>B</answer>"]}, "stop", "<answer>B</answer>"),
+        ({"content": [{"type": "output_text", "text": "B"}, {"type": "image"}, None, 3]}, "stop", "B"),
+        ({"content": "B", "reasoning_content": "dark"}, "stop", "<think>dark</think>B"),
+        ({"content": "B", "reasoning": "dark"}, "stop", "<think>dark</think>B"),
+        ({"content": [{"thinking": [{"text": "dark"}]}, {"text": "B"}]}, "stop", "<think>dark</think>B"),
+        ({"content": "<think>dark</think>B", "reasoning_content": "dark"}, "stop", "<think>dark</think>B"),
+        ({"content": None, "reasoning_content": "dark and"}, "length", "<think>dark and"),
+        ({"content": None, "tool_calls": [{"function": {"name": "look", "arguments": "{}"}}]}, "tool_calls", ""),
+        ({"content": None}, "stop", ""),
+        ({}, None, ""),
+    ],
+)  # fmt: skip
+def test_a_reply_in_every_dialect(message: dict[str, Any], finish: str | None, reply: str):
+    body = {"choices": [{"message": {"role": "assistant", **message}, "finish_reason": finish}], "model": 7}
+    completion = read_completion(json.dumps(body))
+    assert (completion.text, completion.finish, completion.model) == (reply, finish, None)
+
+
+@pytest.mark.parametrize(
+    ("usage", "tokens"),
+    [
+        ({"prompt_tokens": "5", "completion_tokens": 3}, (5, 3)),
+        ({"prompt_tokens": "five", "completion_tokens": -1}, (None, None)),
+        ({"prompt_tokens": True, "completion_tokens": 1.5}, (None, None)),
+        ({}, (None, None)),
+        (None, (None, None)),
+        ("none", (None, None)),
+        ([], (None, None)),
+    ],
+)
+def test_a_count_of_tokens_that_is_none(usage: Any, tokens: tuple[int | None, int | None]):
+    completion = read_completion(json.dumps({"choices": [{"message": {"content": "B"}}], "usage": usage}))
+    assert (completion.prompt_tokens, completion.completion_tokens) == tokens
+    row = {"prompt_tokens": "5", "tokens": 3}  # as an earlier version wrote it
+    assert token_totals([row, row]) == {"prompt_tokens": None, "completion_tokens": 6}
+
+
+@pytest.mark.parametrize(
+    ("said", "finish"),
+    [("max_tokens", "length"), ("MAX_TOKENS", "length"), ("eos", "stop"), ("SAFETY", "content_filter"), ("odd", "odd")],
+)
+def test_words_for_an_end(said: str, finish: str):
+    body = {"choices": [{"message": {"content": "B"}, "finish_reason": said}]}
+    assert read_completion(json.dumps(body)).finish == finish
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        (200, {"choices": [{"message": None, "finish_reason": "content_filter"}]}, {}),
+        (200, {"error": {"message": "harmful", "code": "content_filter"}}, {}),
+        (400, {"error": {"message": "harmful", "code": "content_filter", "innererror": {}}}, {}),
+        (403, {"error": {"message": "harmful", "metadata": {"reasons": ["x"], "flagged_input": "y"}}}, {}),
+    ],
+)
+def test_a_filter_ends_a_record_and_not_the_run(server: Server, records: list[Record], tmp_path: Path, fault: Fault):
+    server.fault = {3: fault}.get
+    rows = run(server, records, tmp_path / "run.jsonl", concurrency=1)
+    assert len(rows) == 8 and len(server.asked) == 8
+    (taken,) = [row for row in rows if row["finish"] == "content_filter"]
+    assert (taken["id"], taken["outcome"], taken["correct"], taken["reply"]) == ("r2", "refusal", False, "")
+    assert fault[1].get("choices") or "harmful" in taken["server_said"]
+    assert score(rows) == rows
+    assert len(run(server, records, tmp_path / "run.jsonl")) == 8 and len(server.asked) == 8
+
+
+def test_a_server_without_a_choice(server: Server, records: list[Record], tmp_path: Path):
+    """One record of eight, also the first, gets a row; a server that never has one is told of, soon."""
+    empty = (200, {"choices": [], "note": "busy elsewhere"}, {})
+    for number in (1, 8):
+        server.asked.clear()
+        server.fault = {number: empty}.get
+        rows = run(server, records, tmp_path / f"{number}.jsonl", concurrency=1)
+        (silent,) = [row for row in rows if row["finish"] == "empty"]
+        assert (silent["id"], silent["outcome"], silent["reply"]) == (f"r{number - 1}", "unparsed", "")
+        assert "busy elsewhere" in silent["server_said"]
+    server.asked.clear()
+    server.fault = lambda number: empty
+    line = fails(server, records, tmp_path / "never.jsonl", concurrency=1)
+    assert "answers nothing at record r0 (no choice in its reply" in line and "busy elsewhere" in line
+    assert len(server.asked) == 3
+
+
+def test_a_passing_fault_in_a_reply_of_status_200(
+    server: Server, records: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(module, "MAX_RETRIES", 2)
+    faults = {1: (200, {"choices": []}, {}), 2: (200, {"error": {"message": "overloaded", "code": "503"}}, {})}
+    server.fault = faults.get
+    (row,) = run(server, records[:1], tmp_path / "run.jsonl")
+    assert row["reply"].startswith("<answer>") and len(server.asked) == 3
 
 
 def test_rows_follow_the_model_and_not_the_address(server: Server, records: list[Record], tmp_path: Path):

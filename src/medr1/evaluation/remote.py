@@ -21,10 +21,23 @@ from medr1.data.prompts import build_messages
 from medr1.data.records import Record
 from medr1.errors import MedR1Error
 from medr1.evaluation.run import Evaluation, Row, open_evaluation
-from medr1.policy.client import NO_KEY, TIMEOUT, api_key, api_messages, openai, reason_of
+from medr1.policy.client import (
+    NO_KEY,
+    TIMEOUT,
+    Completion,
+    NoCompletion,
+    api_key,
+    api_messages,
+    is_filter,
+    openai,
+    read_completion,
+    reason_of,
+)
 
 MAX_RETRIES = 4
 """Further attempts at a request that met no server, 408, 409, 429 or 5xx; the client waits longer each time."""
+EMPTY = "empty"
+"""What a row says under "finish" where the server gave no reply at any attempt."""
 
 
 def evaluate_remote(
@@ -52,7 +65,9 @@ def evaluate_remote(
     Returns:
         The rows of `evaluate`. "model" is MODEL; "finish" is the server's finish_reason; "tokens" and
         "prompt_tokens" (images included) are the server's count, None where it states none; "served_model" is
-        what the server says that it ran; "seconds" is one request's own time, retries included.
+        what the server says that it ran; "seconds" is one request's own time, retries included. Where the server's
+        filter took the reply "finish" is "content_filter" and the outcome a refusal, where it had none to give
+        "empty": both without a reply, and with the server's words as "server_said".
 
     Raises:
         MedR1Error: as `evaluate`; a malformed name; or the server cannot be reached, knows no such model or key,
@@ -90,7 +105,10 @@ def token_totals(rows: Sequence[Row]) -> dict[str, int | None]:
         "prompt_tokens": [row["prompt_tokens"] for row in rows],
         "completion_tokens": [row["tokens"] for row in rows],
     }
-    return {name: None if None in tokens else sum(tokens) for name, tokens in counts.items()}
+    return {
+        name: sum(tokens) if all(isinstance(count, int) for count in tokens) else None
+        for name, tokens in counts.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -101,9 +119,18 @@ class _Server:
     max_new_tokens: int
 
     async def answer(self, evaluation: Evaluation, concurrency: int) -> None:
-        """Ask what is pending and add each row as its reply arrives; the first failure ends it all."""
+        """Ask what is pending and add each row as its reply arrives; the first failure ends it all.
+
+        A record to which the server gives no choice, time and again, gets a row without a reply, but only from a
+        server that answers others: one that answers nobody is told of at the third such record, or at the end.
+        """
         questions = iter(evaluation.pending)
         timeout = openai.Timeout(TIMEOUT, connect=10.0)
+        silent: list[tuple[str, Record, NoCompletion]] = []
+
+        def answers_others() -> bool:
+            return any(row["finish"] != EMPTY for row in evaluation.rows.values())
+
         async with openai.AsyncOpenAI(
             api_key=self.key, base_url=self.url, timeout=timeout, max_retries=MAX_RETRIES
         ) as client:
@@ -112,33 +139,62 @@ class _Server:
                 for key, record in questions:
                     messages = await asyncio.to_thread(_messages, evaluation, record)
                     started = time.perf_counter()
-                    reply = await self._reply(client, messages, record)
-                    evaluation.add([(key, reply | {"seconds": round(time.perf_counter() - started, 4)})])
+                    try:
+                        reply = await self._reply(client, messages, record)
+                    except NoCompletion as error:
+                        silent.append((key, record, error))
+                        if len(silent) > 2 and not answers_others():
+                            break
+                        continue
+                    seconds = round(time.perf_counter() - started, 4)
+                    evaluation.add([(key, reply | {"seconds": seconds})])
 
             async with asyncio.TaskGroup() as workers:
                 for _ in range(concurrency):
                     workers.create_task(work())
+        if silent and not answers_others():
+            _, record, error = silent[0]
+            raise self._error(f"answers nothing at record {record.id} ({error})", "look into the server's log")
+        evaluation.add((key, _row(Completion("", EMPTY, None, None, None, str(error)))) for key, _, error in silent)
 
     async def _reply(self, client: openai.AsyncOpenAI, messages: Any, record: Record) -> Row:
-        try:
-            completion = await client.chat.completions.create(
-                model=self.model, messages=messages, temperature=0, max_tokens=self.max_new_tokens
-            )
-            choice = completion.choices[0]
-            text = choice.message.content or choice.message.refusal or ""
-        except openai.NotFoundError as error:
-            raise self._error(f"no model {self.model} there ({reason_of(error)})", await _offer(client)) from error
-        except openai.APIError as error:
-            raise self._failure(error, record) from error
-        except (AttributeError, IndexError, TypeError, ValueError) as error:  # whatever else speaks HTTP
-            raise self._error("its reply is no chat completion", "mend the URL, most end in /v1") from error
-        return {
-            "reply": text.encode(errors="replace").decode(),  # half a surrogate pair could not be written
-            "finish": choice.finish_reason,
-            "tokens": completion.usage.completion_tokens if completion.usage else None,
-            "prompt_tokens": completion.usage.prompt_tokens if completion.usage else None,
-            "served_model": completion.model,
-        }
+        """What a row says of the reply.
+
+        Raises:
+            MedR1Error: the server refuses, fails, or speaks another language.
+            NoCompletion: it has no choice to give, at any attempt.
+        """
+        for attempt in range(MAX_RETRIES + 1):
+            try:
+                response = await client.chat.completions.with_raw_response.create(
+                    model=self.model, messages=messages, temperature=0, max_tokens=self.max_new_tokens
+                )
+                return _row(read_completion(response.http_response.text))
+            except NoCompletion as error:
+                if error.passing and attempt < MAX_RETRIES:
+                    await asyncio.sleep(min(8, 0.5 * 2**attempt))
+                elif error.empty:
+                    raise
+                else:
+                    raise self._misfit(error, record) from error
+            except openai.NotFoundError as error:
+                raise self._error(f"no model {self.model} there ({reason_of(error)})", await _offer(client)) from error
+            except openai.APIError as error:
+                if is_filter(error.body):
+                    return _row(Completion("", "content_filter", None, None, None, reason_of(error)))
+                raise self._failure(error, record) from error
+        raise AssertionError
+
+    def _misfit(self, error: NoCompletion, record: Record) -> MedR1Error:
+        said = str(error)
+        if "no chat completion" in said:
+            return self._error(said, "mend the URL, most end in /v1")
+        if "streams" in said:
+            return self._error(said, "turn streaming off in the server or the proxy before it")
+        if error.passing:
+            return self._error(f"fails at record {record.id} ({said})", "look into the server's log")
+        remedy = "raise the server's limits, shrink the image, or leave the record out of the data"
+        return self._error(f"refuses record {record.id} ({said})", remedy)
 
     def _failure(self, error: openai.APIError, record: Record) -> MedR1Error:
         reason = reason_of(error)
@@ -160,6 +216,18 @@ class _Server:
     def _error(self, problem: str, remedy: str) -> MedR1Error:
         line = f"{self.url}: {problem}; {remedy}; the same command goes on from the rows that are written"
         return MedR1Error(line if self.key == NO_KEY else line.replace(self.key, "…"))
+
+
+def _row(completion: Completion) -> Row:
+    return {
+        "reply": completion.text.encode(errors="replace").decode(),  # half a surrogate pair could not be written
+        "finish": completion.finish,
+        "tokens": completion.completion_tokens,
+        "prompt_tokens": completion.prompt_tokens,
+        "served_model": completion.model,
+        **({"server_said": completion.said} if completion.said else {}),
+        "seconds": 0.0,
+    }
 
 
 def _parse(name: str) -> tuple[str, str]:

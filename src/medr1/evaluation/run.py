@@ -313,7 +313,7 @@ def score(rows: Iterable[Row]) -> list[Row]:
             with_confidence(
                 {
                     **row,
-                    "outcome": answer.outcome,
+                    "outcome": "refusal" if _is_filtered(row) else answer.outcome,
                     "letter": answer.letter,
                     "correct": is_correct(answer, record),
                     "format_ok": format_ok(row["reply"], row["mode"]),
@@ -323,6 +323,11 @@ def score(rows: Iterable[Row]) -> list[Row]:
             )
         )
     return scored
+
+
+def _is_filtered(row: Row) -> bool:
+    """Whether a service's filter took the whole reply."""
+    return row.get("finish") == "content_filter" and not row["reply"].strip()
 
 
 def _open_fields(answer: Answer, record: Record) -> Row:

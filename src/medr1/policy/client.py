@@ -2,8 +2,10 @@
 
 import base64
 import io
+import json
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
@@ -47,6 +49,136 @@ def _image_part(image: Image.Image) -> dict[str, Any]:
     image.save(file, "PNG")
     encoded = base64.b64encode(file.getvalue()).decode()
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}}
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a server replied, whatever dialect it speaks."""
+
+    text: str
+    """The reply as the model wrote it: reasoning that the server parted from it stands before it in <think></think>."""
+    finish: str | None
+    """ "stop", "length", "content_filter", or another word of the server's."""
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    model: str | None
+    said: str
+    """Why the server gave no reply, in its own words; "" where it gave one or no reason."""
+
+
+class NoCompletion(Exception):
+    """A reply of status 200 that holds none; the message quotes it.
+
+    Attributes:
+        passing: whether it may be gone at the next attempt.
+        empty: whether it is well formed and has no choice.
+    """
+
+    def __init__(self, message: str, *, passing: bool = False, empty: bool = False) -> None:
+        super().__init__(message)
+        self.passing, self.empty = passing, empty
+
+
+_FINISHES = {
+    "length": ("max_tokens", "model_length", "max_length"),
+    "stop": ("eos", "eos_token", "end_turn", "stop_sequence"),
+    "content_filter": ("safety", "content-filter", "refusal", "sensitive", "prohibited_content"),
+}
+_FILTERS = (
+    "content_filter",
+    "content_policy",
+    "data_inspection_failed",
+    "moderation",
+    "flagged_input",
+    "responsibleai",
+)
+"""Parts of the codes by which services say that their filter and not the model's limits refused a request."""
+
+
+def read_completion(body: str) -> Completion:
+    """The first choice in the body of a reply of status 200.
+
+    Raises:
+        NoCompletion: there is none.
+    """
+    try:
+        reply = json.loads(body)
+    except ValueError:
+        if body.lstrip().startswith("data:"):
+            raise NoCompletion("it streams its replies, though asked not to") from None
+        raise NoCompletion(f"its reply is no chat completion but {quoted(body) or 'nothing'}") from None
+    if not isinstance(reply, dict):
+        raise NoCompletion(f"its reply is no chat completion but {quoted(reply)}")
+    choices = reply.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+    if error := reply.get("error") or choice.get("error"):
+        code = str(error.get("code")) if isinstance(error, dict) else ""
+        passing = code.isdecimal() and (int(code) in (408, 409, 429) or int(code) >= 500)
+        words = error.get("message") if isinstance(error, dict) else error
+        if is_filter(error):
+            return Completion("", "content_filter", None, None, None, quoted(words or error))
+        raise NoCompletion(quoted(words or error), passing=passing)
+    if choices == []:
+        raise NoCompletion(f"no choice in its reply, {quoted(reply)}", passing=True, empty=True)
+    message = choice.get("message") or {}
+    if not isinstance(message, dict) or not ("message" in choice or "text" in choice):
+        raise NoCompletion(f"its reply is no chat completion but {quoted(reply)}")
+    finish = choice.get("finish_reason")
+    finish = str(finish).casefold() if finish is not None else None
+    finish = next((name for name, others in _FINISHES.items() if finish in others), finish)
+    usage = reply.get("usage")
+    counts = usage if isinstance(usage, dict) else {}
+    model = reply.get("model")
+    reasoning, text = _parts(message.get("content"))
+    reasoning = reasoning or "".join(_parts(message.get("reasoning_content") or message.get("reasoning")))
+    text = text or _parts(message.get("refusal"))[1] or _parts(choice.get("text"))[1]
+    if reasoning and "<think>" not in text:
+        text = f"<think>{reasoning}" + (f"</think>{text}" if text or finish != "length" else "")
+    said = quoted(choice.get("content_filter_results") or "") if finish == "content_filter" else ""
+    return Completion(
+        text=text,
+        finish=finish,
+        prompt_tokens=_count(counts.get("prompt_tokens")),
+        completion_tokens=_count(counts.get("completion_tokens")),
+        model=model if isinstance(model, str) else None,
+        said=said,
+    )
+
+
+def is_filter(error: object) -> bool:
+    """Whether an error's body says that a filter of the service took offence at this one request."""
+    if not isinstance(error, dict):
+        return False
+    named = " ".join(str(error.get(name)) for name in ("code", "type", "metadata", "innererror")).casefold()
+    return any(part in named for part in _FILTERS)
+
+
+def _parts(content: object) -> tuple[str, str]:
+    """Reasoning and text of a message's content, which is a text, or a list of parts."""
+    if isinstance(content, str):
+        return "", content
+    reasoning = text = ""
+    for part in content if isinstance(content, list) else [content]:
+        if isinstance(part, str):
+            text += part
+        elif isinstance(part, dict):
+            thought = part.get("thinking") or part.get("reasoning")
+            reasoning += "".join(_parts(thought)) if thought else ""
+            text += part["text"] if isinstance(part.get("text"), str) else ""
+    return reasoning, text
+
+
+def _count(value: object) -> int | None:
+    """A number of tokens, which some servers give as a text; None for anything else."""
+    if isinstance(value, str) and value.isdecimal() and len(value) < 16:
+        value = int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+def quoted(content: object) -> str:
+    """Something of a server's in one line that is not too long."""
+    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+    return " ".join(text.split())[:300]
 
 
 def reason_of(error: openai.APIError) -> str:
