@@ -1,4 +1,8 @@
-"""What every test shares: no network, one thread, and the data folder that lies beside a checkout in CI."""
+"""What every test shares: no network, the data folder that lies beside a checkout in CI, and no skips there.
+
+A test that needs what a machine lacks is skipped with a reason that names the remedy; pytest lists them at the end. In
+CI (MEDR1_CI is set) a skip is a failure, but for tests that need a GPU: their reason begins with "needs a GPU".
+"""
 
 import os
 import shutil
@@ -22,6 +26,18 @@ def shared() -> Path:
     return SHARED
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In CI a run in which something was skipped has failed."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if not os.environ.get("MEDR1_CI") or reporter is None:
+        return
+    skipped = [str(report.longrepr[2]).removeprefix("Skipped: ") for report in reporter.stats.get("skipped", ())]
+    if unwanted := [reason for reason in skipped if not reason.startswith("needs a GPU")]:
+        reasons = "; ".join(sorted(set(unwanted)))
+        reporter.write_line(f"\nMEDR1_CI is set, and {len(unwanted)} tests were skipped: {reasons}")
+        session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Headless Chromium by Playwright: the machine's, or the one that `playwright install chromium` fetched."""
@@ -29,7 +45,7 @@ def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as driver:
         path = shutil.which("chromium") or shutil.which("google-chrome") or driver.chromium.executable_path
         if not Path(path).exists():
-            pytest.skip("needs Chromium to open the page; `playwright install chromium` fetches one")
+            pytest.skip("needs Chromium: apt install chromium, or .venv/bin/playwright install chromium")
         opened = driver.chromium.launch(executable_path=path, args=["--no-sandbox"], timeout=120_000)
         yield opened
         opened.close()
