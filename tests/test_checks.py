@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,16 +143,26 @@ def test_groups_keep_copies_together(defective: Path) -> None:
     assert (images["near_duplicates"]["num"], images["near_across_groups"], images["near_across_parts"]) == (1, 0, 0)
 
 
-def test_copies_on_both_sides_of_our_split(tmp_path: Path) -> None:
-    """Twenty files of four pictures, each file its own group: no path is shared, all test pictures are."""
+def test_copies_are_on_one_side_of_our_split_and_on_both_of_a_published_one(tmp_path: Path) -> None:
+    """Twenty files of four pictures, each file its own group: no path is shared, all test pictures would be."""
     root = omnimedvqa(tmp_path, [row(number) for number in range(20)])
     for number in range(20):
         texture(number % 4).save(root / "Images" / "S" / f"{number}.png")
     report = check_data(root)
     (own,) = report["parts"]
-    assert (own["name"], own["train"], own["test"]) == ("medr1's own split", 16, 4)
+    assert (own["name"], own["train"], own["test"]) == ("medr1's own split", 15, 5)  # one of the four pictures
     assert (own["image_in_train"], own["group_in_train"], own["near_in_train"]) == (0, 0, 0)
-    assert (own["copy_in_train"], own["question_in_train"], own["stem_in_train"]) == (4, 4, 4)
+    assert (own["copy_in_train"], own["question_in_train"], own["stem_in_train"]) == (0, 0, 5)
+
+    problem = {"problem": "Which? A)x, B)y", "solution": "<answer> A </answer>"}
+    for part, numbers in (("train", range(16)), ("test", range(16, 20))):
+        rows = [{"image": f"Images/S/{number}.png", **problem} for number in numbers]
+        (tmp_path / f"CT_{part}.json").write_text(json.dumps(rows), encoding="utf-8")
+    shutil.rmtree(root / "QA_information")
+    report = check_data(tmp_path)
+    published, own = report["parts"]
+    assert (published["image_in_train"], published["group_in_train"], published["copy_in_train"]) == (0, 0, 4)
+    assert own["copy_in_train"] == 0
     assert any(worth == "bad" and "4 show the pixels of a train image" in told for worth, told in tell(report))
 
 

@@ -13,8 +13,10 @@ import pytest
 from safetensors.torch import load_file
 
 from medr1.cli import main
+from medr1.data.datasets import load_records
 from medr1.data.phantoms import write_phantoms
 from medr1.data.records import read_jsonl
+from medr1.data.splits import split_by_group
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -72,10 +74,10 @@ def test_train_eval_score_report_ask(run: Any, phantoms: Path, tmp_path: Path) -
         )  # fmt: skip
         assert said.status == 0, said.err
         assert {"accuracy", "ci95", "n", "chance", "by_modality", "by_question_type", "unparsed"} <= said.json.keys()
-        assert said.json["n"] == len(read_jsonl(files[name])) == 40
+        assert said.json["n"] == len(read_jsonl(files[name])) == 50  # by hash, of ten of the 40 images
         assert set(said.json["by_modality"]["CT"]) == {"accuracy", "ci95", "n", "chance"}
     again = run("score", files["trained"], "--json")
-    assert again.json["n"] == 40
+    assert again.json["n"] == 50
     page = tmp_path / "report.html"
     said = run(
         "report", "--base", files["base"], "--trained", files["trained"], "--run", tmp_path / "run",
@@ -119,7 +121,8 @@ def test_a_model_is_asked_about_what_its_own_run_held_out(run: Any, phantoms: Pa
     assert asked("trained", "--model", model, "--data", phantoms) == held_out
     assert len(asked("told", "--model", model, "--data", phantoms, "--set", "data.test_fraction=0.2")) < len(held_out)
     elsewhere = write_phantoms(tmp_path / "other", num_images=40, seed=3)  # nothing of it was trained on
-    assert len(asked("other", "--model", model, "--data", elsewhere)) == 40  # the default fifth
+    other = asked("other", "--model", model, "--data", elsewhere)
+    assert other == {record.id for record in split_by_group(load_records(elsewhere), 0.2, 0)[1]}  # as by default
 
 
 def options(*texts: str) -> list[str]:

@@ -1,5 +1,7 @@
 """The controls by hand, and the text-only prior against the figures known of the public splits."""
 
+import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -115,7 +117,7 @@ def test_blank_image_keeps_size_and_mean():
 
 def test_partners_share_modality_and_number_of_images_but_not_the_group():
     records = [record(str(i), group=str(i // 2), modality=("CT", "OCT")[i % 2]) for i in range(40)]
-    records += [record(f"two{i}", images=(Path("a"), Path("b"))) for i in range(4)]
+    records += [record(f"two{i}", images=(Path(f"a{i}"), Path(f"b{i}"))) for i in range(4)]
     partners = shuffled_partners(records, seed=0)
     assert partners.keys() == {record.id for record in records}
     for item in records:
@@ -125,6 +127,27 @@ def test_partners_share_modality_and_number_of_images_but_not_the_group():
         assert partner.group != item.group
     assert partners == shuffled_partners(records[::-1], seed=0)
     assert partners != shuffled_partners(records, seed=1)
+
+
+def test_partners_share_no_group_and_no_content(tmp_path: Path):
+    """Twelve pictures, each also as a byte copy and as a BMP, all under groups of their own, and three of a second."""
+    names = []
+    for number in range(12):
+        picture = Image.effect_noise((8, 6), 40).convert("RGB")
+        picture.save(tmp_path / f"{number}.png")
+        picture.save(tmp_path / f"{number}.bmp")
+        shutil.copy(tmp_path / f"{number}.png", tmp_path / f"{number}-copy.png")
+        names += [f"{number}.png", f"{number}.bmp", f"{number}-copy.png"]
+    records = [record(name, images=(tmp_path / name,)) for name in names]
+    records += [record(f"p{n}", images=(Path(f"p{n}"),), group=f"q{n}", groups=(f"q{n}", "0.png")) for n in range(3)]
+    for seed in range(10):
+        partners = shuffled_partners(records, seed)
+        for item in records:
+            assert not {item.group, *item.groups} & {partners[item.id].group, *partners[item.id].groups}
+            if partners[item.id].id in names:
+                assert re.match(r"\d*", partners[item.id].id)[0] != re.match(r"\d*", item.id)[0]
+    with pytest.raises(MedR1Error, match=r"record 0\.png: no other group of CT"):
+        shuffled_partners(records[:3], seed=0)
 
 
 def test_partners_are_drawn_evenly():

@@ -49,7 +49,7 @@ class Stub:
         self.images: list[Image.Image] = []
         self.die_at: int | None = None
         processor = SimpleNamespace(image_processor=SimpleNamespace(to_dict=lambda: {"max_pixels": 1}))
-        self.vlm = SimpleNamespace(model=torch.nn.Linear(2, 2), processor=processor, name="stub")
+        self.vlm = SimpleNamespace(model=torch.nn.Linear(2, 2), processor=processor, name="stub", folder=None)
         monkeypatch.setattr(module, "encode_prompts", self.encode)
         monkeypatch.setattr(module, "sample", self.sample)
 

@@ -57,7 +57,7 @@ class Stub:
         self.reads = reads
         self.scored = 0
         processor = SimpleNamespace(image_processor=SimpleNamespace(to_dict=lambda: {"max_pixels": 1}))
-        self.vlm = SimpleNamespace(model=torch.nn.Linear(2, 2), processor=processor, name="stub")
+        self.vlm = SimpleNamespace(model=torch.nn.Linear(2, 2), processor=processor, name="stub", folder=None)
         for place in (medr1.evaluation.run, module):
             monkeypatch.setattr(place, "encode_prompts", self.encode)
             monkeypatch.setattr(place, "option_logprobs", self.option_logprobs)

@@ -28,6 +28,8 @@ from medr1.cli.options import (
     asked,
     examples,
     known_model,
+    not_trained_on,
+    run_asked,
 )
 from medr1.cli.printing import console, finish, interval, numbers_span, percent, print_answered, print_summary, shown
 from medr1.config import RECIPE, load_config
@@ -116,6 +118,7 @@ def evaluate_command(
         model,
         asked(model, data, modality, question_type, settings, more),
         out,
+        run=run_asked(model, settings),
         part=part,
         condition=condition,
         limit=limit,
@@ -194,11 +197,12 @@ def report_command(
     as_json: JsonOption = False,
 ) -> None:
     """Write one self-contained HTML page from stored answers: before, after, controls, curve, every sample."""
+    from medr1.data.heldout import split_of
     from medr1.data.parts import load_parts
     from medr1.evaluation.controls import text_only_prior
     from medr1.report.run import report_from_files
 
-    prior = text_only_prior(*load_parts(load_config(run / RECIPE).data)) if run else None
+    prior = text_only_prior(*load_parts(load_config(run / RECIPE).data, split_of(run))) if run else None
     result = report_from_files(
         base,
         trained,
@@ -245,8 +249,11 @@ def calibrate_command(
     """Fit a temperature and a threshold to abstain below on a part of the groups; judge both on the others."""
     from medr1.data.records import read_jsonl
     from medr1.evaluation.calibration import assess, calibrate, write_calibration
+    from medr1.evaluation.metrics import untrained
 
     rows = read_jsonl(answers)
+    if num := len(rows) - len(untrained(rows)):
+        console.print(f"{num} of {len(rows)} questions were trained on by the model's run and are left out")
     target: Any = ("coverage", coverage) if accuracy is None else ("accuracy", accuracy)
     found = calibrate(rows, target=target[0], target_value=target[1], share=share, seed=seed)
     judged = assess(rows, found)
@@ -320,7 +327,7 @@ def explain_command(
     resolved = asked(model, data, modality, question_type, settings, {"rollout.mode": mode})
     rows, numbers = measure_heatmaps(
         load_vlm(model, **resolved.model.loading),
-        limited(load_parts(resolved.data)[1], limit, resolved),
+        limited(not_trained_on(model, load_parts(resolved.data, run_asked(model, settings))[1]), limit, resolved),
         out=out,
         method=method,
         mode=mode,
@@ -379,7 +386,7 @@ def faithfulness_command(
     from medr1.trust.faithfulness import KEPT, NUMBERS, measure_faithfulness
 
     resolved = asked(model, data, modality, question_type, settings)
-    held_out = load_parts(resolved.data)[1]
+    held_out = not_trained_on(model, load_parts(resolved.data, run_asked(model, settings))[1])
     records = [record for record in held_out if not record.is_open]
     if len(records) < len(held_out):
         console.print(f"{len(held_out) - len(records)} open questions have no options to compare and are left out")

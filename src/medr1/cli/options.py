@@ -2,13 +2,17 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from medr1.config import Config, load_config, parse_override
+
+if TYPE_CHECKING:
+    from medr1.data.heldout import RunSplit
+    from medr1.data.records import Record
 
 Mode = Literal["think", "no-think", "think-after"]
 Method = Literal["grpo", "sft"]
@@ -122,8 +126,33 @@ def asked(
     """The recipe of a command that asks a model: held out is what the model's own run held out."""
     from medr1.data.parts import split_of_run
 
+    said = {key: value for key, value in (more or {}).items() if value is not None}
     filters = {"data.path": data, "data.modalities": modality, "data.question_types": question_type}
-    return resolve(None, filters | split_of_run(model, data) | (more or {}), settings)
+    return resolve(None, filters | split_of_run(model, data) | said, settings)
+
+
+def run_asked(model: str, settings: list[str] | None) -> "RunSplit | None":
+    """The run by whose list a model is asked: its own, unless the user sets another division. Rows say all the same
+    which questions it trained on.
+    """
+    from medr1.data.heldout import split_of
+    from medr1.data.parts import tell_older
+
+    run = split_of(model)
+    if run is None:
+        tell_older(model)
+    divided = {"data.test_fraction", "data.split_seed"} & {parse_override(text)[0] for text in settings or []}
+    return None if divided else run
+
+
+def not_trained_on(model: str, records: "list[Record]") -> "list[Record]":
+    """The records that the model's run did not train on; the others are left out, and counted on stderr."""
+    from medr1.data.heldout import split_of, tell_seen
+
+    run = split_of(model)
+    seen = run.seen(records) if run else []
+    tell_seen(run, seen, "left out")
+    return [record for record, one in zip(records, seen, strict=True) if one != "trained on"] if run else records
 
 
 def data_path(path: str) -> str:

@@ -115,6 +115,11 @@ def outcome_lines(summary: Mapping[str, Any], cut_at: int | None = None) -> list
                 else "ask in the mode that the model was trained in (--mode), and read some of the rows"
             )
             lines.append(f"{lost:,} of {part['n']:,} replies{kind} had no answer ({cut:,} cut{where}): {remedy}")
+    known = summary["trained_on"]
+    for kind, cell in (("", known), (" open", known["open"])) if known else ():
+        if cell["n"]:
+            of_them = f"accuracy {percent(cell['accuracy'])}, 95 % interval {interval(cell)}"
+            lines.append(f"counted apart: {cell['n']:,}{kind} questions that the model's run trained on, {of_them}")
     return lines
 
 

@@ -9,25 +9,31 @@ import shutil
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import track
 
 from medr1.config import DataConfig, recipe_of
+from medr1.data.cache import cache_folder
 from medr1.data.datasets import load_records, require_images, select_records
-from medr1.data.datasets.embedded import cache_folder
+from medr1.data.heldout import RunSplit
 from medr1.data.images import load_image
 from medr1.data.phantoms import write_phantoms
 from medr1.data.records import Record, write_jsonl
-from medr1.data.splits import split_by_group
+from medr1.data.splits import divided, joined, tell
 from medr1.errors import MedR1Error
 from medr1.processes import is_first
 
 
-def load_parts(config: DataConfig) -> tuple[list[Record], list[Record]]:
+def load_parts(config: DataConfig, run: RunSplit | None = None) -> tuple[list[Record], list[Record]]:
     """(training records, held-out records), divided by group with the recipe's seed, then filtered.
 
-    Rows that could not be read are left out, and told on stderr.
+    Rows that could not be read are left out, and told on stderr. `group` names the whole cluster of each record.
+
+    Args:
+        run: whose model is to be asked. Where it knows some of the records, its list rules: what it trained on is in
+            the training part, what it held out in the other, and only what it never saw is divided, as it would have.
 
     Raises:
         MedR1Error: bad data, or filters that leave a part empty.
@@ -38,7 +44,8 @@ def load_parts(config: DataConfig) -> tuple[list[Record], list[Record]]:
         data_path(config), image_root=root, check_images=False, language=config.language, refused=refused
     )
     tell_refused(config.path, len(records), tuple(refused))
-    train, test = split_by_group(records, test_fraction=config.test_fraction, seed=config.split_seed)
+    records = joined(records)
+    train, test = _divided(records, config, run)
     filters = {
         "modalities": config.modalities or None,
         "question_types": config.question_types or None,
@@ -50,10 +57,26 @@ def load_parts(config: DataConfig) -> tuple[list[Record], list[Record]]:
     return train, test
 
 
-def split_of_run(model: str, path: str) -> dict[str, float]:
-    """Settings of the split that a model was trained with, to ask it about images that it was not trained on.
+def _divided(records: list[Record], config: DataConfig, run: RunSplit | None) -> tuple[list[Record], list[Record]]:
+    seen = run.seen(records) if run else []
+    if run is None or all(one == "never seen" for one in seen):
+        train, test, note = divided(records, config.test_fraction, config.split_seed)
+        if note:
+            tell_once(note)
+        return train, test
+    _, test, _ = divided(records, run.data.test_fraction, run.data.split_seed)
+    held_out = {record.id for record in test}
+    sides: tuple[list[Record], list[Record]] = ([], [])
+    for record, one in sorted(zip(records, seen, strict=True), key=lambda pair: pair[0].id):
+        sides[one == "held out" or (one == "never seen" and record.id in held_out)].append(record)
+    return sides
 
-    Empty unless the model lies in the folder of a run, beside its recipe, and `path` is that run's data.
+
+def split_of_run(model: str, path: str) -> dict[str, Any]:
+    """Settings of the data that a model was trained with, to ask it about images that it was not trained on.
+
+    Empty unless the model lies in the folder of a run, beside its recipe; of other data than that run's, the language
+    alone.
 
     Raises:
         MedR1Error: the recipe is damaged.
@@ -61,11 +84,26 @@ def split_of_run(model: str, path: str) -> dict[str, float]:
     recipe = recipe_of(model)
     if recipe is None:
         return {}
-    trained = recipe.data
-    if trained.path != path and (not Path(path).exists() or Path(trained.path).resolve() != Path(path).resolve()):
-        return {}
-    kept = ("test_fraction", "split_seed", *(["num_phantoms"] if path == "phantoms" else []))
+    trained, kept = recipe.data, ["language"]
+    if trained.path == path or (Path(path).exists() and Path(trained.path).resolve() == Path(path).resolve()):
+        kept += ["test_fraction", "split_seed", "image_root", "skip_unreadable"]
+        kept += ["num_phantoms"] if path == "phantoms" else []
     return {f"data.{name}": getattr(trained, name) for name in kept}
+
+
+@lru_cache  # a study divides its data again and again
+def tell_once(line: str) -> None:
+    """Say it on stderr, once and in the first process alone."""
+    tell(line)
+
+
+def tell_older(model: str) -> None:
+    """Say on stderr that a run of an older version left no list of what it held out."""
+    if recipe_of(model) is not None:
+        tell_once(
+            f"{model}: its run left no list of what it held out (an older version made it), and the split is drawn"
+            " otherwise now: some of these questions may have been trained on"
+        )
 
 
 def data_path(config: DataConfig) -> Path:
@@ -119,13 +157,11 @@ def _problem(image: Path) -> str | None:
     return None
 
 
-@lru_cache  # a study reads its data again and again
 def tell_refused(path: str, num_records: int, refused: tuple[str, ...]) -> None:
-    """Say on stderr, once and in the first process alone, how many rows of a data set were left out."""
-    if refused and is_first():
+    """Say on stderr, once, how many rows of a data set were left out."""
+    if refused:
         line = f"{path}: {len(refused)} of {num_records + len(refused)} rows left out, first {refused[0]}"
-        console = Console(stderr=True, soft_wrap=True)
-        console.print(f"{line}; `medr1 data check {path}` lists them", style="yellow", markup=False, highlight=False)
+        tell_once(f"{line}; `medr1 data check {path}` lists them")
 
 
 def phantom_folder(num_images: int, seed: int = 0) -> Path:

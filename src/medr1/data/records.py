@@ -70,10 +70,21 @@ class Record(BaseModel):
     source: str
     """Name of the set that the image comes from."""
     group: str
-    """Patient, lesion or image that must stay on one side of a split."""
+    """Patient, lesion, study or image whose questions are one draw in every interval. Where records hang together by
+    several groups or by copies of an image, `medr1.data.splits.joined` gives them one name."""
+    groups: tuple[str, ...] = ()
+    """Every patient, lesion or study that its images are of, each of which must stay on one side of a split. Left out
+    it is `group` alone; none where the data say nothing, so that only the images themselves tell."""
     licence: str = "follows the source"
     alternatives: tuple[str, ...] = ()
     """Other texts that are right too; of an open question only."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _grouped(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "groups" not in values and "group" in values:
+            return values | {"groups": (values["group"],)}
+        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -24,7 +24,7 @@ from scipy import optimize, special
 from medr1.data.records import LETTERS, normalise_option, write_atomic
 from medr1.errors import MedR1Error
 from medr1.evaluation.intervals import Interval, bootstrap, interval, unbounded_interval, worth
-from medr1.evaluation.metrics import MIN_N, Row
+from medr1.evaluation.metrics import MIN_N, Row, untrained
 
 NUM_BINS = 15
 TEMPERATURES = (0.05, 20.0)
@@ -104,10 +104,11 @@ def applied(rows: Sequence[Row], calibration: Calibration) -> list[Row]:
 def calibrating(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
     """(rows to fit on, rows to judge on): about `share` of the groups, by seed and group alone.
 
-    So rows of other models and conditions divide in the same way.
+    So rows of other models and conditions divide in the same way. Questions that the model's run trained on are in
+    neither part.
     """
     parts: tuple[list[Row], list[Row]] = ([], [])
-    for row in rows:
+    for row in untrained(rows):
         draw = int.from_bytes(hashlib.sha256(f"{seed} {row['group']}".encode()).digest()[:8]) / 2**64
         parts[draw >= share].append(row)
     return parts

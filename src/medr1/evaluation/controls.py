@@ -8,13 +8,14 @@
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from PIL import Image, ImageStat
 
 from medr1.data.images import file_of
 from medr1.data.records import LETTERS, Record, normalise_option
+from medr1.data.splits import links_of
 from medr1.errors import MedR1Error
 from medr1.evaluation.metrics import accuracy_table
 
@@ -115,7 +116,7 @@ def permuted(record: Record, seed: int) -> Record:
 def shuffled_partners(
     records: Sequence[Record], seed: int, donors: Sequence[Record] | None = None, *, other_modality: bool = False
 ) -> dict[str, Record]:
-    """For each record id, a record of another group whose images are shown in its place.
+    """For each record id, a record that shares no group and no content with it, whose images are shown instead.
 
     The partner has as many images and the same modality, or with `other_modality` another one (both stated). It is
     drawn with equal chance from those among `donors` (None: among `records`) by `seed` and the record's id, whatever
@@ -125,10 +126,10 @@ def shuffled_partners(
         MedR1Error: a record has no such partner.
     """
     ordered = sorted(records if donors is None else donors, key=lambda donor: donor.id)
+    links = dict(zip([donor.id for donor in ordered], links_of(ordered), strict=True))
     pools: dict[tuple[str | None, int], list[Record]] = {}
-    groups: dict[tuple[str | None, int], set[str]] = {}
     partners = {}
-    for record in records:
+    for record, own in zip(records, links_of(records), strict=True):
         kind = modality, num_images = record.modality, len(record.images)
         if kind not in pools:
             pools[kind] = [
@@ -138,19 +139,23 @@ def shuffled_partners(
                 and (donor.modality != modality) == other_modality
                 and not (other_modality and None in (modality, donor.modality))
             ]
-            groups[kind] = {donor.group for donor in pools[kind]}
-        if groups[kind] <= {record.group}:
+        draw = random.Random(f"{seed} {record.id}")
+        partner = next((donor for donor in _drawn(pools[kind], draw) if links[donor.id].isdisjoint(own)), None)
+        if partner is None:
             raise MedR1Error(
                 f"record {record.id}: no other group of {'a modality other than ' if other_modality else ''}"
                 f"{modality or 'unstated modality'} has {num_images} images to show instead; "
                 "evaluate more records or leave this control out"
             )
-        draw = random.Random(f"{seed} {record.id}")
-        partner = draw.choice(pools[kind])
-        while partner.group == record.group:
-            partner = draw.choice(pools[kind])
         partners[record.id] = partner
     return partners
+
+
+def _drawn(pool: Sequence[Record], draw: random.Random) -> Iterator[Record]:
+    """Records of the pool at random, at last each of them: one that fits is found soon, or none does."""
+    for _ in range(20 if pool else 0):
+        yield draw.choice(pool)
+    yield from draw.sample(pool, len(pool))
 
 
 def image_disjoint(train: Sequence[Record], test: Sequence[Record]) -> list[Record]:
@@ -160,6 +165,6 @@ def image_disjoint(train: Sequence[Record], test: Sequence[Record]) -> list[Reco
 
 
 def group_disjoint(train: Sequence[Record], test: Sequence[Record]) -> list[Record]:
-    """The test records whose group (patient, lesion or image) has no record in training."""
-    seen = {record.group for record in train}
-    return [record for record in test if record.group not in seen]
+    """The test records none of whose groups (patients, lesions or studies of all their images) has one in training."""
+    seen = {group for record in train for group in (record.group, *record.groups)}
+    return [record for record in test if seen.isdisjoint((record.group, *record.groups))]

@@ -4,6 +4,9 @@ Every function takes the rows that `medr1.evaluation.run` writes and keeps their
 that could not be read is a wrong answer, and its outcome is counted beside it. Undefined is None, never 0. Open
 questions are never averaged with multiple choice: `summarise` and `compare` give them under "open".
 
+Rows of questions that the model's own run trained on (`seen_by_run`, see `medr1.data.heldout`) are part of no accuracy,
+change or rate here; `summarise` counts them apart.
+
 Intervals (see `medr1.evaluation.intervals`) are 95 % and p-values two-sided, and both count groups (patients, lesions,
 images), not rows: several questions about one image are one draw.
 """
@@ -82,6 +85,7 @@ def accuracy_table(rows: Sequence[Row]) -> dict[str, Any]:
         macro: the same four, averaged over the modalities present (n is the number of modalities), see `macro`.
         by_modality, by_question_type: name to the same four, in the order of records.py.
     """
+    rows = untrained(rows)
     return {
         **_cell(rows),
         "macro": macro(rows, "modality"),
@@ -101,13 +105,18 @@ def macro(rows: Sequence[Row], axis: str) -> dict[str, Any]:
     Args:
         axis: "modality" or "question_type".
     """
-    parts = _stated(rows, axis)
+    parts = _stated(untrained(rows), axis)
     return {
         "accuracy": _mean([_mean(_values(part)) for part in parts]),
         "ci95": _macro_interval([(_values(part), _groups(part)) for part in parts], SHARE),
         "n": len(parts),
         "chance": _mean([_mean([row["chance"] for row in part]) for part in parts]),
     }
+
+
+def untrained(rows: Sequence[Row]) -> list[Row]:
+    """The rows of questions that the model's run did not train on: all rows of a model that is no run's."""
+    return [row for row in rows if row.get("seen_by_run") != "trained on"]
 
 
 def by_kind(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
@@ -125,9 +134,17 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
         format_rate: fraction of replies in exactly the format asked for.
         mean_tokens: tokens a reply, of replies whose tokens are known; None where none are.
         open: `open_table` of the open questions; None where there are none.
+        trained_on: accuracy, ci95, n and chance of the questions that the model's run trained on, which are in none of
+            the other numbers, and "open": the same of open ones; None where there are none.
     """
-    choice, of_own_words = by_kind(rows)
-    return {**accuracy_table(choice), **_replies(choice), "open": open_table(of_own_words) if of_own_words else None}
+    choice, of_own_words = by_kind(untrained(rows))
+    known, known_open = by_kind([row for row in rows if row.get("seen_by_run") == "trained on"])
+    return {
+        **accuracy_table(choice),
+        **_replies(choice),
+        "open": open_table(of_own_words) if of_own_words else None,
+        "trained_on": {**_cell(known), "open": _cell(known_open)} if known or known_open else None,
+    }
 
 
 def open_table(rows: Sequence[Row]) -> dict[str, Any]:
@@ -140,6 +157,7 @@ def open_table(rows: Sequence[Row]) -> dict[str, Any]:
         token_f1: the same four, with the mean of `medr1.data.answers.token_f1` for accuracy, over the rows of "text".
         outcomes, unparsed, truncated, format_rate, mean_tokens: of all rows, see `summarise`.
     """
+    rows = untrained(rows)
     yes_no = [row for row in rows if row["chance"] is not None]
     text = [row for row in rows if row["chance"] is None]
     scores = [row["token_f1"] for row in text]
@@ -249,6 +267,7 @@ def flip_rate(rows: Sequence[Row], again: Sequence[Row]) -> dict[str, Any]:
         MedR1Error: the two do not cover the same records.
     """
     other = _by_id(rows, again)
+    rows = untrained(rows)
     flips = [float(_chosen(row) != _chosen(other[row["id"]])) for row in rows]
     return {"rate": _mean(flips), "ci95": _list(interval(flips, _groups(rows))), "n": len(rows)}
 
@@ -273,9 +292,13 @@ def _by_id(before: Sequence[Row], after: Sequence[Row]) -> dict[str, Row]:
 
 
 def _pairs(before: Sequence[Row], after: Sequence[Row]) -> list[Row]:
-    """The rows before, each with the difference that the row after makes."""
+    """The rows before, each with the difference that the row after makes; none that either model was trained on."""
     other = _by_id(before, after)
-    return [{**row, "difference": float(other[row["id"]]["correct"]) - float(row["correct"])} for row in before]
+    return [
+        {**row, "difference": float(other[row["id"]]["correct"]) - float(row["correct"])}
+        for row in untrained(before)
+        if untrained([other[row["id"]]])
+    ]
 
 
 def _change(pairs: Sequence[Row], axis: str | None, seed: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medr1.config import Config
+from medr1.data.heldout import RunSplit, split_of, tell_seen
 from medr1.data.parts import leave_out_unreadable, load_parts
 from medr1.data.records import Record, write_jsonl
 from medr1.errors import MedR1Error
@@ -27,6 +28,7 @@ def evaluate_named(
     config: Config,
     out: Path,
     *,
+    run: RunSplit | None = None,
     part: Part = "test",
     condition: str = "image",
     limit: int = 0,
@@ -41,6 +43,7 @@ def evaluate_named(
 
     Args:
         model: what `load_vlm` takes, or openai:MODEL@URL.
+        run: whose list says what was held out (see `load_parts`); None divides as the recipe says.
         part: held out, trained on, or both.
         limit: so many records, drawn by the split seed; 0: all.
         score_options, num_samples: weigh the options, or let so many sampled replies vote; see `evaluate`.
@@ -61,7 +64,7 @@ def evaluate_named(
     if model.startswith(REMOTE) and weighed:
         raise MedR1Error(f"{model}: a server's options cannot be weighed; use a local model")
     thresholds = read_calibration(calibration) if calibration else None
-    train_records, test_records = load_parts(config.data)
+    train_records, test_records = load_parts(config.data, run)
     parts = {"test": test_records, "train": train_records, "all": train_records + test_records}
     records = limited(parts[part], limit, config)
     if config.data.skip_unreadable:
@@ -77,6 +80,8 @@ def evaluate_named(
 
         rows = evaluate_remote(model, records, concurrency=concurrency, **settings)
         return summarise(rows) | token_totals(rows)
+    if split := split_of(model):
+        tell_seen(split, split.seen(records), "they are counted apart")
     vlm = load_vlm(model, **config.model.loading)
     scoring = "votes" if num_samples else "options" if score_options else "reply"
     rows = evaluate(vlm, records, batch_size=batch_size, scoring=scoring, num_samples=num_samples, **settings)

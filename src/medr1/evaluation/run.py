@@ -26,9 +26,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch.distributed.tensor import DTensor
 
 from medr1.data.answers import EXTRACTOR_VERSION, Answer, format_ok, is_correct, read_answer, token_f1
+from medr1.data.heldout import RunSplit, Seen, split_of
 from medr1.data.images import content_digest, load_image
 from medr1.data.prompts import build_messages
 from medr1.data.records import LETTERS, Record, append_jsonl, read_jsonl, write_jsonl
+from medr1.data.splits import joined
 from medr1.errors import MedR1Error
 from medr1.evaluation.calibration import with_confidence
 from medr1.evaluation.confidence import option_logprobs, reasoning_of, voted
@@ -85,7 +87,9 @@ def evaluate(
         an open question options is empty, gold a text, and alternatives lists other right texts);
         model, condition, mode; reply (raw text), finish ("stop" or "length"), tokens, seconds (its batch's
         time divided by the batch's rows); outcome, letter, correct, format_ok, extractor_version, and of an open
-        question text and token_f1 (see `score`). Where options are weighed or votes taken also scoring,
+        question text and token_f1 (see `score`). Of a model in the folder of a run seen_by_run: whether that run
+        "held out" the question, "trained on" it or has "never seen" it (see `medr1.data.heldout`). Where options are
+        weighed or votes taken also scoring,
         option_probs (in the order shown, sum 1), confidence (the chosen option's; None without one), and samples
         (raw texts) of votes.
 
@@ -105,6 +109,7 @@ def evaluate(
         seed=seed,
         donors=donors,
         scoring=f"{scoring} {num_samples}" if scoring == "votes" else scoring,
+        split=split_of(vlm.folder),
     ) as evaluation:
         ordered = _reading_order(list(evaluation.records.items()), mode)
         pending = [(key, record) for key, record in ordered if key not in evaluation.rows]
@@ -196,6 +201,8 @@ class Evaluation:
     out: Path
     records: dict[str, Record]
     """The record as the condition asks it, by the key of its row."""
+    seen: dict[str, Seen]
+    """What the model's run has to do with each question, by id; empty where no run made it."""
     rows: dict[str, Row]
     """By key."""
     progress: Progress
@@ -225,6 +232,7 @@ class Evaluation:
                 "model": self.name,
                 "condition": self.condition,
                 "mode": self.mode,
+                **({"seen_by_run": self.seen[self.records[key].id]} if self.seen else {}),
                 **reply,
             }
             for key, reply in replies
@@ -247,6 +255,7 @@ def open_evaluation(
     seed: int,
     donors: Sequence[Record] | None = None,
     scoring: str = "reply",
+    split: RunSplit | None = None,
 ) -> Iterator[Evaluation]:
     """Read every image, find the rows that `out` already has, and show progress until the block is left.
 
@@ -254,6 +263,7 @@ def open_evaluation(
         model: JSON-like values that tell this model from any other; with the settings, the prompt and the
             images they make a row's key.
         scoring: "reply", or how options are weighed as well.
+        split: of the run that made the model, to say of each question whether it was held out.
 
     Raises:
         MedR1Error: as `evaluate`.
@@ -265,6 +275,8 @@ def open_evaluation(
     ids = Counter(record.id for record in records)
     if len(ids) < len(records):
         raise MedR1Error(f"record {ids.most_common(1)[0][0]} is there twice; give each record its own id")
+    records = joined(records)
+    seen = dict(zip(ids, split.seen(records), strict=True)) if split else {}
     shown = as_shown(records, condition, seed, donors)
 
     with _progress() as progress:
@@ -275,7 +287,7 @@ def open_evaluation(
         by_key = {}
         for record in shown:
             # Without defaults, so that rows made before a field was added keep their keys.
-            content = record.model_dump_json(exclude={"images", "licence"}, exclude_defaults=True)
+            content = record.model_dump_json(exclude={"images", "licence", "groups"}, exclude_defaults=True)
             images = [digests[path] for path in record.images]
             by_key[_digest([run, build_messages(record, mode), content, images])] = record
 
@@ -283,7 +295,7 @@ def open_evaluation(
         if foreign := rows.keys() - by_key.keys():
             raise MedR1Error(f"{out}: holds {len(foreign)} rows of another model, setting or data; name another file")
         task = progress.add_task(f"{name}, {condition}", total=len(records), completed=len(rows))
-        yield Evaluation(name, mode, condition, out, by_key, rows, progress, task)
+        yield Evaluation(name, mode, condition, out, by_key, seen, rows, progress, task)
 
 
 def score(rows: Iterable[Row]) -> list[Row]:

@@ -58,4 +58,4 @@ def add_lora(vlm: VLM, *, rank: int, alpha: float, dropout: float = 0.0, seed: i
     folder = Path(vlm.name).expanduser()
     is_folder = vlm.name != "tiny" and folder.is_dir()
     config.base_model_name_or_path = str(folder.resolve()) if is_folder else vlm.name
-    return VLM(model, vlm.processor, vlm.name)
+    return VLM(model, vlm.processor, vlm.name, vlm.folder)

@@ -45,6 +45,8 @@ class VLM:
     processor: Any
     name: str
     """As the user gave it: hub id, folder, or "tiny"."""
+    folder: Path | None = None
+    """Where its weights lie; None where they were not loaded."""
 
     def __post_init__(self) -> None:
         text_config = self.core.config.get_text_config()
@@ -159,7 +161,7 @@ def _load(name: str, dtype: str, device: str | torch.device | None) -> VLM:
         raise MedR1Error(f"{name}: its processor takes no images; choose a vision-language model")
     refuse_not_finite(model, name)
     limit_as_published(processor, name, folder)
-    return VLM(model.to(device), processor, name)
+    return VLM(model.to(device), processor, name, folder)
 
 
 def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
@@ -205,7 +207,7 @@ def _load_adapter(name: str, folder: Path, dtype: str, device: str | torch.devic
         raise MedR1Error(_load_failure(name, folder, error)) from error
     refuse_not_finite(model, name)
     limit_as_published(processor, name, folder)
-    return VLM(model, processor, name)
+    return VLM(model, processor, name, folder)
 
 
 def merged(vlm: VLM) -> Any:

@@ -19,7 +19,7 @@ from medr1.config import RECIPE, Config, load_config, to_toml
 from medr1.data.records import read_jsonl, write_atomic
 from medr1.errors import MedR1Error
 from medr1.evaluation.calibration import Calibration, read_calibration
-from medr1.evaluation.metrics import OPEN_SCORES, Row, compare, summarise
+from medr1.evaluation.metrics import OPEN_SCORES, Row, compare, summarise, untrained
 from medr1.report.pages import environment, label, package_versions, percent, points, span_points, thumbnail
 from medr1.report.plots import AFTER, BEFORE, CHANCE, CONTROL, change_plot, learning_curves, story_plot
 from medr1.report.trust import calibration_section, faithfulness_section
@@ -113,7 +113,9 @@ def write_report(data: ReportData, out: Path, *, max_samples: int = MAX_SAMPLES)
     """
     if not data.base:
         raise MedR1Error(f"{out}: no rows to report; evaluate some records first")
-    base, trained = summarise(data.base), summarise(data.trained)
+    trained = summarise(data.trained)
+    known = {row["id"] for row in data.trained} - {row["id"] for row in untrained(data.trained)}
+    base = summarise([row for row in data.base if row["id"] not in known])
     change = compare(data.base, data.trained)
     samples, thumbnails = _samples(data, max_samples)
     scores = {
@@ -174,6 +176,11 @@ def tell(scores: dict[str, Any], trained: dict[str, Any]) -> list[tuple[str, str
         story = [("bad", f"Training lowered held-out accuracy {moved} ({by}).")]
     else:
         story = [("open", f"Held-out accuracy went {moved} ({by}): a change within the noise.")]
+    if known := trained.get("trained_on"):
+        cell = known if known["n"] else known["open"]
+        num = known["n"] + known["open"]["n"]
+        told = f"{num:,} of the questions were trained on by the run and are in none of these numbers"
+        story.append(("open", f"{told}; on them the trained model scores {percent(cell['accuracy'])}."))
 
     if blank := scores["controls"].get("blank"):
         seen = f"With the image blanked the trained model scores {percent(blank['accuracy'])}"

@@ -372,4 +372,5 @@ def _prior_average(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> list[Row]:
-    return [{name: row[name] for name in NEEDED} for row in read_jsonl(path)]
+    # None was trained on, since a study's cells train on the same division; were it so, it would not count here.
+    return [{name: row[name] for name in NEEDED} for row in read_jsonl(path) if row.get("seen_by_run") != "trained on"]

@@ -283,7 +283,7 @@ def make_plan(study: Study) -> Plan:
     baselines = [Cell("baseline", mode, model=model) for model in study.baselines for mode in study.base_modes]
     digest = hashlib.sha256()
     for record in [*train_records, *test_records]:
-        digest.update(record.model_dump_json(exclude={"images", "licence"}, exclude_defaults=True).encode())
+        digest.update(record.model_dump_json(exclude={"images", "licence", "groups"}, exclude_defaults=True).encode())
     return Plan(study, train_records, test_records, values, [*base, *trained, *baselines], digest.hexdigest())
 
 

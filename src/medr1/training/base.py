@@ -36,6 +36,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from medr1.config import Config
+from medr1.data.heldout import write_split
 from medr1.data.images import load_image
 from medr1.data.prompts import build_messages
 from medr1.data.records import Record, append_jsonl, read_jsonl, to_json, write_atomic, write_jsonl
@@ -144,6 +145,8 @@ class RecordTrainer(Trainer):
         arguments._n_gpu = min(arguments.n_gpu, 1)  # more of them are for a launcher; Trainer would use DataParallel
         if arguments.process_index == 0:
             write_recipe(config, output_dir)
+            write_split(output_dir, train_records, test_records, config.model.name)
+        vlm.folder = output_dir / "model"  # so that rows say what this run has to do with their questions
         super().__init__(
             model=cast(nn.Module, vlm.model),
             args=arguments,

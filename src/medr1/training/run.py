@@ -9,7 +9,7 @@ from medr1.config import Config
 from medr1.data.parts import leave_out_unreadable, load_parts
 from medr1.data.records import write_atomic
 from medr1.policy.vlm import load_vlm
-from medr1.processes import agree, alone, is_first, join
+from medr1.processes import agree, alone, gather, is_first, join
 from medr1.training.base import RecordTrainer
 from medr1.training.folder import MODEL, RESULT, thin_checkpoints, write_recipe
 from medr1.training.grpo import GRPOTrainer
@@ -34,6 +34,8 @@ def train(config: Config, out: Path, *, extend: bool = False) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
         agree(lambda: held.enter_context(alone(out)))
+        if len(gather(None)) > 1:  # images are hashed once, and not once a process
+            agree(lambda: load_parts(config.data) if is_first() else None)
         trainer = agree(lambda: _prepare(config, out, device, extend))
         trainer.run()
         counts = {

@@ -150,7 +150,7 @@ def _map(
             overlay(image, heatmap).save(out / OVERLAYS / name)
         row = {
             "key": key,
-            **{name: answer[name] for name in COPIED},
+            **{name: answer[name] for name in COPIED if name in answer},
             "letter": chosen,
             "right": chosen in record.right_letters,
             "probability": math.exp(maps[0].logp),
@@ -168,7 +168,10 @@ def _map(
     return [rows[key] for key in jobs]
 
 
-COPIED = ("id", "modality", "question_type", "source", "group", "images", "question", "options", "gold")
+COPIED = (
+    *("id", "modality", "question_type", "source", "group", "images", "question", "options", "gold"),
+    "seen_by_run",  # of a run's model alone
+)
 """Fields of an evaluation row that a row of maps repeats."""
 
 

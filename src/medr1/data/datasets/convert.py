@@ -126,6 +126,8 @@ def _check_omnimedvqa(record: Record) -> None:
         raise ValueError("an open question has no options, and OmniMedVQA's have")
     if len(record.images) != 1:
         raise ValueError(f"it has {len(record.images)} images, and OmniMedVQA's have one")
+    if len(record.groups) > 1:
+        raise ValueError(f"its image has the groups {', '.join(record.groups)}, and one is all it can have")
     for name in ("modality", "question_type"):
         if getattr(record, name) is None:
             raise ValueError(f"it states no {name.replace('_', ' ')}, and OmniMedVQA's do")
@@ -184,6 +186,7 @@ def _write_jsonl(records: Sequence[Record], names: dict[Path, str], out: Path) -
             **record.model_dump(mode="json", exclude_defaults=True),
             "images": [names[image] for image in record.images],
             "answer": _answer_cell(record),
+            "groups": list(record.groups),
         }
         for record in records
     ]
@@ -193,15 +196,17 @@ def _write_jsonl(records: Sequence[Record], names: dict[Path, str], out: Path) -
 def _write_csv(records: Sequence[Record], names: dict[Path, str], out: Path) -> None:
     num_options = max(len(record.options) for record in records)
     letters = [f"option_{letter.lower()}" for letter in LETTERS[:num_options]]
-    optional = ["modality", "question_type", "source", "group", "licence", "alternatives"]
+    optional = ["modality", "question_type", "source", "group", "licence", "groups", "alternatives"]
     rows = []
     for record in records:
         images = [names[image] for image in record.images]
-        cells = [getattr(record, name) or "" for name in optional[:-1]]
+        cells = [getattr(record, name) or "" for name in optional[:-2]]
+        is_plain = record.groups == (record.group,) and ";" not in record.group and record.group[:1] != "["
+        groups = "" if is_plain else json.dumps(record.groups, ensure_ascii=False)
         alternatives = json.dumps(record.alternatives, ensure_ascii=False) if record.alternatives else ""
         options = [*record.options, *[""] * (num_options - len(record.options))]
         shown = images[0] if len(images) == 1 and ";" not in images[0] else json.dumps(images, ensure_ascii=False)
-        rows.append([record.id, shown, record.question, *options, _answer_cell(record), *cells, alternatives])
+        rows.append([record.id, shown, record.question, *options, _answer_cell(record), *cells, groups, alternatives])
     table = _csv(["id", "image", "question", *letters, "answer", *optional], rows)
     write_atomic(out / f"{QUESTIONS}.csv", table)
 

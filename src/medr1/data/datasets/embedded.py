@@ -13,12 +13,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from medr1.data.cache import cache_folder
 from medr1.errors import MedR1Error
-
-
-def cache_folder() -> Path:
-    """What medr1 keeps for a user; MEDR1_CACHE moves it."""
-    return Path(os.environ.get("MEDR1_CACHE", Path.home() / ".cache" / "medr1"))
 
 
 def keep_image(content: bytes) -> Path:

@@ -15,7 +15,7 @@ from medr1.data.datasets.own import Place
 from medr1.data.datasets.public import LAYOUTS, Layout, layout_of
 from medr1.data.datasets.rows import ImageFolder, canonical_modality, canonical_question_type, read_records, refuse
 from medr1.data.datasets.tables import SUFFIXES, Table, by_column, read_table
-from medr1.data.images import file_of
+from medr1.data.images import contents_of, file_of, name_of_content
 from medr1.data.records import Record
 from medr1.errors import MedR1Error
 
@@ -61,7 +61,7 @@ def load_records(
     records = select_records(records, modalities=modalities, question_types=question_types, sources=sources)
     if check_images:
         require_images(records)
-    return records
+    return _with_owners(records)
 
 
 def select_records(
@@ -174,6 +174,24 @@ def _read(path: str, image_root: Path | None, language: str, refused: list[str] 
     if not records:
         raise MedR1Error(f"{path}: no questions in it")
     return records
+
+
+def _with_owners(records: list[Record]) -> list[Record]:
+    """Each record with the patients and studies of its DICOM files among its groups; a group without a name gets that
+    of the first of them, or of its first image's content.
+    """
+    contents = contents_of((image for record in records for image in record.images), decode=False)
+    told = []
+    for record in records:
+        owners = [owner for image in record.images if image in contents for owner in contents[image].owners]
+        groups = tuple(dict.fromkeys([*record.groups, *owners]))
+        if groups != record.groups or not record.group:
+            first = contents.get(record.images[0])
+            content = name_of_content(first.file) if first else str(record.images[0])
+            group = record.group or (groups[0] if groups else content)
+            record = record.model_copy(update={"group": group, "groups": groups})
+        told.append(record)
+    return told
 
 
 def _read_tables(

@@ -139,6 +139,7 @@ def read_medr1_splits(path: Path, image_root: Path | None = None, refused: list[
         question, options, answer = _question(text_field(row, "problem"), text_field(row, "solution"))
         image = text_field(row, "image")
         file_path = folder.locate(image)
+        groups = folder.groups(image)
         parts = PurePosixPath(image).parts
         if len(parts) < 3:
             raise ValueError(f"image path {image!r} names no source; expected Images/<source>/<file>")
@@ -155,7 +156,8 @@ def read_medr1_splits(path: Path, image_root: Path | None = None, refused: list[
             modality=modality,
             question_type=question_type,
             source=parts[1],
-            group=folder.group(image),
+            group=groups[0] if groups else image,
+            groups=groups,
         )
 
     return read_records(map(read_table, files), record, refused)

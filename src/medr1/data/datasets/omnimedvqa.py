@@ -47,6 +47,7 @@ def _record(folder: ImageFolder, row: dict[str, Any]) -> Record:
     options, _ = plain_options(given)
     is_whole = normalise_option(gold) in map(normalise_option, given)
     image = text_field(row, "image_path")
+    groups = folder.groups(image)
     modality_key = "modality" if "modality" in row and "modality_type" not in row else "modality_type"
     return Record(
         id=text_field(row, "question_id"),
@@ -57,7 +58,8 @@ def _record(folder: ImageFolder, row: dict[str, Any]) -> Record:
         modality=canonical_modality(text_field(row, modality_key)),
         question_type=canonical_question_type(text_field(row, "question_type")),
         source=text_field(row, "dataset"),
-        group=folder.group(image),
+        group=groups[0] if groups else image,
+        groups=groups,
     )
 
 

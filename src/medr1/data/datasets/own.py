@@ -8,8 +8,9 @@
 their own ("A. Naevus"), which are taken off. A cell that holds nothing, "nan", "<NA>" or "null" is missing, and "None"
 and "N/A" but as an option or an answer. Image paths start from the
 folder that was given (or the table's), and may carry a selector ("scan.dcm#frame=3") or ask for several slices
-("volume.nii.gz#slices=4"). Without `group` an image's patient (DICOM) or content is the group. A record dumped as
-JSON is a row of this format. So are VQA-RAD and PathVQA as republished in Parquet, with images inside the rows.
+("volume.nii.gz#slices=4"). `group` may name several ("p1;p2" where images are several, or a JSON list). Without it an
+image's patient (DICOM) or content is the group. A record dumped as JSON is a row of this format. So are VQA-RAD and
+PathVQA as republished in Parquet, with images inside the rows.
 """
 
 import json
@@ -28,6 +29,7 @@ from medr1.data.datasets.rows import (
     text_field,
 )
 from medr1.data.datasets.tables import Table, without_missing
+from medr1.data.images import file_of
 from medr1.data.records import LETTERS, Record
 
 Row = dict[str, Any]
@@ -57,7 +59,11 @@ def read_own(row: Row, place: Place) -> Record:
     """A row of the format above, under the names of `tables.by_column`, as a record."""
     given = _options(row)
     options, answer = options_and_letter(given, said(row, "answer")) if given else ((), said(row, "answer"))
-    images, group = _images(row, place)
+    images, group, groups = _images(row, place)
+    if "group" in row or row.get("groups"):
+        told = _groups(row, len(images))
+        group = said(row, "group") if {"group", "groups"} <= row.keys() else next(iter(told), group)
+        groups = tuple(dict.fromkeys([*told, *groups]))
     name = re.sub(r"[^a-z]", "", place.table.name.casefold())
     source, licence = next(
         (known for part, known in REPUBLISHED.items() if part in name), (place.table.stem, "follows the source")
@@ -71,7 +77,8 @@ def read_own(row: Row, place: Place) -> Record:
         modality=canonical_modality(text_field(row, "modality")) if "modality" in row else None,
         question_type=canonical_question_type(text_field(row, "question type")) if "question type" in row else None,
         source=said(row, "source") if "source" in row else source,
-        group=said(row, "group") if "group" in row else group or place.id,
+        group=group,
+        groups=groups,
         licence=said(row, "licence") if "licence" in row else licence,
         alternatives=_listed(row.get("alternatives", []), "alternatives"),
     )
@@ -118,8 +125,19 @@ def _json_list(text: str, name: str) -> Any:
         raise ValueError(f"{name!r} begins like a JSON list and is none ({error})") from error
 
 
-def _images(row: Row, place: Place) -> tuple[tuple[Path, ...], str]:
-    """Paths of a row's images, and the group of the first; "" without one."""
+def _groups(row: Row, num_images: int) -> tuple[str, ...]:
+    """Groups of a row that names some; a record dumped as JSON says in `groups` which of them the data told of."""
+    name = "groups" if "groups" in row else "group"
+    value = row[name]
+    several = isinstance(value, str) and (value.lstrip().startswith("[") or (num_images > 1 and ";" in value))
+    named = _listed(value, name) if several or isinstance(value, list) else (said(row, name),)
+    if not all(named):
+        raise ValueError(f"{name!r} holds an empty name in {value!r:.40}; leave it out")
+    return named
+
+
+def _images(row: Row, place: Place) -> tuple[tuple[Path, ...], str, tuple[str, ...]]:
+    """Paths of a row's images; name of the first's group, "" where its content is to name it; groups of them all."""
     if "image" in row and "images" in row:
         raise ValueError("images stand in 'image' and in 'images'; keep one")
     name = "images" if "images" in row else "image"
@@ -130,14 +148,18 @@ def _images(row: Row, place: Place) -> tuple[tuple[Path, ...], str]:
         whole = place.folder.root is not None and os.path.isfile(place.folder.root / given)  # a name with ";" in it
         given = [given] if whole else list(_listed(given, name))
     images: list[Path] = []
-    group = ""
+    names: list[str] = []
     for image in given if isinstance(given, list) else [given]:
         if isinstance(image, str):
             images += place.folder.expand(image.strip())
-            group = group or place.folder.group_by_content(image.strip())
+            names.append(image.strip())
         elif isinstance(image, dict) and isinstance(image.get("bytes"), bytes):  # as Parquet tables of the hub
             images.append(keep_image(image["bytes"]))
-            group = group or images[0].stem
         else:
             raise ValueError(f"{name!r} is neither a path nor a picture but {image!r:.40}")
-    return tuple(images), group
+    groups = place.folder.groups(*names)
+    if not images:
+        return (), place.id, ()
+    if groups or not os.path.isfile(file_of(images[0])):
+        return tuple(images), groups[0] if groups else names[0], groups
+    return tuple(images), "" if names else images[0].stem, groups

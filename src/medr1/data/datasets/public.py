@@ -39,6 +39,7 @@ class Layout:
 
 def _vqa_rad(row: Row, place: Place) -> Record:
     image, case = text_field(row, "image name"), row.get("image case url")
+    cases = (case,) if isinstance(case, str) and case != "NULL" else ()
     return Record(
         id=place.id,
         images=(place.folder.find(image, "VQA_RAD Image Folder", "VQA_RAD_Image_Folder", "images"),),
@@ -48,7 +49,8 @@ def _vqa_rad(row: Row, place: Place) -> Record:
         modality=None,
         question_type=None,
         source="VQA-RAD",
-        group=case if isinstance(case, str) else image,
+        group=cases[0] if cases else image,
+        groups=cases,
         licence="CC0-1.0",
     )
 
@@ -132,6 +134,7 @@ def _medxpertqa(row: Row, place: Place) -> Record:
         question_type=None,
         source="MedXpertQA-MM",
         group=names[0],
+        groups=(),
         licence="MIT",
     )
 
@@ -165,6 +168,7 @@ def _gmai(row: Row, place: Place) -> Record:
         question_type=None,
         source="GMAI-MMBench",
         group=path.stem,
+        groups=(),
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from medr1.data.datasets.tables import Table, is_missing, read_text
-from medr1.data.images import expand_reference, file_of, group_of, resolve_inside
+from medr1.data.images import expand_reference, resolve_inside
 from medr1.data.records import LETTERS, MODALITIES, QUESTION_TYPES, Record, normalise_option
 from medr1.errors import MedR1Error
 
@@ -237,31 +237,17 @@ class ImageFolder:
         except MedR1Error as error:
             raise ValueError(str(error)) from error
 
-    def group(self, relative: str) -> str:
-        """Group of an image: its line in groups.csv, or without that file the path itself.
+    def groups(self, *images: str) -> tuple[str, ...]:
+        """Groups of images by their lines in groups.csv; none without that file.
 
         Raises:
-            ValueError: groups.csv is there and does not list the image.
+            ValueError: groups.csv is there and does not list an image.
         """
         if self._groups is None:
-            return relative
-        if relative not in self._groups:
-            raise ValueError(f"image {relative!r} is not in {self._groups_file}; add a line for it")
-        return self._groups[relative]
-
-    def group_by_content(self, relative: str) -> str:
-        """As `group`; without groups.csv the image's patient (DICOM) or content, or the path of an absent file.
-
-        Raises:
-            ValueError: as `group`; or the file cannot be read.
-        """
-        path = self.locate(relative)
-        if self._groups is not None or not os.path.isfile(file_of(path)):
-            return self.group(relative)
-        try:
-            return group_of(path)
-        except MedR1Error as error:
-            raise ValueError(str(error)) from error
+            return ()
+        if unlisted := [image for image in images if image not in self._groups]:
+            raise ValueError(f"image {unlisted[0]!r} is not in {self._groups_file}; add a line for it")
+        return tuple(dict.fromkeys(self._groups[image] for image in images))
 
 
 def _read_groups(path: Path) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Readers of images: `read_image`, for every supported kind of file."""
 
-from medr1.data.images.identity import group_of
+from medr1.data.images.contents import Content, contents_of
+from medr1.data.images.identity import group_of, is_salted, name_of_content
 from medr1.data.images.kinds import kind_of
 from medr1.data.images.limits import MAX_PIXELS
 from medr1.data.images.read import Reading, expand_reference, load_image, read_image
@@ -8,13 +9,17 @@ from medr1.data.images.reference import content_digest, file_of, resolve_inside
 
 __all__ = [
     "MAX_PIXELS",
+    "Content",
     "Reading",
     "content_digest",
+    "contents_of",
     "expand_reference",
     "file_of",
     "group_of",
+    "is_salted",
     "kind_of",
     "load_image",
+    "name_of_content",
     "read_image",
     "resolve_inside",
 ]

@@ -15,7 +15,7 @@ from typing import Any
 from medr1.data.datasets import is_omnimedvqa, load_records
 from medr1.data.records import Record
 from medr1.evaluation.metrics import NOT_STATED
-from medr1.report.checks.images import image_findings, look_at
+from medr1.report.checks.images import groups_of, image_findings, look_at
 from medr1.report.checks.parts import by_file, compare_parts, own_parts, published_parts
 from medr1.report.checks.texts import answers, letters, mean_chance, options, questions, spellings
 
@@ -31,7 +31,8 @@ def check_data(path: Path | str, *, image_root: Path | None = None, language: st
         path, image_root, language: as `load_records` takes them.
 
     Returns:
-        path, folder (which image names start from), records, refused (a line for each row that was left out), groups,
+        path, folder (which image names start from), records, refused (a line for each row that was left out), groups
+        (as the data name them; the split joins those that share an image),
         open (number of open questions), chance (mean accuracy of a guess at multiple choice; None without any).
         counts: of records by modality, question_type, num_options.
         sources: of each, its records, images and licences.
@@ -58,7 +59,7 @@ def check_data(path: Path | str, *, image_root: Path | None = None, language: st
         "folder": str(folder),
         "records": len(records),
         "refused": {"num": len(refused), "listed": refused[:LISTED]},
-        "groups": len({record.group for record in records}),
+        "groups": len({group for record in records for group in groups_of(record)}),
         "open": len(records) - len(choice),
         "chance": mean_chance(choice) if choice else None,
         "counts": {

@@ -6,7 +6,6 @@ MIN_CORRELATION. Radiographs of one view and photographs of one organ look alike
 such a pair is a candidate for the eye, not a verdict.
 """
 
-import hashlib
 import itertools
 import os
 from collections import defaultdict
@@ -21,7 +20,7 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import track
 
-from medr1.data.images import content_digest, file_of, load_image
+from medr1.data.images import contents_of, file_of, load_image
 from medr1.data.records import Record
 from medr1.errors import MedR1Error
 
@@ -52,9 +51,9 @@ class Pictures:
     paths: list[Path]
     """Files that could be decoded."""
     file_hashes: list[str]
-    """SHA-256 of the file's bytes."""
+    """SHA-256 of the file's bytes, as the split has it (`medr1.data.images.contents_of`)."""
     pixel_hashes: list[str]
-    """SHA-256 of size and decoded RGB pixels."""
+    """SHA-256 of size and decoded RGB pixels, as the split has it."""
     missing: list[Path]
     unreadable: list[str]
     """One line for each file that is there and cannot be decoded."""
@@ -71,18 +70,19 @@ class Pictures:
 def look_at(images: Sequence[Path]) -> Pictures:
     """Decode every image file once, with a progress bar on stderr, and compare them."""
     missing, unreadable, paths, file_hashes, pixel_hashes, perceptual, grey = [], [], [], [], [], [], []
+    contents = contents_of(images)
     for image in track(images, "images", console=Console(stderr=True)):
         if not os.path.isfile(file_of(image)):
             missing.append(image)
             continue
         try:
             picture = load_image(image)
-            file_hashes.append(content_digest(image))
         except MedR1Error as error:
             unreadable.append(str(error))
             continue
         paths.append(image)
-        pixel_hashes.append(hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest())
+        file_hashes.append(contents[image].file)
+        pixel_hashes.append(contents[image].pixels or str(image))
         flat = picture.convert("L")
         perceptual.append(int(str(imagehash.phash(flat)), 16))
         grey.append(np.asarray(flat.resize((SIDE, SIDE))).ravel())
@@ -153,6 +153,11 @@ def _near(pixel_hashes: Sequence[str], perceptual: Sequence[int], grey: Sequence
     ]
 
 
+def groups_of(record: Record) -> frozenset[str]:
+    """All groups of a record; its one name where the data say none."""
+    return frozenset(record.groups or (record.group,))
+
+
 def image_findings(
     pictures: Pictures, records: Sequence[Record], parts: Iterable[Sequence[Record]] | None, folder: Path
 ) -> dict[str, Any]:
@@ -174,7 +179,7 @@ def image_findings(
     groups, sides = defaultdict[str, set[Any]](set), defaultdict[str, set[Any]](set)
     for record in records:
         for image in record.images:
-            groups[pictures.content[image]].add(record.group)
+            groups[pictures.content[image]].add(groups_of(record))
     for side, part in enumerate(parts or ()):
         for record in part:
             for image in record.images:

@@ -46,15 +46,13 @@ def _pictures(images: dict[str, Any]) -> list[tuple[str, str]]:
     if same := images["pixel_copies"]["num"]:
         kept = f"{_count(same, 'picture')} kept in several files ({images['byte_copies']['num']:,} byte for byte)"
         if across := images["pixel_copies_across_groups"]["num"]:
-            story.append(
-                (
-                    "bad",
-                    f"{kept}, {across:,} under several groups: a split by group can put it on both sides. Now: give the"
-                    " files of one picture one group, or keep one of them.",
-                )
+            told = (
+                f"{across:,} under several groups: our split joins them, one by group alone does"
+                " not. Now: where you divide by group yourself, give the files of one picture one group"
             )
+            story.append(("bad", f"{kept}, {told}."))
         else:
-            story.append(("open", f"{kept}, each within one group."))
+            story.append(("open", f"{kept}; our split keeps them together."))
     else:
         story.append(("good", "No two image files hold the same pixels."))
     if num := images["near_duplicates"]["num"]:

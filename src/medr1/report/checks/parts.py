@@ -7,7 +7,7 @@ from typing import Any
 
 from medr1.config import DataConfig
 from medr1.data.records import Record
-from medr1.data.splits import split_by_group
+from medr1.data.splits import joined, split_by_group
 from medr1.errors import MedR1Error
 from medr1.evaluation.controls import group_disjoint, image_disjoint, text_only_prior
 from medr1.report.checks.images import Pictures
@@ -76,5 +76,5 @@ def compare_parts(train: Sequence[Record], test: Sequence[Record], pictures: Pic
         "near_in_train": sum(n and not c for n, c in zip(near, copied, strict=True)) if pictures.paths else None,
         "question_in_train": sum((shown(record), plain(record.question)) in asked for record in test),
         "stem_in_train": sum(plain(record.question) in stems for record in test),
-        "text_only": text_only_prior(train, test),
+        "text_only": text_only_prior(train, joined(test)),
     }
