@@ -1,17 +1,14 @@
 """From a model's raw text to the option it chose, or to the reason why none can be told.
 
-One function, `extract_answer`, serves reward, evaluation and viewer. It never raises, never guesses and never
-picks the nearest option: a reply that names two options, or a letter against another option's text, is
-ambiguous. Of an open question, which has no options, it gives the span that holds the answer; `read_answer` knows
-the record and tells yes from no as well.
+One function, `extract_answer`, serves reward, evaluation and viewer. It never raises, never guesses and never picks
+the nearest option: a reply that names two options, or a letter against another option's text, is ambiguous. Of an open
+question, which has no options, it gives the span that holds the answer; `read_answer` knows the record and tells yes
+from no as well.
 
-In order: formatting is removed; reasoning in <think></think> is dropped; the last complete <answer></answer>
-is read, else an unclosed one; without tags the last declaration ("the answer is …"), else the last
-\\boxed{…}, else all text.
-
-A span is read for mentions: option texts at word boundaries, longest first, so that "Stage II" is not found
-in "Stage III"; then letters that stand alone, without the article "A" and the pronoun "I". A mention that is
-denied ("not CT", "C is ruled out") does not count.
+In order: formatting is removed; reasoning in <think></think>, or as other models mark it, is dropped; the last complete
+<answer></answer> is read, else an unclosed one, else all text. What it says is found in three steps, each in a file:
+option texts (`option_texts`), known phrases (`phrases`), and rules that see neither which letter nor which option they
+read (`sentences`), so that A is read as B is. All of it takes time in proportion to the reply's length.
 """
 
 import re
@@ -20,12 +17,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Literal
 
+from medr1.data.option_texts import CJK, YES_NO, OptionTexts, option_texts
 from medr1.data.prompts import check_mode
 from medr1.data.records import LETTERS, Record, normalise_answer, normalise_option
+from medr1.data.sentences import BOX, END_BOX, read, refuses
 
-EXTRACTOR_VERSION = 1
+EXTRACTOR_VERSION = 2
 """Goes up whenever a reply may be read differently; stored beside every score."""
 
 Outcome = Literal["letter", "text", "ambiguous", "refusal", "truncated", "invalid", "unparsed"]
@@ -58,19 +57,34 @@ def extract_answer(reply: str, options: Sequence[str]) -> Answer:
     Where several options have the same text up to case and white space, the text means the first of them;
     `is_correct` takes any.
     """
-    text = _clean(reply)
-    text, cut = _without_reasoning(text)
-    closed = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", text, re.DOTALL)
-    if closed:
-        return _read_span(closed[-1], options) if options else _open_span(closed[-1])
-    _, opened, span = text.rpartition("<answer>")
-    if opened:
-        span = re.sub(r"</?\w*$", "", span)
-        return replace(_read_span(span, options) if options else _open_span(span), unclosed=True)
+    text, cut = _without_reasoning(_clean(reply))
+    closed, opened = _answer_spans(text)
+    if closed is not None:
+        return _read(closed, options)
+    if opened is not None:
+        return replace(_read(re.sub(r"</?\w*$", "", opened), options), unclosed=True)
     if cut:
         return Answer("truncated")
     text = text.replace("</answer>", "\n")
-    return _read_free_text(text, options) if options else _open_free_text(text)
+    return _read(text, options) if options else _open_free_text(text)
+
+
+def _read(text: str, options: Sequence[str]) -> Answer:
+    """Read a text without tags."""
+    if not options:
+        return _open_span(text)
+    texts = _texts(tuple(options))
+    # A text that is an option's whole text needs no reading; a letter alone is what the prompt asks for.
+    same = texts.plain.get(normalise_option(text), texts.plain.get(normalise_option(text.strip(" .\n\"'"))))
+    if same and (len(text.strip()) > 1 or text.strip().upper() not in texts.letters):
+        return Answer("letter", min(same))
+    said, meaning = read(_BOXED.sub(f" {BOX}\\1{END_BOX} ", text), texts)
+    return Answer("letter", min(meaning)) if said == "letter" else Answer(said)
+
+
+@lru_cache(maxsize=4096)
+def _texts(options: tuple[str, ...]) -> OptionTexts:
+    return option_texts(options, tuple(map(_clean, options)))
 
 
 def read_answer(reply: str, record: Record) -> Answer:
@@ -117,24 +131,58 @@ def _f1(words: list[str], right: list[str]) -> float:
 
 # -- formatting and tags -------------------------------------------------------------------------------------
 
-_FORMATTING = re.compile(
-    r"<\|[^|<>]*\|>"  # chat control tokens
-    r"|</?(?:b|i|u|em|p|br|strong|code|span)\s*/?>"
-    r"|```(?:[a-z]+\n)?|`|\*\*|__|\$|\\[()\[\]]",
+_THINK_OPENS = re.compile(
+    r"(?:<\|start\|>\w+)?<\|channel\|>(?:analysis|commentary)[^<]{0,40}<\|message\|>"  # gpt-oss
+    r"|^analysis(?=[A-Z\"'])|<\|begin_of_thought\|>|<unused94>(?:thought)?|◁think▷|\[THINK\]|<\|channel>thought"
+    r"|<\s*(?:think|thinking|thoughts?|reason|reasoning|rationale|analysis|scratchpad|reflection|seed:think)\s*>",
     re.IGNORECASE,
 )
+_THINK_CLOSES = re.compile(
+    r"(?:<\|end\|>)?(?:<\|start\|>\w+)?<\|channel\|>final[^<]{0,40}<\|message\|>|(?<=[\s\S])assistantfinal"
+    r"|<\|end_of_thought\|>|<unused95>|◁/think▷|\[/THINK\]|<channel\|>"
+    r"|<\s*/\s*(?:think|thinking|thoughts?|reason|reasoning|rationale|analysis|scratchpad|reflection|seed:think)\s*>",
+    re.IGNORECASE,
+)
+_ANSWER_TAG = re.compile(r"[<\[]\s*(/?)\s*(?:final[_ ]?)?(?:answer|choice|final)\s*[>\]]", re.IGNORECASE)
+_TAG = re.compile(r"<\|[^|<>\n]{0,60}\|>|<(?!/?(?:think|answer)>)/?[A-Za-z][\w:-]{0,30}(?:\s[\w-]{1,20}=\"[^\"<>\n]{0,80}\")*\s*/?>")
+_BLOCK_TAG = re.compile(r"</?(?:br|p|li|div|h\d|tr)\b", re.IGNORECASE)
+_LATEX = {r"\%": "%", r"\times": "×", r"\leq": "≤", r"\geq": "≥", r"\le": "≤", r"\ge": "≥", r"\mu": "μ", r"\pm": "±"}
+_DRESS = re.compile(r"```(?:[a-z]+\n)?|`|\*\*|__|~~|\$|\\[()\[\],!;]|(?:(?<=\n)|^)(?:#{1,6}|>(?![ ]?\d))[ ]?|\\quad", re.IGNORECASE)
+_LONE_LETTER = re.compile(r"(?<![\w*])(\*{1,3}|_{1,3}|`{1,3}|~~)\s?(\(?[A-Za-z]\)?)\s?\1(?![\w*])")
+_EMPHASIS = re.compile(r"(?<![\w*])\*(?=[^\s*])([^*\n]{1,200})(?<=[^\s*])\*(?![\w*])")
+_QUOTES = str.maketrans(
+    {**dict.fromkeys("“”„‟«»「」『』", '"'), **dict.fromkeys("‘’‚‛´", "'"), **dict.fromkeys("【〔《", "["), **dict.fromkeys("】〕》", "]"),
+     "−": "-", "⁄": "/", **{chr(0x1F150 + n): chr(65 + n) for n in range(26)}, **{chr(0x1F170 + n): chr(65 + n) for n in range(26)}}
+)  # fmt: skip
+_POWERS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
+_BOXED = re.compile(r"\\?f?boxed\s*\{([^{}]*)\}")
 
-# What a broken byte sequence decodes to: no punctuation, or noise around a "D" would make it an answer.
-_GARBAGE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd]")
+# What a broken byte sequence decodes to: no punctuation, or noise around a "D" would make it an answer. Private
+# characters too, which stand for option texts later.
+_GARBAGE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd\ue000-\uf8ff⟦⟧]")
 
 
 def _clean(text: str) -> str:
     """Plain letters (NFKC) and tags; no invisible characters, Markdown or LaTeX dress, runs of blanks."""
-    text = _GARBAGE.sub("\N{CYRILLIC LETTER MULTIOCULAR O}", unicodedata.normalize("NFKC", text))
+    text = text.replace("\x08oxed{", "\\boxed{")  # a "\b" that was taken for a backspace
     if not text.isascii():
+        text = re.sub(r"(?<=\w)[⁰¹²³⁴-⁹⁺⁻]+", lambda power: "^" + power[0].translate(_POWERS), text)
+        text = re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞])", " ", text)  # 1½ is not 11/2
+        text = unicodedata.normalize("NFKC", text).translate(_QUOTES)
         text = "".join(char for char in text if unicodedata.category(char) != "Cf")
-    text = re.sub(r"\\(?:text|math)\w*\s*\{([^{}]*)\}", r"\1", _FORMATTING.sub("", text))
-    text = re.sub(r"<\s*(/?)\s*(think|answer)\s*>", lambda tag: f"<{tag[1]}{tag[2].lower()}>", text, flags=re.I)
+    text = _GARBAGE.sub("\N{CYRILLIC LETTER MULTIOCULAR O}", text)
+    text = _THINK_CLOSES.sub("</think>", _THINK_OPENS.sub("<think>", text))
+    text = _ANSWER_TAG.sub(lambda tag: f"<{tag[1]}answer>", text)
+    text = re.sub(r"<?[-=]+>", "→", text)
+    text = _TAG.sub(lambda tag: "\n" if _BLOCK_TAG.match(tag[0]) else "", text)
+    if "\\" in text:
+        text = re.sub(r"\\(?:%|(?:times|leq?|geq?|mu|pm)\b)", lambda sign: _LATEX[sign[0]], text)
+        for _ in range(3):
+            text = re.sub(r"\\(?:text|math)\w*\s*\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"(?<!\w)(?:[A-Za-z]\.){2,}", lambda dotted: dotted[0].replace(".", ""), text)  # e.g. is no letter
+    text = re.sub(r"(?<=\w)\*\*\*(?!\*)", "*", text) if "***" in text and "****" not in text else text  # **T2***
+    text = _EMPHASIS.sub(r"\1", _DRESS.sub("", _LONE_LETTER.sub(r'"\2"', text)))
+    text = re.sub(r"[\"'](\w{1,40})[\"']\s*:", lambda key: key[1].replace("_", " ") + ":", text)  # of JSON
     return re.sub(r"[^\S\n]+", " ", re.sub(r"\s*\n\s*", "\n", text))
 
 
@@ -163,240 +211,53 @@ def _without_reasoning(text: str) -> tuple[str, bool]:
     return (tag + answer if tag else before), True
 
 
-# -- what is denied ------------------------------------------------------------------------------------------
+def _answer_spans(text: str) -> tuple[str | None, str | None]:
+    """What stands in the last complete pair of answer tags, and after the last opening tag."""
+    closed, opened = None, None
+    pieces = re.split(r"<(/?)answer>", text)
+    for slash, piece, before in zip(pieces[1::2], pieces[2::2], pieces[:-2:2], strict=True):
+        if slash and opened is not None:
+            closed, opened = before, None
+        elif not slash:
+            opened = piece
+    return closed, opened
 
-_BREAK = re.compile(  # a new clause, which a denial in the one before does not reach
-    r"[.;!?。；！？\n]"
-    r"|\b(?:but|however|so|hence|therefore|thus|because|since|rather(?!\s+than)|instead(?!\s+of))\b"
-    r"|,\s*(?:it|this|that|the|which|then|we|i)\b|[,，]?\s*(?:而是|但|所以|因此)",
+
+# -- open questions -----------------------------------------------------------------------------
+
+_YES = re.compile(r"(?<![\w/-])yes(?![\w/]|-\w)", re.IGNORECASE)
+_NO = re.compile(r"(?<![\w/-])no(?![\w/]|-\w)(?!\s+(?:doubt|question|wonder)\b)", re.IGNORECASE)
+_FIRST_WORD = re.compile(rf"\W*(?:答案|答え|正解|정답)?[是は은:\s]*(是的?|不是|否|はい|いいえ|네|예|아니요|아니오|[^\W\d_{CJK}]+)")
+_CLAUSE_END = re.compile(r"[;!?。！？；\n]|\.(?!\d)|,?\s*\b(?:because|since)\b", re.IGNORECASE)
+_DECLARATION = re.compile(
+    r"\b(?:answer|option|choice)(?:\s+(?:to|for)(?:\s+[\w'’]+){1,4}?)?"
+    r"\s*(?:\b(?:is|would\s+be|should\s+be|must\s+be)\b|[:=→‐-―-])[:=→‐-―\s-]*"
+    r"(?:\s*(?:[:=]|\b(?:(?:most\s+)?likely|probably|clearly|definitely|therefore|thus)\b)){0,4}"
+    r"|\b(?:antwort\s+(?:ist|lautet)|réponse\s+est|respuesta\s+(?:correcta\s+)?es|resposta\s+(?:correta\s+)?é)\b\s*:?"
+    r"|\b(?:antwort|réponse|respuesta|resposta|ответ)\s*:"
+    r"|(?:答案|选项)\s*(?:应该|应)?\s*(?:是|为|选)?\s*:?|(?:答え|正解)\s*(?:は|:)|정답\s*(?:은|:)",
     re.IGNORECASE,
 )
-_DENIED_BEFORE = re.compile(
-    r"(?:\b(?:not|no|never|neither|nor|without|cannot|excluded?|excludes|excluding|unlikely|(?:rather|other)\s+than"
-    r"|instead\s+of|(?:rule|rules|ruled|ruling)\s+out)\b|n['’]t\b)(?:\W+\w[\w'’-]*){0,6}\W*$|(?:不是|并非|排除)\W*$",
-    re.IGNORECASE,
-)
-_DENIED_AFTER = re.compile(
-    r"[\"'”’)\]]*(?:\s+(?!(?:and|or|but|because|since|while|whereas|as|not)\b)[\w'’-]+){0,4}?"
-    r"\s*(?:\b(?:ruled\s+out|excluded|wrong|incorrect|unlikely|false|eliminated|rejected|absent|cannot)\b"
-    r"|\b(?:is|are|was|were|does|do|did|can|could|would|should|has|have)(?:\s+(?:not|never)\b|n?['’]t\b)"
-    r"|(?:被|可以?)?排除|不正确|不对|错)",
-    re.IGNORECASE,
-)
-
-_REST_OF_LIST = re.compile(r"(?:(?:\s*(?:,|/|&|\b(?:and|or|nor)\b))+\s*[\w-]+){1,4}", re.IGNORECASE)
-
-
-def _denied(text: str, start: int, end: int, *, in_list: bool = True) -> bool:
-    """Whether a mention at text[start:end] is denied in its own clause, before it or after it.
-
-    With `in_list` a denial of the list that it begins counts too ("CT, MRI and X-ray are excluded").
-    """
-    before = _BREAK.split(text[max(0, start - 120) : start])[-1]
-    after = _BREAK.split(text[end : end + 120], maxsplit=1)[0]
-    if _DENIED_BEFORE.search(before) or _DENIED_AFTER.match(after):
-        return True
-    rest_of_list = _REST_OF_LIST.match(after) if in_list else None
-    return rest_of_list is not None and _DENIED_AFTER.match(after, rest_of_list.end()) is not None
-
-
-# -- options and letters -------------------------------------------------------------------------------------
-
-Meaning = frozenset[str]
-"""Letters that a mention stands for: several where options share a text, none for a letter out of range."""
-
-# A word character. Chinese and Japanese put no spaces between words, so theirs are none.
-_WORD = r"[^\W\u3040-\u30ff\u3400-\u9fff]"
-_OPEN, _CLOSE = r"[\s\"'“‘(\[{*_]*", r"[\s\"'”’)\]}*_]*"
-_DASH = r"\s_\-‐-―"
-_AND = r"(?:,?\s*\b(?:and|or|nor)\b|[/&、]|和|或)"
-
-# Not a choice: "type B", "hepatitis B", "B cell".
-_NAME_BEFORE = re.compile(
-    r"\b(?:type|stage|grade|class|group|phase|category|level|zone|segment|lead|panel|figure|fig\.?|factor|protein"
-    r"|vitamin|hepatitis|influenza)\s*$",
-    re.IGNORECASE,
-)
-_NAME_AFTER = re.compile(r"\s+(?:cells?|lines?|waves?|mode|lymphocytes?|scans?)\b", re.IGNORECASE)
-
-_LETTER = re.compile(rf"(?<!-)(?<!{_WORD})(?<!{_WORD}[.'’])([A-Z])(?!['’.-]?{_WORD})")
-# The article "A" and the pronoun "I" need a sign that a letter is meant.
-_LETTER_ENDS = re.compile(r"[ \t\"'”’*]*(?:[).:\]\n]|$)")
-_LETTER_LIST_AFTER = re.compile(rf"\s*(?:,|{_AND})\s*[A-Z](?!['’.-]?{_WORD})")
-_LETTER_SIGN_BEFORE = re.compile(
-    rf"(?:\b(?:option|choice|answer|letter)\s+|(?<!{_WORD})[A-Z]\s*(?:,|{_AND})\s*)$", re.IGNORECASE
-)
-
-
-class _Option(NamedTuple):
-    plain: str
-    """The text up to case and white space."""
-    words: tuple[str, ...]
-    """The text up to dashes and punctuation at its ends as well; empty if it is nothing else."""
-
-
-@lru_cache(maxsize=65536)
-def _option(text: str) -> _Option:
-    text = _clean(text)
-    return _Option(normalise_option(text), _words(text))
-
-
-@lru_cache(maxsize=65536)
-def _pattern(option: str) -> re.Pattern[str] | None:
-    """An option's text as a whole: not in a longer word, not joined by a dash or stroke ("PET/CT").
-
-    "No" is an answer only where a sign or the end follows, not in "no doubt".
-    """
-    words = _option(option).words
-    if not words:
-        return None
-    text = rf"[{_DASH}]+".join(map(re.escape, words))
-    end = r"(?=\s*(?:[^\w\s]|$))" if words in (("no",), ("none",)) else ""
-    return re.compile(rf"(?<![-/])(?<!{_WORD}){text}(?![-/]?{_WORD}){end}", re.IGNORECASE)
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(filter(None, re.split(rf"[{_DASH}]+", text.casefold().strip(" \n.。,;:!?\"'“”‘’-_"))))
-
-
-def _meaning(text: str, options: Sequence[str]) -> Meaning:
-    """Letters of the options that a text equals up to case, else up to dashes and punctuation as well."""
-    known = [(letter, _option(option)) for letter, option in zip(LETTERS, options, strict=False)]
-    plain, words = normalise_option(text), _words(text)
-    same = [letter for letter, option in known if option.plain == plain]
-    return frozenset(same or (letter for letter, option in known if words and option.words == words))
-
-
-def _letter_meaning(letter: str, options: Sequence[str]) -> Meaning:
-    return frozenset(letter.upper()) & frozenset(LETTERS[: len(options)])
-
-
-def _patterns(options: Sequence[str]) -> list[re.Pattern[str]]:
-    """Patterns of all option texts, the longest first."""
-    patterns = {pattern for option in options if (pattern := _pattern(option))}
-    return sorted(patterns, key=lambda pattern: (-len(pattern.pattern), pattern.pattern))
-
-
-def _decide(meanings: Sequence[Meaning], options: Sequence[str]) -> Answer:
-    """The one option that all mentions agree on."""
-    common = frozenset.intersection(*meanings)
-    if not any(meanings):
-        return Answer("invalid")
-    if not common or len({normalise_option(options[LETTERS.index(letter)]) for letter in common}) > 1:
-        return Answer("ambiguous")
-    return Answer("letter", min(common))
-
-
-# -- reading -------------------------------------------------------------------------------------------------
-
-_BOXED = re.compile(r"\\f?boxed\s*\{([^{}]*)\}")
-_WHOLE_LETTER = re.compile(
-    r"[\W_]*(?:(?:(?:the\s+)?(?:(?:final|correct|best)\s+)*(?:answer|option|choice|letter)\b\s*(?:is\b)?"
-    r"|(?:正确)?(?:答案|选项)(?:是|为)?|选择?)[\W_]*)?([A-Za-z])[\W_]*",
-    re.IGNORECASE,
-)
-_LETTER_AND_TEXT = re.compile(rf"[\W_]*([A-Z])\s*[)\].:,}}>{_DASH}]+\s*(.+)", re.DOTALL)
-_LETTER_FIRST = re.compile(r"[\W_]*([A-Z])\s*[).:\]]")
-_NONE_OF_THEM = re.compile(r"\bnone of (?:the above|these|them|the options)\b", re.IGNORECASE)
-_REFUSAL = re.compile(
-    r"(?:\b(?:cannot|can\s?not|could\s+not|unable\s+to|not\s+able\s+to|impossible\s+to)|\b(?:can|couldn)['’]t)"
-    r"\s+(?:\w+\s+){0,2}?(?:be\s+)?(?:determined?|help|assist|identif(?:y|ied)|diagnosed?|provide|answer|tell|say"
-    r"|interpret|analy[sz]e|assess|comment|decide|(?:see|view|open)\s+(?:the|an|any|this)?\s*(?:image|picture))\b"
-    r"|\b(?:do\s+not|don['’]t)\s+know\b|\bnot\s+enough\s+information\b|\bas\s+an\s+ai\b|无法|抱歉",
-    re.IGNORECASE,
-)
-
-
-def _read_free_text(text: str, options: Sequence[str]) -> Answer:
-    """Read a reply without answer tags."""
-    if answer := _read_whole(text, options):
-        return answer
-    if declared := _declared(_BOXED.sub(r" \1 ", text), options):
-        return _decide(declared, options)
-    if boxed := _BOXED.findall(text):
-        answer = _read_span(boxed[-1], options)
-        if answer.outcome != "unparsed":
-            return answer
-    return _read_span(text, options)
-
-
-def _read_span(span: str, options: Sequence[str]) -> Answer:
-    """Read a text for letters and option texts alone."""
-    span = _BOXED.sub(r" \1 ", span)
-    if answer := _read_whole(span, options):
-        return answer
-    meanings: list[Meaning] = []
-    masked = span
-    for pattern in _patterns(options):
-        for match in pattern.finditer(masked):
-            # A text of one sign ("2", "A") is too easily part of something else.
-            if len(match[0]) > 1 and not _denied(span, *match.span()):
-                meanings.append(_meaning(match[0], options))
-        masked = pattern.sub(lambda match: "\0" * len(match[0]) if len(match[0]) > 1 else match[0], masked)
-    if _REFUSAL.search(masked):
-        return Answer("refusal")
-    for match in _LETTER.finditer(masked):
-        meaning = _letter_meaning(match[1], options)
-        if meaning and _is_choice(masked, match) and not _denied(span, *match.span()):
-            meanings.append(meaning)
-    if meanings:
-        return _decide(meanings, options)
-    first = _LETTER_FIRST.match(span)
-    beyond = first is not None and not _letter_meaning(first[1], options)
-    return Answer("invalid" if beyond or _NONE_OF_THEM.search(masked) else "unparsed")
-
-
-def _read_whole(span: str, options: Sequence[str]) -> Answer | None:
-    """Read a text that is nothing but a letter, an option's text, or a letter with a text."""
-    span = _BOXED.sub(r" \1 ", span).strip()
-    if len(span) > 1 and (same := _meaning(span, options)):
-        return _decide([same], options)
-    letter = _WHOLE_LETTER.fullmatch(span)
-    if letter and (meaning := _letter_meaning(letter[1], options)):
-        return _decide([meaning], options)
-    if same := _meaning(span, options):
-        return _decide([same], options)
-    if letter:
-        return Answer("invalid")
-    pair = _LETTER_AND_TEXT.fullmatch(span)
-    if pair and (same := _meaning(pair[2], options)):
-        return _decide([_letter_meaning(pair[1], options), same], options)
-    return None
-
-
-def _is_choice(text: str, match: re.Match[str]) -> bool:
-    """Whether a capital that stands alone is meant as a letter of an option."""
-    before, start, end = text[max(0, match.start() - 20) : match.start()], match.start(), match.end()
-    if _NAME_BEFORE.search(before) or _NAME_AFTER.match(text, end):
-        return False
-    if match[1] not in "AI":
-        return True
-    enclosed = text[start - 1 : start] in tuple("\"'“‘([{") and text[end : end + 1] in tuple("\"'”’)]}")
-    return bool(
-        enclosed
-        or _LETTER_ENDS.match(text, end)
-        or _LETTER_LIST_AFTER.match(text, end)
-        or _LETTER_SIGN_BEFORE.search(before)
-    )
-
-
-# -- open questions ------------------------------------------------------------------------------------------
-
-_YES = re.compile(rf"(?<![-/])(?<!{_WORD})yes(?![-/]?{_WORD})", re.IGNORECASE)
-_NO = re.compile(rf"(?<![-/])(?<!{_WORD})no(?![-/]?{_WORD})(?!\s+doubt\b)", re.IGNORECASE)
-_CLAUSE_END = re.compile(r"[;!?。；！？\n]|\.(?!\d)|,?\s*\b(?:because|since)\b", re.IGNORECASE)
+_DENIED_BEFORE = re.compile(r"(?:\b(?:not|no|never|cannot)\b|n't\b)[^.;!?\n]{0,60}$", re.IGNORECASE)
 
 
 def _yes_and_no(text: str) -> set[str]:
-    """Which of "yes" and "no" a text has as a word: not in "normal", "nodule", "I do not know" or "no doubt"."""
-    return {word for word, pattern in (("yes", _YES), ("no", _NO)) if pattern.search(text)}
+    """Which of "yes" and "no" a text has as a word: not in "normal", "nodule", "I do not know" or "no doubt".
+
+    Of another language the first word counts alone, as "no" may be something else in it.
+    """
+    said = {word for word, pattern in (("yes", _YES), ("no", _NO)) if pattern.search(text)}
+    first = _FIRST_WORD.match(text)
+    if not said and first:
+        said = {word for word, others in YES_NO.items() if first[1].casefold() in others}
+    return said
 
 
 def _open_span(span: str) -> Answer:
     text = " ".join(_BOXED.sub(r" \1 ", span).split())
     if not re.search(r"\w", text):
         return Answer("unparsed")
-    return Answer("refusal" if _REFUSAL.search(text) else "text", text=text)
+    return Answer("refusal" if refuses(text) else "text", text=text)
 
 
 def _open_free_text(text: str) -> Answer:
@@ -405,94 +266,19 @@ def _open_free_text(text: str) -> Answer:
     """
     if boxed := _BOXED.findall(text):
         return _open_span(boxed[-1])
+    stop = len(text)
     for match in reversed(list(_DECLARATION.finditer(text))):
-        before = _BREAK.split(text[max(0, match.start() - 120) : match.start()])[-1]
-        answer = _open_span(_CLAUSE_END.split(text[match.end() :].lstrip(), maxsplit=1)[0])
-        if answer.outcome != "unparsed" and not _DENIED_BEFORE.search(before):
+        end = _CLAUSE_END.search(text, match.end() + len(text[match.end() : match.end() + 2]) - len(text[match.end() : match.end() + 2].lstrip()), stop)
+        answer = _open_span(text[match.end() : end.start() if end else stop])
+        if answer.outcome != "unparsed" and not _DENIED_BEFORE.search(text[max(0, match.start() - 80) : match.start()]):
             return answer
+        stop = match.end()  # what a later declaration ends with was tried
     return _open_span(text)
 
 
-# -- declarations --------------------------------------------------------------------------------------------
-
-_DECLARATION = re.compile(
-    r"\b(?:answer|option|choice)(?:\s+(?:to|for)(?:\s+[\w'’]+){1,4}?)?"
-    r"\s*(?:\b(?:is|would\s+be|should\s+be|must\s+be)\b|[:=→‐-―-])+"
-    r"(?:\s*(?:[:=]|\b(?:(?:most\s+)?likely|probably|clearly|definitely|therefore|thus)\b))*"
-    r"|(?:答案|选项)\s*(?:应该|应)?\s*(?:是|为|选)?\s*:?",
-    re.IGNORECASE,
-)
-_HEAD_LETTER = re.compile(
-    rf"{_OPEN}(?:(?:the\s+)?(?:option|choice|letter|answer|选项)\s*)?{_OPEN}([A-Za-z])(?!['’.-]?{_WORD})"
-)
-_HEAD_TEXT = re.compile(rf"{_OPEN}(?:(?:the|an?)\s+(?=\w\w))?{_OPEN}", re.IGNORECASE)
-_HEAD_ENDS = re.compile(
-    rf"{_CLOSE}(?:[).:;,!?。，；/&\n]|$|\b(?:because|since|as|and|or|but|due|given)\b|[^\x00-\x7f])",
-    re.IGNORECASE,
-)
-_JOIN = re.compile(rf"{_CLOSE}(?:(?P<and>{_AND})|[\s:.,{_DASH}]*)(?:\s*(?:option|choice)\b)?\s*", re.IGNORECASE)
-_ENDS = re.compile(rf"{_CLOSE}(?:[.。;；!！?？,，\n]|$)")
-_OPTION_MARK = re.compile(rf"(?<!{_WORD})([A-Z])[).:]")
-
-
-def _declared(text: str, options: Sequence[str]) -> list[Meaning]:
-    """What the last readable declaration ("the answer is …", "Answer: …") names; empty without one."""
-    for match in reversed(list(_DECLARATION.finditer(text))):
-        before = _BREAK.split(text[max(0, match.start() - 120) : match.start()])[-1]
-        rest = text[match.end() :]
-        marks = "".join(_OPTION_MARK.findall(rest))
-        echoed = marks.startswith(LETTERS[: len(options)])  # "Which is the answer: A) … B) …"
-        if not echoed and not _DENIED_BEFORE.search(before) and (meanings := _read_head(rest, options)):
-            return meanings
-    return []
-
-
-def _read_head(text: str, options: Sequence[str]) -> list[Meaning]:
-    """Options named at the very start of a text, as in "B, because …", "B: MRI" or "CT or MRI".
-
-    Empty if the first is denied. A further one counts if "and" or "or" joins it, or if the sentence ends with
-    it, a letter only after a comma: "B. CT shows bone" names B alone, "A, B" names both.
-    """
-    meanings: list[Meaning] = []
-    join: re.Match[str] | None = None
-    position = 0
-    while item := _read_item(text, position, options):
-        start, end, meaning, is_letter = item
-        if join and not join["and"] and not (_ENDS.match(text, end) and ("," in join[0] or not is_letter)):
-            break
-        if not _denied(text, start, end, in_list=bool(meanings)):  # "the answer is B and C is wrong"
-            meanings.append(meaning)
-        elif not meanings:
-            break
-        join = _JOIN.match(text, end)
-        if not join or join.end() == end:
-            break
-        position = join.end()
-    return meanings
-
-
-def _read_item(text: str, position: int, options: Sequence[str]) -> tuple[int, int, Meaning, bool] | None:
-    """(start, end, meaning, whether a letter) of an option text or letter that begins at a position."""
-    head = _HEAD_TEXT.match(text, position)
-    starts = (position, head.end()) if head else (position,)
-    for pattern in _patterns(options):
-        for start in starts:
-            match = pattern.match(text, start)
-            if match and not (len(match[0]) == 1 and match[0].isalpha()):
-                return match.start(), match.end(), _meaning(match[0], options), False
-    letter = _HEAD_LETTER.match(text, position)
-    if letter is None or _NAME_AFTER.match(text, letter.end()):
-        return None
-    meaning = _letter_meaning(letter[1], options)
-    sure = letter[1].isupper() and letter[1] not in "AI" and meaning
-    if not sure and not _HEAD_ENDS.match(text, letter.end()):
-        return None
-    return letter.start(1), letter.end(1), meaning, True
-
+# -- the asked format ----------------------------------------------------------------------------------------
 
 _INSIDE = r"(?:(?!</?(?:think|answer)>).)*"  # any text without one of the four tags
-
-
 _THINK = rf"<think>(?!\s*</think>){_INSIDE}</think>"
 
 

@@ -1,0 +1,421 @@
+"""What a text says, as one character for each phrase, word and sign: no rule here sees which letter or option it reads.
+
+"The answer is B. CT shows bone." becomes `aKQL.TPw`: an article, what an answer is called, is, a letter; an option's
+text, a verb, a word. What the letter and the text mean stands in a list beside it. So a rule that reads A reads B, C
+and D alike, and one for an option's text reads any text.
+
+The rules, in order: compose phrases ("answer" and "is" declare); tell letters from words by what stands about them;
+join a letter with its text, and lists; find what is denied, hedged and taken back; take what is said with most weight.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from medr1.data.option_texts import LOWER_TEXT, WEAK_TEXT, Meaning, OptionTexts
+from medr1.data.phrases import INDEX, LETTER, split
+
+Said = Literal["letter", "ambiguous", "refusal", "invalid", "unparsed"]
+
+BOX, END_BOX = "⟦", "⟧"
+"""Stand around what was boxed."""
+
+# -- from text to characters ---------------------------------------------------------------------------------
+#
+# L a letter that stands alone, l the same in lower case; T an option's text, q the same begun in lower case, t a weak
+# one; w a word, W one with a capital, c a Chinese, Japanese or Korean one, n a number; the characters of
+# `phrases.TABLES`; signs, of which brackets are ( and ), quotes ", dashes -, sentence ends . ! ?, and the newline.
+
+_SIGNS = {
+    **dict.fromkeys("([{⟨", "("), **dict.fromkeys(")]}⟩" + END_BOX, ")"), **dict.fromkeys("\"'`", '"'),
+    **dict.fromkeys("-–—―‐‑~", "-"), **dict.fromkeys(".。…", "."), **dict.fromkeys("!！", "!"),
+    **dict.fromkeys("?？", "?"), **dict.fromkeys(",，", ","), **dict.fromkeys(";；", ";"), **dict.fromkeys("=:：", ":"),
+    **dict.fromkeys("→⇒>", ">"), **dict.fromkeys("/|+<", "/"), "、": "J", "&": "J", BOX: "D",
+}  # fmt: skip
+_CJK_KINDS = re.compile(r"[⺀-鿿가-힣]")
+
+
+def _characters(text: str, marks: Sequence[Meaning], letters: dict[str, Meaning]) -> tuple[str, list[Meaning | None], str]:
+    """The characters, what each of them means (None: nothing), and the same with c for all that is CJK."""
+    pieces = list(split(text))
+    found: list[str] = []
+    glyphs: list[str] = []
+    meanings: list[Meaning | None] = []
+    rest = iter(marks)
+    words = [LETTER if piece.kind == "letter" else piece.text for piece in pieces]
+    position = 0
+    while position < len(pieces):
+        piece = pieces[position]
+        length, meaning = 1, None
+        for phrase, character in INDEX.get(words[position], ()):
+            if tuple(words[position : position + len(phrase)]) == phrase:
+                length = len(phrase)
+                break
+        else:
+            if piece.kind == "text":
+                character = {LOWER_TEXT: "q", WEAK_TEXT: "t"}.get(piece.text, "T")
+                meaning = next(rest)
+            elif piece.kind == "letter":
+                character = "L" if piece.capital else "l"
+                meaning = letters.get(piece.text.upper(), frozenset())
+            elif piece.kind == "sign":
+                character = _SIGNS.get(piece.text, "." if piece.text[0] == "." else "*")
+            else:
+                character = {"number": "n", "cjk": "c", "newline": "\n"}.get(piece.kind, "W" if piece.capital else "w")
+        found.append(character)
+        glyphs.append("c" if _CJK_KINDS.match(piece.text) else character)
+        meanings.append(meaning)
+        position += length
+    return "".join(found), meanings, "".join(glyphs)
+
+
+_COMPOSED = [  # (pattern, what its first character becomes; the others go away)
+    (r"k[wWanpKLlcTqtGI]{0,6}Q", "D"),
+    (r"K[w]?G?w?[QI](?!N?G)", "D"),  # "answer is", "respuesta correcta es"
+    (r"(?<![Qa])GK?w?Q", "D"),  # "richtig ist", "correct answer is"
+    (r"K[\")]*(?::|-|>)", "D"),
+    (r"(?:(?<=[.\n,;(\"])|^)G:", "D"),
+    (r"(?:(?<=\n)|^)[\"(]*[aGwf]{0,3}K(?=[\")]*\n)", "D"),  # a heading
+    (r"(?:(?<=[.\n;])|^)[aw]?Z[wK]?:", "N"),  # "excluded: …"
+    (r"QN", "X"),
+    (r"EN", "Y"),
+]
+_COMPOSE = re.compile("|".join(f"({pattern})" for pattern, _ in _COMPOSED))
+
+# -- letters or words ----------------------------------------------------------------------------------------
+
+_AFTER = r"[\"]*(?:[.,:;!?()\-/>*\n]|$|[PQEXZYNBbSJOhRrczGKvL](?<![GKvL])|G(?=c))"
+_IS_LETTER = re.compile(
+    r"(?<=[(\"])L(?=[)\"])"
+    r"|(?<=K)L|(?<=K\()L|(?<=K\")L"
+    rf"|(?<!V)L(?!v)(?!\.w)(?={_AFTER})"
+    r"|(?<=c)L(?=c|[.,;!?]|$)"
+    r"|L(?=[LT]|I(?:[.!\n]|$)|q[.\")]*$)"
+)
+_IS_SMALL_LETTER = re.compile(
+    r"(?<=[(\"])l(?=[)\"])"
+    r"|(?<=K)l(?=[.,:;!?)\"\-\nBbQPXh]|$)|(?<=D)l(?=[.,;:!?)\"\n\-Bb]|$)|(?<=D[I:(\"K\n])l(?=[.,;:!?)\"\n\-Bb]|$)"
+    r"|(?:(?<=[.\n!?:>])|^)[\"(\-]*l(?=[).\":!]*(?:\n|$))"
+    r"|(?:(?<=[.\n!?>])|^)[\"(\-]*l(?=[).:\-\"]+[\"(]*[Tqt])"
+)
+_IS_WEAK_TEXT = re.compile(
+    r"(?<=[DI])t|(?<=[DI][:\"(Iac\n])t"
+    r"|(?:(?<=[.\n!?;])|^)[\"(\-]*t(?=[)\".,!c]*(?:\n|$)|[),.!]*\n)|^t(?=[,.;])"
+    r"|(?<=[Ll][).:\-,\"(])t(?=[)\".,;!?\n]|$)|(?<=[Ll])t$|(?<=[Ll][).:\-,\"(]{2})t(?=[)\".,;!?\n]|$)"
+    r"|(?<=[Tqt][JO/])t"
+)
+
+# -- units, lists and what is said of them -------------------------------------------------------------------
+
+_CLAUSE_ENDS = r"(?=[.,;!?\n)BbSRr\"]|$)"
+_UNIT = re.compile(
+    rf"L[)\"]*(?:[.:,\-/]|\n)?[\"(]*[IaK]{{0,2}}[\"(]*T{_CLAUSE_ENDS}|[LT]"
+)
+_JOINED = re.compile(r"[)\"]*(?:[/>]|,?[JO][aK]?|[,;\-]|\.?(?=\n)\n[-(]?|)[\"(]*[aK]?")
+_ALWAYS = re.compile(r"[)\"]*(?:[/>]|,?O[aK]?|)[\"(]*[aK]?")
+_GOES_ON = re.compile(r"[)\"]*(?:[,;.!?\n/>JO)]|$)")
+_VERB_FOLLOWS = re.compile(r"[)\"]*[PQXhZ]")
+_ACCEPTED = re.compile(r"[)\"]*(?:[PQI][awp]{0,2}|[EY]a?|c{1,2}|[:\-(,]|)G(?![wW])|c{1,2}K(?=[.,!\n]|$)|[)\"]*QI(?=[.,;!?\nBb]|$)")
+_REJECTED = re.compile(r"[)\"]*[:\-(?]*[wWcKPQEIaph]{0,4}(?:(Y|E[wa]{0,2}Z)|[XZ])|[)\"]*[:\-]+N")
+_HEDGED = re.compile(r"[)\"]*[wQPp]{0,2}[hH]")
+_FILL = r"[:\"(\-IaSKQpcr\n]*"
+_DECLARING = re.compile(rf"D{_FILL}([Hh]?){_FILL}(?:[wWn]{{0,2}}(?=T))?(?=[LT])")
+_STATING = re.compile(r"(?:I[\"(:aKpIc]*[wWn]{0,2}(?=T)|[IS][,:\"(aKpIcQ]*(?=[LT])|S[,:\"(aKpIcQ]*[wW]{0,2}(?=T))")
+_FINAL = re.compile(r"[Sf][,:\"aGwWI]{0,4}$")
+_HEAD = re.compile(r"[\"(\-*,:.]*[aKIS,]*[\"(]*(?=[LT])")
+_HEAD_GOES_ON = re.compile(r"[)\"]*(?:[.,;:\-(\n!?]|$|[Bb])")
+_LABEL = re.compile(r"(?:(?<=[.\n;,!?])|^)[\"(\-*]*([LT])(?:[)\"]*[:)\-]|(?=L))")
+_LINE = re.compile(r"[\"(\-#.*:]*[aKI]?[\"(]*")
+_LINE_ENDS = re.compile(r"[\").:,!;*c]*$")
+
+
+@dataclass
+class _Mention:
+    start: int
+    end: int
+    meaning: Meaning
+    weight: int = 1
+    """3 declared, accepted or alone in the first or last line; 2 stated, concluded or first; 1 mentioned; 0 hedged."""
+    final: bool = False
+    denied: bool = False
+    hedged: bool = False
+
+
+class _Unit(NamedTuple):
+    start: int
+    end: int
+    meaning: Meaning
+
+
+@dataclass
+class _Text:
+    characters: str
+    meanings: list[Meaning | None]
+    mentions: list[_Mention] = field(default_factory=list)
+
+
+def read(text: str, texts: OptionTexts) -> tuple[Said, Meaning]:
+    """What a cleaned text without tags says, and the letters that it names where it says "letter"."""
+    masked, marks = texts.mask(text)
+    characters, meanings, glyphs = _characters(masked, marks, texts.letters)
+    raw = characters
+    characters, meanings, glyphs = _composed(characters, meanings, glyphs)
+    characters = _resolved(characters, glyphs)
+    read_text = _weighed(characters, meanings)
+    said, meaning = _decided(read_text, texts)
+    if said == "unparsed" and not _has_meaning(read_text):
+        if "F" in raw:
+            return "refusal", meaning
+        first = re.match(r"[\"(\-]*L[).:)]", raw)
+        if "U" in raw or (first and meanings and not meanings[first.end() - 2]):
+            return "invalid", meaning
+    if said == "unparsed" and "F" in raw:
+        return "refusal", meaning
+    if said == "unparsed" and "A" in raw:
+        return "ambiguous", meaning
+    return said, meaning
+
+
+def refuses(text: str) -> bool:
+    """Whether a cleaned text declines to answer."""
+    return "F" in _characters(text, (), {})[0]
+
+
+def _has_meaning(text: _Text) -> bool:
+    return any(mention.meaning for mention in text.mentions)
+
+
+def _composed(characters: str, meanings: list[Meaning | None], glyphs: str) -> tuple[str, list[Meaning | None], str]:
+    """Phrases that belong together as one character."""
+    for pattern, character in _COMPOSED:
+        pieces, kept, shown, done = [], [], [], 0
+        for match in re.finditer(pattern, characters):
+            pieces += [characters[done : match.start()], character]
+            kept += [*meanings[done : match.start()], None]
+            shown += [glyphs[done : match.start()], character]
+            done = match.end()
+        if done:
+            characters = "".join([*pieces, characters[done:]])
+            meanings = [*kept, *meanings[done:]]
+            glyphs = "".join([*shown, glyphs[done:]])
+    # "A: no, …" and "A? No." reject A; elsewhere "no," may take back what was said before.
+    characters = re.sub(r"(?<=[LTlqt][:\-?])r|(?<=[LTlqt][)\"][:\-?])r", "Z", characters)
+    # "over" and "to" compare two options
+    characters = re.sub(r"(?<=[DGK][LTlqt])z(?=K?[LTlqt])", "N", characters)
+    return characters, meanings, glyphs
+
+
+def _resolved(characters: str, glyphs: str) -> str:
+    """L and T for what is meant as an option; all other letters, and texts that may be something else, as words."""
+
+    def kept(pattern: re.Pattern[str], text: str, letter: str, word: str) -> str:
+        places = {match.end() - 1 for match in pattern.finditer(text)}
+        return "".join(word if one == letter and at not in places else one for at, one in enumerate(characters))
+
+    mixed = "".join("c" if glyph == "c" and one not in "KDGZ" else one for one, glyph in zip(characters, glyphs, strict=True))
+    cjk = "".join("c" if glyph == "c" and one in "GZ" else one for one, glyph in zip(mixed, glyphs, strict=True))
+    characters = kept(_IS_LETTER, cjk, "L", "W")
+    characters = kept(_IS_SMALL_LETTER, characters, "l", "a")
+    characters = kept(_IS_WEAK_TEXT, characters, "t", "n")
+    return characters.translate(str.maketrans("lqt", "LTT"))
+
+
+def _weighed(characters: str, meanings: list[Meaning | None]) -> _Text:
+    units = []
+    for match in _UNIT.finditer(characters):
+        named = [meaning for meaning in meanings[match.start() : match.end()] if meaning is not None]
+        sure = [m for m, c in zip(meanings[match.start() : match.end()], match[0], strict=True) if c in "LT" and m is not None]
+        units.append(_Unit(match.start(), match.end(), frozenset.intersection(*(sure or named)) if sure or named else frozenset()))
+    lists = _lists(characters, units)
+    declared = {match.end(): match for match in _DECLARING.finditer(characters)}
+    stated = {match.end() for match in _STATING.finditer(characters)}
+    denied, hedged, refused = _scopes(characters)
+    labelled = {meanings[match.start(1)] for match in _LABEL.finditer(characters)}
+    mentions = []
+    for group in lists:
+        weight, final, unsure = 1, False, False
+        start, end = group[0].start, group[-1].end
+        if match := declared.get(start):
+            weight, unsure = 3, bool(match[1])
+            final = bool(_FINAL.search(characters[max(0, match.start() - 6) : match.start()]))
+        elif start in stated:
+            weight = 2
+        closing = _REJECTED.match(characters, end)
+        whole = len(group) > 2 or (closing and closing[1]) or "O" in characters[start:end]
+        accepted = not closing and _ACCEPTED.match(characters, end)
+        doubted = _HEDGED.match(characters, end)
+        for unit in group:
+            last = unit is group[-1]
+            mention = _Mention(unit.start, unit.end, unit.meaning, weight, final)
+            mention.denied = unit.start in denied or bool(closing and (last or whole)) or unit.start in refused
+            mention.hedged = unsure or unit.start in hedged or bool(doubted and last)
+            if accepted and (last or "E" in accepted[0]):
+                mention.weight = 3
+            mentions.append(mention)
+    text = _Text(characters, meanings, mentions)
+    by_start = {mention.start: mention for mention in mentions}
+    _weigh_lines(characters, lists, by_start)
+    if len(labelled) < 2:
+        _weigh_heads(characters, lists, by_start)
+    return text
+
+
+def _lists(characters: str, units: list[_Unit]) -> list[list[_Unit]]:
+    """Units that "and", "or" or a sign joins."""
+    lists: list[list[_Unit]] = []
+    for number, unit in enumerate(units):
+        if lists and not _parted(characters, lists[-1][-1], unit, units[number + 1 :][:1]):
+            lists[-1].append(unit)
+        else:
+            lists.append([unit])
+    return lists
+
+
+def _parted(characters: str, before: _Unit, unit: _Unit, following: list[_Unit]) -> bool:
+    if unit.start - before.end > 8:
+        return True
+    between = characters[before.end : unit.start]
+    if between == "a" or not _JOINED.fullmatch(between):
+        return True
+    if _ALWAYS.fullmatch(between):
+        return False
+    if "J" in between:
+        return bool(_VERB_FOLLOWS.match(characters, unit.end))
+    adjacent = bool(following) and following[0].start == unit.end
+    return not (_GOES_ON.match(characters, unit.end) or adjacent)
+
+
+def _scopes(characters: str) -> tuple[set[int], set[int], set[int]]:
+    """Places of mentions that are denied, hedged, and refused to be told, each by what stands before them in their
+    clause; refused also by what stands after them in it."""
+    denied: set[int] = set()
+    hedged: set[int] = set()
+    refused: set[int] = set()
+    deny = hedge = 0
+    refuse = False
+    clause: list[int] = []
+    for place, character in enumerate(characters):
+        if character in "LT":
+            clause.append(place)
+            if deny:
+                denied.add(place)
+            if hedge:
+                hedged.add(place)
+            if refuse:
+                refused.add(place)
+        elif character in "NXY":
+            deny = 8
+        elif character in "Hh":
+            hedge = 6
+        elif character == "F":
+            refuse = True
+            refused.update(clause)
+        elif character in ".;!?\nBbSRr":
+            deny = hedge = 0
+            refuse = False
+            clause = []
+        elif character == ":":
+            if characters[place - 1 : place] not in ("N", "X"):
+                deny = hedge = 0
+        elif character == "," and _NEW_CLAUSE.match(characters, place + 1):
+            deny = hedge = 0
+        elif deny or hedge:
+            deny, hedge = max(0, deny - 1), max(0, hedge - 1)
+    return denied, hedged, refused
+
+
+_NEW_CLAUSE = re.compile(r"[apIDSQfR]|J?[\"(]*[LT][)\"]*[PQEXZYG]")
+
+
+def _weigh_lines(characters: str, lists: list[list[_Unit]], by_start: dict[int, _Mention]) -> None:
+    """What stands alone in the first or the last line is as good as declared."""
+    begin = len(characters) - len(characters.lstrip("\n"))
+    stop = len(characters.rstrip("\n"))
+    first_end = characters.find("\n", begin, stop)
+    last_start = characters.rfind("\n", begin, stop) + 1
+    for group in lists:
+        start, end = group[0].start, group[-1].end
+        for low, high in ((begin, first_end if first_end >= 0 else stop), (last_start or begin, stop)):
+            if low <= start and end <= high and start - low < 8 and high - end < 8:
+                if _LINE.fullmatch(characters, low, start) and _LINE_ENDS.match(characters[end:high]):
+                    for unit in group:
+                        by_start[unit.start].weight = 3
+
+
+def _weigh_heads(characters: str, lists: list[list[_Unit]], by_start: dict[int, _Mention]) -> None:
+    """What a text, or what follows a retraction, begins with."""
+    starts = {0, *(match.end() for match in re.finditer(r"[Rr]", characters))}
+    heads = {match.end() for start in starts if (match := _HEAD.match(characters, start))}
+    for group in lists:
+        if group[0].start in heads and _HEAD_GOES_ON.match(characters, group[-1].end):
+            for unit in group:
+                by_start[unit.start].weight = max(2, by_start[unit.start].weight)
+
+
+# -- decision ------------------------------------------------------------------------------------------------
+
+
+def _decided(text: _Text, texts: OptionTexts) -> tuple[Said, Meaning]:
+    """The reading of what follows the last retraction; where that says nothing, and may not have been one, of what
+    stands before it too."""
+    cuts = [match.start() for match in re.finditer(r"[Rr]", text.characters)]
+    bounds = [0, *cuts, len(text.characters)]
+    stop = len(text.characters)
+    place = len(bounds) - 2
+    mentions = sorted(text.mentions, key=lambda mention: mention.start)
+    last = len(mentions)
+    while place >= 0:
+        start = bounds[place]
+        first = last
+        while first and mentions[first - 1].start >= start:
+            first -= 1
+        said, meaning, weight = _agreed(mentions[first:last], text.characters[start:stop], start, texts)
+        if said != "unparsed":
+            earlier = _agreed(mentions[:first], text.characters[:start], 0, texts)
+            if weight < 2 and earlier[2] == 3 and earlier[0] == "letter" and said == "letter" and earlier[1] != meaning:
+                return "ambiguous", meaning
+            return said, meaning
+        if place and text.characters[start] == "R":
+            break
+        # A doubt that nothing readable follows: the text before it is read together with it
+        place -= 1
+    return "unparsed", frozenset()
+
+
+def _agreed(mentions: list[_Mention], characters: str, offset: int, texts: OptionTexts) -> tuple[Said, Meaning, int]:
+    """What mentions of most weight agree on, and that weight."""
+    kept = [mention for mention in mentions if not mention.denied]
+    for mention in kept:
+        if mention.hedged:
+            mention.weight = 0
+    for weight in (3, 2, 1, 0):
+        said = [mention for mention in kept if mention.weight == weight]
+        if weight in (0, 1):
+            conflicts = [one for one in said if not one.meaning and one.end - one.start > 1]
+            said = [mention for mention in said if mention.meaning] + conflicts
+        if not said:
+            continue
+        if weight == 3 and len({mention.meaning for mention in said}) > 1 and any(mention.final for mention in said):
+            said = [mention for mention in said if mention.final]
+        if not any(mention.meaning for mention in said):
+            conflict = any(mention.end - mention.start > 1 for mention in said)
+            return "ambiguous" if conflict else "invalid", frozenset(), weight
+        common = frozenset.intersection(*(mention.meaning for mention in said))
+        if not common or not any(common <= same for same in texts.plain.values()):
+            return "ambiguous", common, weight
+        if weight == 2 and _contradicted(kept, max(one.end for one in said), characters, offset, common):
+            return "ambiguous", common, weight
+        return "letter", common, weight
+    return "unparsed", frozenset(), -1
+
+
+def _contradicted(kept: list[_Mention], end: int, characters: str, offset: int, common: Meaning) -> bool:
+    """Whether "but" and another option follow in the same sentence."""
+    rest = characters[end - offset :]
+    sentence = re.match(r"[^.;!?\n]*", rest)
+    stop = end + (sentence.end() if sentence else 0)
+    contrast = characters.find("b", end - offset, stop - offset)
+    return contrast >= 0 and any(
+        contrast + offset < one.start < stop and not one.hedged and one.meaning and not one.meaning & common for one in kept
+    )
