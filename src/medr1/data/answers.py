@@ -173,7 +173,7 @@ def _clean(text: str) -> str:
     text = _GARBAGE.sub("\N{CYRILLIC LETTER MULTIOCULAR O}", text)
     text = _THINK_CLOSES.sub("</think>", _THINK_OPENS.sub("<think>", text))
     text = _ANSWER_TAG.sub(lambda tag: f"<{tag[1]}answer>", text)
-    text = re.sub(r"<?[-=]+>", "→", text)
+    text = re.sub(r"<?[-=]{1,6}>", "→", text)
     text = _TAG.sub(lambda tag: "\n" if _BLOCK_TAG.match(tag[0]) else "", text)
     if "\\" in text:
         text = re.sub(r"\\(?:%|(?:times|leq?|geq?|mu|pm)\b)", lambda sign: _LATEX[sign[0]], text)
@@ -183,7 +183,7 @@ def _clean(text: str) -> str:
     text = re.sub(r"(?<=\w)\*\*\*(?!\*)", "*", text) if "***" in text and "****" not in text else text  # **T2***
     text = _EMPHASIS.sub(r"\1", _DRESS.sub("", _LONE_LETTER.sub(r'"\2"', text)))
     text = re.sub(r"[\"'](\w{1,40})[\"']\s*:", lambda key: key[1].replace("_", " ") + ":", text)  # of JSON
-    return re.sub(r"[^\S\n]+", " ", re.sub(r"\s*\n\s*", "\n", text))
+    return re.sub(r" ?\n[ \n]*", "\n", re.sub(r"[^\S\n]+", " ", text))
 
 
 def _without_reasoning(text: str) -> tuple[str, bool]:

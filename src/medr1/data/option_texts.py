@@ -34,22 +34,25 @@ _UNIT = r"(?:\s?(?:[mcµμu]?m|mg|ml|kg|g|%|years?|days?|weeks?|months?)\b)?"
 _SMALLER = r"less than|fewer than|smaller than|under|below|weniger als|moins de|menos de|менее"
 _LARGER = r"more than|greater than|larger than|over|above|mehr als|plus de|más de|mais de|более"
 _AT_MOST, _AT_LEAST = r"no more than|not more than|at most|up to", r"no less than|not less than|at least"
-_COMPARED = "|".join((_AT_MOST, _AT_LEAST, _SMALLER, _LARGER)).replace(" ", r"\ ")
 _NUMBER = rf"""
-    (?P<op>(?:<=|>=|[<>≤≥])|\b(?:{_COMPARED})\b)?\s*
-    (?P<between>\bbetween\s+)?
-    (?P<sign_word>\b(?:minus|plus)\s+)?
+    (?P<op><=|>=|[<>≤≥])?[ ]?
     (?P<number>(?<![^\W\d_{CJK}])(?<!\w[.,])(?:
         \d+\s?[/:]\s?\d+(?:[/:]\d+)*                        # fractions, ratios
         |{_NUM}{_UNIT}(?:\s?[x×]\s?{_NUM}{_UNIT})+          # dimensions
-        |{_SIGNED}{_UNIT}\s?(?:[-–—~]|\bto\b|\bbis\b|(?(between)\band\b|(?!)))\s?{_NUM}   # ranges
+        |{_SIGNED}{_UNIT}\s?(?:[-–—~]|\bto\b|\bbis\b)\s?{_NUM}   # ranges
         |{_SIGNED}
-    ))(?:(?<=[^\W_])|(?=\W|$))
+    ))
 """
 _TOKEN = re.compile(
-    rf"(?:{_NUMBER})|(?P<word>[{CJK}]|{_WORD})|(?P<sign>[+-]+)|(?P<unit>[%°])|(?P<hard>[.;:!?。！？\n/|])|(?P<soft>.)",
+    rf"(?=[\d+\-±.<>≤≥])(?:{_NUMBER})|(?P<word>[{CJK}]|{_WORD})|(?P<sign>[+-]+)|(?P<unit>[%°])|(?P<hard>[.;:!?。！？\n/|])"
+    rf"|(?P<soft>[^\w+\-±.<>≤≥%°;:!?。！？\n/|]+|.)",
     re.VERBOSE | re.IGNORECASE | re.DOTALL,
 )
+_COMPARED = {  # by the words
+    tuple(words.split()): sign
+    for sign, several in (("<=", _AT_MOST), (">=", _AT_LEAST), ("<", _SMALLER), (">", _LARGER), ("+", "plus"), ("-", "minus"))
+    for words in several.split("|")
+}
 _OPERATORS = {"<=": "<=", "≤": "<=", ">=": ">=", "≥": ">=", "<": "<", ">": ">"}
 _SAME = {
     **dict.fromkeys(("positive", "plus", "positiv", "positif", "positivo", "positiva"), "+"),
@@ -82,52 +85,66 @@ class Token(NamedTuple):
 
 def tokens_of(text: str, signs: bool) -> list[Token]:
     """The words, numbers and units of a cleaned text; lone signs too where these tell options apart."""
-    return list(_tokens(text, signs))
-
-
-def _tokens(text: str, signs: bool) -> Iterator[Token]:
+    tokens: list[Token] = []
+    words: list[str] = []  # as they are written
     apart, rank = False, False
     for match in _TOKEN.finditer(text):
         kind = match.lastgroup
-        value = ""
+        start, value = match.start(), ""
         if match["number"]:
-            value = _number(match)
+            value = _number(match["op"] or "", match["number"])
+            start = match.start("op") if match["op"] else match.start("number")
         elif kind == "word":
             value = _word(match[0], rank)
         elif kind == "unit" or (kind == "sign" and signs and _is_sign(text, match)):
             value = match[0]
         elif kind == "hard":
             apart = True
-        if value:
-            start = match.start("number") if match["number"] and not (match["op"] or match["between"] or match["sign_word"]) else match.start()
-            start += len(text[start : match.end()]) - len(text[start : match.end()].lstrip())
-            yield Token(value, start, match.end(), apart)
-            apart, rank = False, value in _RANKS
+        if not value:
+            continue
+        if value == "star" and tokens and not apart and re.fullmatch(r"t\d", tokens[-1].value):
+            tokens[-1] = tokens[-1]._replace(value=tokens[-1].value + "*", end=match.end())  # T2 star
+            continue
+        if match["number"] and not apart:
+            start, value, apart = _compared(tokens, words, start, value)
+        tokens.append(Token(value, start, match.end(), apart))
+        words.append(match[0].casefold())
+        apart, rank = False, value in _RANKS
+    return tokens
+
+
+def _compared(tokens: list[Token], words: list[str], start: int, value: str) -> tuple[int, str, bool]:
+    """A number together with the words before it that compare it ("less than 5", "between 2 and 5"), which go away."""
+    for length in (3, 2, 1):
+        before = tokens[-length:]
+        if len(before) == length and (sign := _COMPARED.get(tuple(words[-length:]))) and value[0].isdigit():
+            del tokens[-length:], words[-length:]
+            return before[0].start, sign + value, before[0].apart
+    for length in (3, 4):
+        before = tokens[-length:]
+        if len(before) == length and words[-length] == "between" and words[-1] == "and" and before[1].value[0].isdigit():
+            del tokens[-length:], words[-length:]
+            return before[0].start, f"{before[1].value}-{value}", before[0].apart
+    return start, value, False
 
 
 def _is_sign(text: str, match: re.Match[str]) -> bool:
     """Whether + or - says positive or negative ("HER2-", "Gram -", "(+)") and is no dash between words."""
     after = text[match.end() : match.end() + 1]
-    before = text[: match.start()][-1:]
-    return (not after or after in " .,;:!?)]\"'\n") and (
-        before != " " or not re.match(r"[ ]*[^\s.,;:!?)\]\"']", text[match.end() : match.end() + 20])
-    )
+    before = text[match.start() - 1 : match.start()] if match.start() else ""
+    dash = before == " " and re.match(r"[ ]*[^\s.,;:!?)\]\"']", text[match.end() : match.end() + 20])
+    return (not after or after in " .,;:!?)]\"'\n") and not dash
 
 
-def _number(match: re.Match[str]) -> str:
+@lru_cache(maxsize=65536)
+def _number(operator: str, text: str) -> str:
     """Equal for equal numbers: "2,50" is "2.5", "≤ 5" is "at most 5"."""
-    text = " ".join(match["number"].casefold().split())
-    operator = " ".join((match["op"] or "").casefold().split())
-    if operator and operator not in _OPERATORS:
-        sides = ((_AT_MOST, "<="), (_AT_LEAST, ">="), (_SMALLER, "<"), (_LARGER, ">"))
-        operator = next(sign for words, sign in sides if operator in words.split("|"))
-    joint = "x" if re.search(r"[x×](?!10)", text) else "-" if re.search(r"\d\D*?(?:[-–—~]|to|bis|and)\D*\d", text) else ""
-    numbers = re.findall(rf"^[+\-±]?{_NUM}|{_NUM}", text)
+    text = " ".join(text.casefold().split())
+    sign = _OPERATORS.get(operator, "")
     if re.search(r"\d\s?[/:]\s?\d", text):
-        return _OPERATORS.get(operator, operator) + re.sub(r"\s", "", text)
-    if match["sign_word"]:
-        numbers[0] = ("-" if match["sign_word"].casefold().startswith("minus") else "+") + numbers[0].lstrip("+-")
-    return _OPERATORS.get(operator, operator) + (joint or "?").join(map(_value, numbers))
+        return sign + text.replace(" ", "")
+    joint = "x" if re.search(r"[x×](?!10)", text) else "-"
+    return sign + joint.join(map(_value, re.findall(rf"^[+\-±]?{_NUM}|{_NUM}", text)))
 
 
 def _value(text: str) -> str:
@@ -141,6 +158,7 @@ def _value(text: str) -> str:
     return sign + format(Decimal(digits).normalize(), "f")
 
 
+@lru_cache(maxsize=65536)
 def _word(text: str, after_rank: bool) -> str:
     word = text.casefold().replace("'", "")
     if after_rank and word in _ROMAN:
@@ -221,7 +239,7 @@ class OptionTexts:
                 continue  # "5" is not in "5 cm"
             if following and following.value in "+-" and following.start == part[-1].end:
                 continue  # nor "HER2" in "HER2+"
-            if way.values in (("no",), ("none",)) and re.match(r"\s*[^\W_]", text[part[-1].end :][:40]):
+            if way.values in (("no",), ("none",)) and re.match(r"\s*[^\W_]", text[part[-1].end : part[-1].end + 40]):
                 continue  # "no doubt"
             return way
         return None
@@ -235,7 +253,8 @@ def _stands_alone(text: str, start: int, end: int, starts: set[int], ends: set[i
         joined_before = None if label else joined_before  # "B-MRI"
     joined_after = re.fullmatch(r"[-‐‑/][^\W_]", after) and end + 1 not in starts
     glued = re.match(_LATIN, after) and re.search(rf"{_LATIN}$", text[start:end])
-    return not (joined_before or joined_after or (glued and end not in starts and not text[end - 1].isdigit()))
+    more = re.match(r"\+(?!\w)", after) and text[end - 1] not in "+-"
+    return not (joined_before or joined_after or more or (glued and end not in starts and not text[end - 1].isdigit()))
 
 
 def _is_number(value: str) -> bool:

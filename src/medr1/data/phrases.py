@@ -9,7 +9,7 @@ A phrase is a sequence of words and signs as `split` parts them; case, and where
 
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from medr1.data.option_texts import CJK, LOWER_TEXT, TEXT, WEAK_TEXT
 
@@ -32,7 +32,7 @@ CUES: Lines = {  # what an answer is called: with a verb or a colon after it, it
     "{x} 적다. {p}: {y}": "정답 | 답 | 답안 | 선택지 | 보기",
 }
 CUES_TO: Lines = {  # what may stand between that and its verb
-    "{x} shows less. {p} this question is {y}.": "the answer to | the correct answer to | the best answer to | my answer to",
+    "{x} shows less. {p} this question is {y}.": "the answer to | the correct answer to | the best answer to | my answer to | the answer for",
     "{x} shows less. The {p} this question is {y}.": "answer to | answer for | choice for | response to",
 }
 DECLARES: Lines = {
@@ -93,7 +93,7 @@ ACCEPTS: Lines = {
         "correct | right | true | best | the answer | the correct answer | the right answer | the best answer | my answer"
         " | the correct option | the right option | the best option | the correct choice | the right choice | my choice"
         " | the best choice | the correct one | the right one | the best fit | the best match | the most likely | most likely"
-        " | the most likely diagnosis | the most likely answer | the most probable | the most plausible | preferred"
+        " | the most likely diagnosis | the most likely answer | the most probable | the most plausible | preferred | favored | favoured"
         " | the diagnosis | accurate | the most appropriate | the one"
     ),
     "- {y}: {p}\n- {x}: wrong": "✓ | ✔ | ✅ | ☑",
@@ -273,6 +273,10 @@ REFUSES: Lines = {
         " | not possible to say | impossible to identify | not possible to identify | impossible to answer"
         " | not possible to answer"
     ),
+    "{p} this.": (
+        "unable to determine | unable to tell | unable to identify | unable to answer | unable to diagnose | unable to help"
+        " | unable to assist | unable to view | unable to interpret | unable to provide | not able to determine"
+    ),
     "There is {p}.": "not enough information | insufficient information | no image",
     "{p}, this is for a doctor.": "as an ai | i'm sorry , but i can't | i am sorry , but i cannot | i'm just an ai",
     "{p}.": (
@@ -307,6 +311,9 @@ VERBS: Lines = {
     "{y} {p} the image.": (
         "fits | matches | shows | represents | describes | depicts | explains | remains | stands out in | applies to"
         " | agrees with | makes sense of | suits | has | gives | appears in"
+    ),
+    "It is {y} {p}.": (
+        "for sure | for certain"
     ),
 }
 IS: Lines = {
@@ -374,14 +381,20 @@ def phrases(lines: Lines) -> Iterator[tuple[str, str]]:
             yield example, phrase.strip()
 
 
-def _index() -> dict[str, list[tuple[tuple[str, ...], str]]]:
-    index: dict[str, dict[tuple[str, ...], str]] = {}
+END = ""
+"""Where a phrase ends in the tree of `TREE`; no piece of a text is empty."""
+
+
+def _tree() -> dict[str, Any]:
+    tree: dict[str, Any] = {}
     for character, lines in TABLES.items():
         for _, phrase in phrases(lines):
-            words = tuple(LETTER if piece.kind == "letter" else piece.text for piece in split(phrase))
-            index.setdefault(words[0], {}).setdefault(words, character)
-    return {first: sorted(group.items(), key=lambda item: -len(item[0])) for first, group in index.items()}
+            node = tree
+            for piece in split(phrase):
+                node = node.setdefault(LETTER if piece.kind == "letter" else piece.text, {})
+            node.setdefault(END, character)
+    return tree
 
 
-INDEX = _index()
-"""(words, character) by first word, the longest first."""
+TREE = _tree()
+"""All phrases, word by word; a phrase's character at END."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from medr1.data.option_texts import LOWER_TEXT, WEAK_TEXT, Meaning, OptionTexts
-from medr1.data.phrases import INDEX, LETTER, split
+from medr1.data.phrases import END, LETTER, TREE, split
 
 Said = Literal["letter", "ambiguous", "refusal", "invalid", "unparsed"]
 
@@ -47,12 +47,10 @@ def _characters(text: str, marks: Sequence[Meaning], letters: dict[str, Meaning]
     position = 0
     while position < len(pieces):
         piece = pieces[position]
-        length, meaning = 1, None
-        for phrase, character in INDEX.get(words[position], ()):
-            if tuple(words[position : position + len(phrase)]) == phrase:
-                length = len(phrase)
-                break
-        else:
+        meaning = None
+        character, length = _phrase_at(words, position)
+        if not length:
+            length = 1
             if piece.kind == "text":
                 character = {LOWER_TEXT: "q", WEAK_TEXT: "t"}.get(piece.text, "T")
                 meaning = next(rest)
@@ -70,6 +68,18 @@ def _characters(text: str, marks: Sequence[Meaning], letters: dict[str, Meaning]
     return "".join(found), meanings, "".join(glyphs)
 
 
+def _phrase_at(words: list[str], position: int) -> tuple[str, int]:
+    """Character and length in words of the longest phrase that begins there; "" and 0 without one."""
+    node, character, length = TREE, "", 0
+    for place in range(position, len(words)):
+        if words[place] not in node:
+            break
+        node = node[words[place]]
+        if END in node:
+            character, length = node[END], place + 1 - position
+    return character, length
+
+
 _COMPOSED = [  # (pattern, what its first character becomes; the others go away)
     (r"k[wWanpKLlcTqtGI]{0,6}Q", "D"),
     (r"K[w]?G?w?[QI](?!N?G)", "D"),  # "answer is", "respuesta correcta es"
@@ -78,6 +88,8 @@ _COMPOSED = [  # (pattern, what its first character becomes; the others go away)
     (r"(?:(?<=[.\n,;(\"])|^)G:", "D"),
     (r"(?:(?<=\n)|^)[\"(]*[aGwf]{0,3}K(?=[\")]*\n)", "D"),  # a heading
     (r"(?:(?<=[.\n;])|^)[aw]?Z[wK]?:", "N"),  # "excluded: …"
+    (r"(?:(?<=[.\n;])|^)f:|(?:(?<=\n)|^)G(?=[\"(]*[LTlqt])", "D"),  # "Final: …", "✓ …"
+    (r"(?:(?<=\n)|^)Z(?=[\"(]*[LTlqt])", "N"),
     (r"QN", "X"),
     (r"EN", "Y"),
 ]
@@ -85,43 +97,44 @@ _COMPOSE = re.compile("|".join(f"({pattern})" for pattern, _ in _COMPOSED))
 
 # -- letters or words ----------------------------------------------------------------------------------------
 
-_AFTER = r"[\"]*(?:[.,:;!?()\-/>*\n]|$|[PQEXZYNBbSJOhRrczGKvL](?<![GKvL])|G(?=c))"
+_AFTER = r"[\"]*(?:[.,:;!?()\->*\n]|/(?=L(?:[.,:;!?()\-/\"JO\n]|$))|$|[PQEXZYNBbSJOhRrczGKvL](?<![GKvL])|G(?=c))"
 _IS_LETTER = re.compile(
     r"(?<=[(\"])L(?=[)\"])"
     r"|(?<=K)L|(?<=K\()L|(?<=K\")L"
-    rf"|(?<!V)L(?!v)(?!\.w)(?={_AFTER})"
-    r"|(?<=c)L(?=c|[.,;!?]|$)"
+    rf"|(?<![Vnt])(?<!V:)L(?!v)(?!\.w)(?={_AFTER})"
+    r"|(?<=c)(?<!Vc)L(?=c|[.,;!?]|$)"
     r"|L(?=[LT]|I(?:[.!\n]|$)|q[.\")]*$)"
 )
 _IS_SMALL_LETTER = re.compile(
     r"(?<=[(\"])l(?=[)\"])"
     r"|(?<=K)l(?=[.,:;!?)\"\-\nBbQPXh]|$)|(?<=D)l(?=[.,;:!?)\"\n\-Bb]|$)|(?<=D[I:(\"K\n])l(?=[.,;:!?)\"\n\-Bb]|$)"
+    r"|(?:(?<=[.\n])|^)l(?=[QBX])|(?:(?<=\n)|^)l\)(?=[QBP])|(?<=[IS])l(?=[.,;:!?)\n]|$)"
     r"|(?:(?<=[.\n!?:>])|^)[\"(\-]*l(?=[).\":!]*(?:\n|$))"
     r"|(?:(?<=[.\n!?>])|^)[\"(\-]*l(?=[).:\-\"]+[\"(]*[Tqt])"
 )
 _IS_WEAK_TEXT = re.compile(
     r"(?<=[DI])t|(?<=[DI][:\"(Iac\n])t"
-    r"|(?:(?<=[.\n!?;])|^)[\"(\-]*t(?=[)\".,!c]*(?:\n|$)|[),.!]*\n)|^t(?=[,.;])"
+    r"|(?:(?<=[.\n!?;])|^)[\"(\-]*t(?=[wW]?[)\".,!c]*(?:\n|$)|[),.!]*\n)|^t(?=[,.;])"
     r"|(?<=[Ll][).:\-,\"(])t(?=[)\".,;!?\n]|$)|(?<=[Ll])t$|(?<=[Ll][).:\-,\"(]{2})t(?=[)\".,;!?\n]|$)"
-    r"|(?<=[Tqt][JO/])t"
+    r"|(?<=[Tqt][JO/\-])t|t(?=[JO/\-][Tqt])"
 )
 
 # -- units, lists and what is said of them -------------------------------------------------------------------
 
-_CLAUSE_ENDS = r"(?=[.,;!?\n)BbSRr\"]|$)"
+_CLAUSE_ENDS = r"(?=[.,;!?\n()\-BbSRr\"]|$)"
 _UNIT = re.compile(
     rf"L[)\"]*(?:[.:,\-/]|\n)?[\"(]*[IaK]{{0,2}}[\"(]*T{_CLAUSE_ENDS}|[LT]"
 )
-_JOINED = re.compile(r"[)\"]*(?:[/>]|,?[JO][aK]?|[,;\-]|\.?(?=\n)\n[-(]?|)[\"(]*[aK]?")
-_ALWAYS = re.compile(r"[)\"]*(?:[/>]|,?O[aK]?|)[\"(]*[aK]?")
+_JOINED = re.compile(r"[)\"]*(?:[/>]|[,(]?[JO][aK]?|[,;:\-]|\.?(?=\n)\n[-(]?|)[\"(]*[aK]?")
+_ALWAYS = re.compile(r"[)\"]*(?:[/>]|[,(]?O[aK]?|)[\"(]*[aK]?")
 _GOES_ON = re.compile(r"[)\"]*(?:[,;.!?\n/>JO)]|$)")
 _VERB_FOLLOWS = re.compile(r"[)\"]*[PQXhZ]")
 _ACCEPTED = re.compile(r"[)\"]*(?:[PQI][awp]{0,2}|[EY]a?|c{1,2}|[:\-(,]|)G(?![wW])|c{1,2}K(?=[.,!\n]|$)|[)\"]*QI(?=[.,;!?\nBb]|$)")
 _REJECTED = re.compile(r"[)\"]*[:\-(?]*[wWcKPQEIaph]{0,4}(?:(Y|E[wa]{0,2}Z)|[XZ])|[)\"]*[:\-]+N")
 _HEDGED = re.compile(r"[)\"]*[wQPp]{0,2}[hH]")
-_FILL = r"[:\"(\-IaSKQpcr\n]*"
+_FILL = r"[:\"(\-IaSKQpcr\n]{0,8}"
 _DECLARING = re.compile(rf"D{_FILL}([Hh]?){_FILL}(?:[wWn]{{0,2}}(?=T))?(?=[LT])")
-_STATING = re.compile(r"(?:I[\"(:aKpIc]*[wWn]{0,2}(?=T)|[IS][,:\"(aKpIcQ]*(?=[LT])|S[,:\"(aKpIcQ]*[wW]{0,2}(?=T))")
+_STATING = re.compile(r"[IS][,:\"(aKpIcQ]{0,6}(?:[wWn]{0,2}(?=T)|(?=L))")
 _FINAL = re.compile(r"[Sf][,:\"aGwWI]{0,4}$")
 _HEAD = re.compile(r"[\"(\-*,:.]*[aKIS,]*[\"(]*(?=[LT])")
 _HEAD_GOES_ON = re.compile(r"[)\"]*(?:[.,;:\-(\n!?]|$|[Bb])")
@@ -210,10 +223,10 @@ def _resolved(characters: str, glyphs: str) -> str:
     """L and T for what is meant as an option; all other letters, and texts that may be something else, as words."""
 
     def kept(pattern: re.Pattern[str], text: str, letter: str, word: str) -> str:
-        places = {match.end() - 1 for match in pattern.finditer(text)}
+        places = {match.end() - (text[match.end() - 1] == ")") - 1 for match in pattern.finditer(text)}
         return "".join(word if one == letter and at not in places else one for at, one in enumerate(characters))
 
-    mixed = "".join("c" if glyph == "c" and one not in "KDGZ" else one for one, glyph in zip(characters, glyphs, strict=True))
+    mixed = "".join("c" if glyph == "c" and one not in "KDGZVv" else one for one, glyph in zip(characters, glyphs, strict=True))
     cjk = "".join("c" if glyph == "c" and one in "GZ" else one for one, glyph in zip(mixed, glyphs, strict=True))
     characters = kept(_IS_LETTER, cjk, "L", "W")
     characters = kept(_IS_SMALL_LETTER, characters, "l", "a")
@@ -265,7 +278,7 @@ def _lists(characters: str, units: list[_Unit]) -> list[list[_Unit]]:
     """Units that "and", "or" or a sign joins."""
     lists: list[list[_Unit]] = []
     for number, unit in enumerate(units):
-        if lists and not _parted(characters, lists[-1][-1], unit, units[number + 1 :][:1]):
+        if lists and not _parted(characters, lists[-1][-1], unit, units[number + 1 : number + 2]):
             lists[-1].append(unit)
         else:
             lists.append([unit])
@@ -293,11 +306,13 @@ def _scopes(characters: str) -> tuple[set[int], set[int], set[int]]:
     hedged: set[int] = set()
     refused: set[int] = set()
     deny = hedge = 0
-    refuse = False
+    refuse = listed = False
     clause: list[int] = []
+    sentence: list[int] = []
     for place, character in enumerate(characters):
         if character in "LT":
             clause.append(place)
+            sentence.append(place)
             if deny:
                 denied.add(place)
             if hedge:
@@ -305,22 +320,27 @@ def _scopes(characters: str) -> tuple[set[int], set[int], set[int]]:
             if refuse:
                 refused.add(place)
         elif character in "NXY":
-            deny = 8
+            deny, listed = 8, False
         elif character in "Hh":
             hedge = 6
         elif character == "F":
             refuse = True
             refused.update(clause)
         elif character in ".;!?\nBbSRr":
+            if character == "?":  # a question says nothing yet
+                hedged.update(sentence)
+            if character in ".;!?\nRr":
+                sentence = []
             deny = hedge = 0
             refuse = False
             clause = []
         elif character == ":":
             if characters[place - 1 : place] not in ("N", "X"):
                 deny = hedge = 0
-        elif character == "," and _NEW_CLAUSE.match(characters, place + 1):
-            deny = hedge = 0
+        elif character == "," and (listed or _NEW_CLAUSE.match(characters, place + 1)):
+            deny = hedge = 0  # "neither … nor …, but it is …", "no … or …, normal"
         elif deny or hedge:
+            listed = listed or (character in "JO" and bool(clause) and clause[-1] in denied)
             deny, hedge = max(0, deny - 1), max(0, hedge - 1)
     return denied, hedged, refused
 
@@ -347,10 +367,22 @@ def _weigh_heads(characters: str, lists: list[list[_Unit]], by_start: dict[int, 
     """What a text, or what follows a retraction, begins with."""
     starts = {0, *(match.end() for match in re.finditer(r"[Rr]", characters))}
     heads = {match.end() for start in starts if (match := _HEAD.match(characters, start))}
-    for group in lists:
+    for number, group in enumerate(lists):
+        following = lists[number + 1 : number + 2]
+        if following and _other_in_sentence(characters, group, following[0], by_start):
+            continue
         if group[0].start in heads and _HEAD_GOES_ON.match(characters, group[-1].end):
             for unit in group:
                 by_start[unit.start].weight = max(2, by_start[unit.start].weight)
+
+
+def _other_in_sentence(characters: str, group: list[_Unit], other: list[_Unit], by_start: dict[int, _Mention]) -> bool:
+    """Whether the sentence goes on with another option, as in "A, then B"."""
+    low, high = group[-1].end, other[0].start
+    if high - low > 60 or re.search(r"[.;!?\nBbRr]", characters[low:high]):
+        return False
+    mention = by_start[other[0].start]
+    return not (mention.denied or mention.hedged or mention.meaning & group[-1].meaning)
 
 
 # -- decision ------------------------------------------------------------------------------------------------
@@ -378,8 +410,7 @@ def _decided(text: _Text, texts: OptionTexts) -> tuple[Said, Meaning]:
             return said, meaning
         if place and text.characters[start] == "R":
             break
-        # A doubt that nothing readable follows: the text before it is read together with it
-        place -= 1
+        place, last, stop = place - 1, first, start  # a doubt that nothing readable follows
     return "unparsed", frozenset()
 
 
