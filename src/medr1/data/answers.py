@@ -144,16 +144,28 @@ _THINK_CLOSES = re.compile(
     re.IGNORECASE,
 )
 _ANSWER_TAG = re.compile(r"[<\[]\s*(/?)\s*(?:final[_ ]?)?(?:answer|choice|final)\s*[>\]]", re.IGNORECASE)
-_TAG = re.compile(r"<\|[^|<>\n]{0,60}\|>|<(?!/?(?:think|answer)>)/?[A-Za-z][\w:-]{0,30}(?:\s[\w-]{1,20}=\"[^\"<>\n]{0,80}\")*\s*/?>")
+_TAG = re.compile(
+    r"<\|[^|<>\n]{0,60}\|>|<(?!/?(?:think|answer)>)/?[A-Za-z][\w:-]{0,30}(?:\s[\w-]{1,20}=\"[^\"<>\n]{0,80}\")*\s*/?>"
+)
 _BLOCK_TAG = re.compile(r"</?(?:br|p|li|div|h\d|tr)\b", re.IGNORECASE)
 _LATEX = {r"\%": "%", r"\times": "×", r"\leq": "≤", r"\geq": "≥", r"\le": "≤", r"\ge": "≥", r"\mu": "μ", r"\pm": "±"}
-_DRESS = re.compile(r"```(?:[a-z]+\n)?|`|\*\*|__|~~|\$|\\[()\[\],!;]|(?:(?<=\n)|^)(?:#{1,6}|>(?![ ]?\d))[ ]?|\\quad", re.IGNORECASE)
+_DRESS = re.compile(
+    r"```(?:[a-z]+\n)?|`|\*\*|__|~~|\$|\\[()\[\],!;]|(?:(?<=\n)|^)(?:#{1,6}|>(?![ ]?\d))[ ]?|\\quad", re.IGNORECASE
+)
 _LONE_LETTER = re.compile(r"(?<![\w*])(\*{1,3}|_{1,3}|`{1,3}|~~)\s?(\(?[A-Za-z]\)?)\s?\1(?![\w*])")
 _EMPHASIS = re.compile(r"(?<![\w*])\*(?=[^\s*])([^*\n]{1,200})(?<=[^\s*])\*(?![\w*])")
-_QUOTES = str.maketrans(
-    {**dict.fromkeys("“”„‟«»「」『』", '"'), **dict.fromkeys("‘’‚‛´", "'"), **dict.fromkeys("【〔《", "["), **dict.fromkeys("】〕》", "]"),
-     "−": "-", "⁄": "/", **{chr(0x1F150 + n): chr(65 + n) for n in range(26)}, **{chr(0x1F170 + n): chr(65 + n) for n in range(26)}}
-)  # fmt: skip
+_SIGNS = str.maketrans(
+    {
+        **dict.fromkeys("“”„‟«»「」『』", '"'),
+        **dict.fromkeys("‘’‚‛´", "'"),
+        **dict.fromkeys("【〔《", "["),
+        **dict.fromkeys("】〕》", "]"),
+        **{chr(0x1F150 + place): letter for place, letter in enumerate(LETTERS)},  # 🅐
+        **{chr(0x1F170 + place): letter for place, letter in enumerate(LETTERS)},  # 🅰
+        "−": "-",
+        "⁄": "/",
+    }
+)
 _POWERS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 _BOXED = re.compile(r"\\?f?boxed\s*\{([^{}]*)\}")
 
@@ -168,7 +180,7 @@ def _clean(text: str) -> str:
     if not text.isascii():
         text = re.sub(r"(?<=\w)[⁰¹²³⁴-⁹⁺⁻]+", lambda power: "^" + power[0].translate(_POWERS), text)
         text = re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞])", " ", text)  # 1½ is not 11/2
-        text = unicodedata.normalize("NFKC", text).translate(_QUOTES)
+        text = unicodedata.normalize("NFKC", text).translate(_SIGNS)
         text = "".join(char for char in text if unicodedata.category(char) != "Cf")
     text = _GARBAGE.sub("\N{CYRILLIC LETTER MULTIOCULAR O}", text)
     text = _THINK_CLOSES.sub("</think>", _THINK_OPENS.sub("<think>", text))
@@ -227,7 +239,9 @@ def _answer_spans(text: str) -> tuple[str | None, str | None]:
 
 _YES = re.compile(r"(?<![\w/-])yes(?![\w/]|-\w)", re.IGNORECASE)
 _NO = re.compile(r"(?<![\w/-])no(?![\w/]|-\w)(?!\s+(?:doubt|question|wonder)\b)", re.IGNORECASE)
-_FIRST_WORD = re.compile(rf"\W*(?:答案|答え|正解|정답)?[是は은:\s]*(是的?|不是|否|はい|いいえ|네|예|아니요|아니오|[^\W\d_{CJK}]+)")
+_FIRST_WORD = re.compile(
+    rf"\W*(?:答案|答え|正解|정답)?[是は은:\s]*(是的?|不是|否|はい|いいえ|네|예|아니요|아니오|[^\W\d_{CJK}]+)"
+)
 _CLAUSE_END = re.compile(r"[;!?。！？；\n]|\.(?!\d)|,?\s*\b(?:because|since)\b", re.IGNORECASE)
 _DECLARATION = re.compile(
     r"\b(?:answer|option|choice)(?:\s+(?:to|for)(?:\s+[\w'’]+){1,4}?)?"
@@ -268,7 +282,11 @@ def _open_free_text(text: str) -> Answer:
         return _open_span(boxed[-1])
     stop = len(text)
     for match in reversed(list(_DECLARATION.finditer(text))):
-        end = _CLAUSE_END.search(text, match.end() + len(text[match.end() : match.end() + 2]) - len(text[match.end() : match.end() + 2].lstrip()), stop)
+        end = _CLAUSE_END.search(
+            text,
+            match.end() + len(text[match.end() : match.end() + 2]) - len(text[match.end() : match.end() + 2].lstrip()),
+            stop,
+        )
         answer = _open_span(text[match.end() : end.start() if end else stop])
         if answer.outcome != "unparsed" and not _DENIED_BEFORE.search(text[max(0, match.start() - 80) : match.start()]):
             return answer

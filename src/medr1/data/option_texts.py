@@ -1,4 +1,4 @@
-"""Where a reply writes out an option: texts as sequences of tokens in which signs, decimals, units and ranges stay whole.
+"""Where a reply writes out an option: texts as tokens in which signs, decimals, units and ranges stay whole.
 
 "2.5 cm" is the two tokens 2.5 and cm, so that "5 cm" is not in it; "HER2-" is her2 and a minus, as "HER2 negative" is;
 "5-10", "1/2", "<5" and "2 x 5" are one token each. Two texts are the same if their tokens are. An option may be written
@@ -50,7 +50,14 @@ _TOKEN = re.compile(
 )
 _COMPARED = {  # by the words
     tuple(words.split()): sign
-    for sign, several in (("<=", _AT_MOST), (">=", _AT_LEAST), ("<", _SMALLER), (">", _LARGER), ("+", "plus"), ("-", "minus"))
+    for sign, several in (
+        ("<=", _AT_MOST),
+        (">=", _AT_LEAST),
+        ("<", _SMALLER),
+        (">", _LARGER),
+        ("+", "plus"),
+        ("-", "minus"),
+    )
     for words in several.split("|")
 }
 _OPERATORS = {"<=": "<=", "≤": "<=", ">=": ">=", "≥": ">=", "<": "<", ">": ">"}
@@ -64,11 +71,13 @@ _SAME = {
     **{word: str(number) for number, word in enumerate(("zero", "one", "two", "three", "four", "five", "six"))},
     **{word: str(number) for number, word in enumerate(("seven", "eight", "nine", "ten", "eleven", "twelve"), start=7)},
 }
-_ROMAN = dict(zip("i ii iii iv v vi vii viii ix x".split(), map(str, range(1, 11)), strict=True))
+_ROMAN = dict(zip(["i", "ii", "iii", "iv", "v", "vi", "vii", "viii", "ix", "x"], map(str, range(1, 11)), strict=True))
 _RANKS = {"stage", "grade", "type", "class", "phase", "category", "degree", "level", "stadium", "grad", "typ"}
 _UNITS = {"%", "°", "mm", "cm", "m", "um", "km", "mg", "g", "kg", "ml", "l", "dl", "year", "years", "month", "months"}
 _UNITS |= {"week", "weeks", "day", "days", "hour", "hours", "minute", "minutes", "second", "seconds", "t", "hz", "mhz"}
-_COMMON_WORDS = set("us it or is as he am an on no so in at do be we me my who all can may are was has for and but".split())
+_COMMON_WORDS = frozenset(
+    "us it or is as he am an on no so in at do be we me my who all can may are was has for and but".split()  # noqa: SIM905
+)
 YES_NO = {
     "yes": ("ja", "oui", "sí", "si", "sim", "да", "是", "是的", "はい", "네", "예"),
     "no": ("nein", "non", "não", "нет", "否", "不是", "いいえ", "아니요", "아니오"),
@@ -122,7 +131,12 @@ def _compared(tokens: list[Token], words: list[str], start: int, value: str) -> 
             return before[0].start, sign + value, before[0].apart
     for length in (3, 4):
         before = tokens[-length:]
-        if len(before) == length and words[-length] == "between" and words[-1] == "and" and before[1].value[0].isdigit():
+        if (
+            len(before) == length
+            and words[-length] == "between"
+            and words[-1] == "and"
+            and before[1].value[0].isdigit()
+        ):
             del tokens[-length:], words[-length:]
             return before[0].start, f"{before[1].value}-{value}", before[0].apart
     return start, value, False
@@ -295,7 +309,7 @@ def option_texts(options: tuple[str, ...], plain_texts: tuple[str, ...]) -> Opti
             if not key or (unknown and not _unsigned(key, exact)) or (table is weak and key in more):
                 continue
             one_letter = len(key) == 1 and len(key[0]) == 1 and key[0].isascii() and key[0].isalpha()
-            if one_letter or key in exact and table is not exact:
+            if one_letter or (key in exact and table is not exact):
                 continue
             row_parts = parts.get(key)
             source = sources[key]
@@ -343,7 +357,11 @@ def _variants(text: str, row: list[Token], keys: list[tuple[str, ...]], signs: b
     if glued != text:
         yield tuple(token.value for token in tokens_of(glued, signs))
     unsigned = (values[0].lstrip("+-"), *values[1:]) if values else ()
-    if unsigned != values and unsigned[0][:1].isdigit() and (values[0][0] == "+" or ("+" + unsigned[0], *values[1:]) in keys):
+    if (
+        unsigned != values
+        and unsigned[0][:1].isdigit()
+        and (values[0][0] == "+" or ("+" + unsigned[0], *values[1:]) in keys)
+    ):
         yield unsigned
 
 
@@ -353,7 +371,9 @@ def _unsigned(key: tuple[str, ...], exact: dict[tuple[str, ...], set[str]]) -> b
     return all(one in exact for one in signed)
 
 
-def _weak_variants(key: tuple[str, ...], keys: list[tuple[str, ...]], texts: Sequence[str]) -> Iterator[tuple[str, ...]]:
+def _weak_variants(
+    key: tuple[str, ...], keys: list[tuple[str, ...]], texts: Sequence[str]
+) -> Iterator[tuple[str, ...]]:
     """What tells an option from all others, where they begin or end alike; yes and no in other languages."""
     start = next((place for place, column in enumerate(zip(*keys, strict=False)) if len(set(column)) > 1), 0)
     backward = [one[::-1] for one in keys]

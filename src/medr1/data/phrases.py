@@ -18,8 +18,8 @@ Lines = dict[str, str]
 
 CUES: Lines = {  # what an answer is called: with a verb or a colon after it, it declares one
     "{x} shows less. The {p} is {y}.": (
-        "answer | answer choice | option | choice | letter | alternative | response | selection | solution | guess | pick"
-        " | verdict | conclusion | prediction | label | ans | right one | correct one | best one"
+        "answer | answer choice | option | choice | letter | alternative | response | selection | solution"
+        " | guess | pick | verdict | conclusion | prediction | label | ans | right one | correct one | best one"
     ),
     "{x} shows less. The final {p}: {y}": "diagnosis | impression | judgement | judgment",
     "{x} zeigt weniger. {p}: {y}": "antwort | lösung | buchstabe | auswahl",
@@ -32,35 +32,40 @@ CUES: Lines = {  # what an answer is called: with a verb or a colon after it, it
     "{x} 적다. {p}: {y}": "정답 | 답 | 답안 | 선택지 | 보기",
 }
 CUES_TO: Lines = {  # what may stand between that and its verb
-    "{x} shows less. {p} this question is {y}.": "the answer to | the correct answer to | the best answer to | my answer to | the answer for",
+    "{x} shows less. {p} this question is {y}.": (
+        "the answer to | the correct answer to | the best answer to | my answer to | the answer for"
+    ),
     "{x} shows less. The {p} this question is {y}.": "answer to | answer for | choice for | response to",
 }
 DECLARES: Lines = {
     "{x} shows less. {p} {y}.": (
-        "i choose | i chose | i pick | i select | i selected | i would choose | i'd choose | i would pick | i'd pick"
-        " | i would select | i'd select | i will choose | i'll choose | i go with | i would go with | i'd go with"
-        " | i will go with | i'll go with | i'm going with | i am going with | i go for | i'd go for | i vote for"
-        " | i opt for | i would opt for | i settle on | i'll take | i would say | i'd say | i would answer"
-        " | i prefer | i would prefer | will go with | pick | choose | select | go with | let's go with | my money is on"
+        "i choose | i chose | i pick | i select | i selected | i would choose | i'd choose | i would pick"
+        " | i'd pick | i would select | i'd select | i will choose | i'll choose | i go with | i would go with"
+        " | i'd go with | i will go with | i'll go with | i'm going with | i am going with | i go for"
+        " | i'd go for | i vote for | i opt for | i would opt for | i settle on | i'll take | i would say"
+        " | i'd say | i would answer | i prefer | i would prefer | will go with | pick | choose | select"
+        " | go with | let's go with | my money is on"
     ),
     "{x} zeigt weniger. {p} {y}.": "ich wähle | ich würde sagen | ich nehme | ich entscheide mich für",
     "{x} montre moins. {p} {y}.": "je choisis | je dirais | je sélectionne | j'opte pour",
     "{x} muestra menos. {p} {y}.": "elijo | yo elegiría | yo diría | diría | escojo | selecciono | me quedo con",
     "{x} mostra menos. {p} {y}.": "escolho | eu escolheria | eu diria | diria | seleciono",
     "{x} меньше. {p} {y}.": "я выбираю | выбираю | я бы выбрал | я бы сказал",
-    "{x}较少。{p}{y}。": "我选 | 我选择 | 应选 | 应该选 | 应选择 | 应该选择 | 故选 | 选择 | 选 | 答案是 | 答案为 | 答案应为",
+    "{x}较少。{p}{y}。": "我选 | 我选择 | 应选 | 应该选 | 应选择 | 应该选择 | 故选 | 选择 | 选",
+    "{x}较少，{p}{y}。": "答案是 | 答案为 | 答案应为",
     "{x}は少ない。{p}{y}です。": "答えは | 正解は | 正答は | 回答は | 解答は",
     "{x} 적다. {p} {y}입니다.": "정답은 | 답은 | 답안은",
 }
 STATES: Lines = {  # says what is there, with less weight than a declared answer
     "{x} shows less. {p} {y}.": (
-        "it is | it's | this is | that is | these are | there is | there are | i think | i think it is | i think it's"
-        " | i believe | i believe it is | i suspect | i guess | i count | i see | consistent with | compatible with"
-        " | suggestive of | typical of | typical for | characteristic of | diagnostic of | suggests | indicates | implies"
-        " | points to | corresponds to | looks like | most likely | likely | probably | most probably"
-        " | presumably | certainly | clearly | definitely | it must be | must be | it should be | which is | namely | ie"
-        " | leaving | leaves | diagnosis is | the image is | the image shows | the scan shows | the picture shows"
-        " | modality is | it looks like | it seems to be | it appears to be | undoubtedly | obviously | evidently"
+        "it is | it's | this is | that is | these are | there is | there are | i think | i think it is"
+        " | i think it's | i believe | i believe it is | i suspect | i guess | i count | i see | consistent with"
+        " | compatible with | suggestive of | typical of | typical for | characteristic of | diagnostic of"
+        " | suggests | indicates | implies | points to | corresponds to | looks like | most likely | likely"
+        " | probably | most probably | presumably | certainly | clearly | definitely | it must be | must be"
+        " | it should be | which is | namely | ie | leaving | leaves | diagnosis is | the image is"
+        " | the image shows | the scan shows | the picture shows | modality is | it looks like | it seems to be"
+        " | it appears to be | undoubtedly | obviously | evidently"
     ),
     "{x} zeigt weniger. {p} {y}.": "es ist | das ist | es handelt sich um | wahrscheinlich | vermutlich",
     "{x} montre moins. {p} {y}.": "c'est | il s'agit de | je pense que c'est | je crois que c'est | probablement",
@@ -73,8 +78,8 @@ STATES: Lines = {  # says what is there, with less weight than a declared answer
 }
 CONCLUDES: Lines = {
     "{x} shows less. {p}, {y}.": (
-        "so | therefore | thus | hence | consequently | accordingly | in conclusion | in summary | overall | to conclude"
-        " | to sum up | ergo | this leaves | finally | ultimately"
+        "so | therefore | thus | hence | consequently | accordingly | in conclusion | in summary | overall"
+        " | to conclude | to sum up | ergo | this leaves | finally | ultimately"
     ),
     "{x} zeigt weniger. {p} {y}.": "daher | deshalb | folglich | somit",
     "{x} montre moins. {p} {y}.": "donc | par conséquent | ainsi",
@@ -90,11 +95,12 @@ FINAL: Lines = {
 }
 ACCEPTS: Lines = {
     "{y} is {p}. {x} shows less.": (
-        "correct | right | true | best | the answer | the correct answer | the right answer | the best answer | my answer"
-        " | the correct option | the right option | the best option | the correct choice | the right choice | my choice"
-        " | the best choice | the correct one | the right one | the best fit | the best match | the most likely | most likely"
-        " | the most likely diagnosis | the most likely answer | the most probable | the most plausible | preferred | favored | favoured"
-        " | the diagnosis | accurate | the most appropriate | the one"
+        "correct | right | true | best | the answer | the correct answer | the right answer | the best answer"
+        " | my answer | the correct option | the right option | the best option | the correct choice"
+        " | the right choice | my choice | the best choice | the correct one | the right one | the best fit"
+        " | the best match | the most likely | most likely | the most likely diagnosis | the most likely answer"
+        " | the most probable | the most plausible | preferred | favored | favoured | the diagnosis | accurate"
+        " | the most appropriate | the one"
     ),
     "- {y}: {p}\n- {x}: wrong": "✓ | ✔ | ✅ | ☑",
     "{y} ist {p}. {x} zeigt weniger.": "richtig | korrekt | die richtige antwort",
@@ -108,36 +114,47 @@ ACCEPTS: Lines = {
 }
 REJECTS: Lines = {  # of what stands before
     "{x} is {p}. It is {y}.": (
-        "wrong | incorrect | false | unlikely | improbable | implausible | impossible | excluded | ruled out | eliminated"
-        " | rejected | absent | less likely | less probable | less plausible | less typical | less consistent | inconsistent"
-        " | out of the question | inappropriate | not correct | not right | not likely | not present | not the answer"
+        "wrong | incorrect | false | unlikely | improbable | implausible | impossible | excluded | ruled out"
+        " | eliminated | rejected | absent | less likely | less probable | less plausible | less typical"
+        " | less consistent | inconsistent | out of the question | inappropriate | not correct | not right"
+        " | not likely | not present | not the answer"
     ),
-    "{x} is {p} {y}.": "less likely than | less probable than | less typical than | worse than | less consistent than",
+    "{x} is {p} {y}.": (
+        "less likely than | less probable than | less typical than | worse than | less consistent than"
+    ),
     "- {x}: {p}\n- {y}: ✓": "✗ | ✘ | ❌ | ✖",
     "{x} ist {p}. Es ist {y}.": "falsch | ausgeschlossen | unwahrscheinlich",
     "{x} est {p}. C'est {y}.": "faux | fausse | incorrecte | exclu | exclue | improbable | peu probable",
     "{x} es {p}; {y} es correcta.": "incorrecta | incorrecto | falsa | falso | errónea | descartada | improbable",
     "{x} é {p}; {y} é correta.": "incorreta | incorreto | errada | errado | descartada | improvável",
     "{x} – {p}, {y} – верно.": "неверно | неправильно | исключено | исключён | неправильный | маловероятно",
-    "{x}{p}，{y}正确。": "错 | 错误 | 是错误的 | 不正确 | 是不正确的 | 不对 | 被排除 | 可以排除 | 可排除 | 不符合 | 不是正确答案",
+    "{x}{p}，{y}正确。": "错 | 错误 | 是错误的 | 不正确 | 是不正确的 | 不对 | 不符合 | 不是正确答案",
+    "{x}{p}，答案是{y}。": "被排除 | 可以排除 | 可排除",
     "{x}{p}、{y}です。": "ではなく | ではない | ではありません | じゃない | でなく | は誤り | は間違い | は除外 | 以外",
     "{x}{p} {y}입니다.": "가 아니라 | 이 아니라 | 가 아니고 | 이 아니고 | 는 틀렸고 | 은 틀렸고",
     "{x}{p}. {y}입니다.": "가 아닙니다 | 이 아닙니다 | 는 아닙니다 | 은 아닙니다 | 제외",
 }
 DENIES: Lines = {  # what follows
     "It is {p} {x}; it is {y}.": (
-        "not | no | never | neither | nor | without | rather than | instead of | other than | anything but | no sign of"
-        " | no evidence of | unlike | as opposed to | nothing like | far from | inconsistent with | not consistent with"
+        "not | no | never | neither | nor | without | rather than | instead of | other than | anything but"
+        " | no sign of | no evidence of | unlike | as opposed to | nothing like | far from | inconsistent with"
+        " | not consistent with"
     ),
     "{y} fits better {p} {x}.": "than | rather than | compared to | compared with",
     "We can {p} {x}. It is {y}.": "exclude | reject | rule out | eliminate | dismiss | discard",
     "{p} {x}, it is {y}.": "excluding | ruling out | eliminating | rejecting | apart from | aside from",
-    "{p} {x}.": "everything but | all but | anything except | everything except | all except | except for | except | besides",
+    "{p} {x}.": (
+        "everything but | all but | anything except | everything except | all except | except for | except | besides"
+    ),
     "This argues {p} {x}. It is {y}.": "against",
-    "{p}: {x}. Correct: {y}.": "excluded | ruled out | incorrect | wrong | incorrect options | incorrect answers | not",
+    "{p}: {x}. Correct: {y}.": (
+        "excluded | ruled out | incorrect | wrong | incorrect options | incorrect answers | not"
+    ),
     "{p} {x}, sondern {y}.": "nicht | kein | keine | keinen | statt | anstatt",
     "{p} {x}. Es ist {y}.": "weder | ausser | außer | ohne",
-    "{p} {x}, mais {y}.": "pas | ni | aucun | aucune | plutôt que | au lieu de | sans | sauf | ce n'est pas | n'est pas",
+    "{p} {x}, mais {y}.": (
+        "pas | ni | aucun | aucune | plutôt que | au lieu de | sans | sauf | ce n'est pas | n'est pas"
+    ),
     "{p} {x} sino {y}.": "no | ni | no es | en lugar de | en vez de | excepto | ningún | ninguna | tampoco",
     "{p} {x}, mas {y}.": "não | nem | não é | em vez de | exceto | nenhum | nenhuma",
     "{p} {x}, а {y}.": "не | ни | нет | вместо | кроме | это не",
@@ -146,8 +163,8 @@ DENIES: Lines = {  # what follows
 }
 FAILS: Lines = {  # of what stands before, and what follows
     "{x} {p} fit. It is {y}.": (
-        "cannot | can't | does not | doesn't | did not | didn't | could not | couldn't | would not | wouldn't | should not"
-        " | shouldn't | isn't | wasn't | won't | can not | has not | hasn't | must not | never"
+        "cannot | can't | does not | doesn't | did not | didn't | could not | couldn't | would not | wouldn't"
+        " | should not | shouldn't | isn't | wasn't | won't | can not | has not | hasn't | must not | never"
     ),
     "{x} {p} passen. Es ist {y}.": "kann nicht | passt nicht",
 }
@@ -156,32 +173,30 @@ FAIL: Lines = {  # the same, of several
 }
 ASSURES: Lines = {  # no denial, although it sounds like one
     "{p} it is {y}.": (
-        "no doubt | there is no doubt that | there is no doubt | there's no doubt | i have no doubt | without doubt"
-        " | without a doubt | without any doubt | beyond doubt | doubtless | no question | not surprisingly"
-        " | i do not doubt that | i don't doubt that | of course | needless to say | no wonder"
+        "no doubt | there is no doubt that | there is no doubt | there's no doubt | i have no doubt"
+        " | without doubt | without a doubt | without any doubt | beyond doubt | doubtless | no question"
+        " | not surprisingly | i do not doubt that | i don't doubt that | of course | needless to say | no wonder"
     ),
     "It {p} {y}.": (
-        "cannot be anything but | can't be anything but | can not be anything but | can only be"
-        " | can only be the"
+        "cannot be anything but | can't be anything but | can not be anything but | can only be | can only be the"
     ),
-    "It is {p} {y}.": (
-        "none other than | nothing but | nothing other than | no other than"
-    ),
-    "It {p} the {y}.": (
-        "cannot be anything other than | can't be anything other than"
-    ),
+    "It is {p} {y}.": "none other than | nothing but | nothing other than | no other than",
+    "It {p} the {y}.": "cannot be anything other than | can't be anything other than",
     "I {p}: {y}": "choose between them | choose from them | have to choose one of them | pick one of these",
     "{p} {y}.": "not only | not just",
 }
 HEDGES: Lines = {
     "{p} {x}, but the answer is {y}.": (
-        "maybe | perhaps | possibly | conceivably | torn between | i'm torn between | between | at first | at first glance"
-        " | at first sight | initially | i first thought | my first thought was | i was tempted by | it resembles"
-        " | i considered | consider | considering | one might think | differential includes | similar to"
+        "maybe | perhaps | possibly | conceivably | torn between | i'm torn between | between | at first"
+        " | at first glance | at first sight | initially | i first thought | my first thought was"
+        " | i was tempted by | it resembles | i considered | consider | considering | one might think"
+        " | differential includes | similar to"
     ),
     "{p}, but {y}.": "i am not sure | i'm not sure | not sure | unsure | i am not certain | i'm not entirely certain",
     "{p}; {y}": "not entirely sure | i'm not entirely sure | i am not entirely certain | not certain | hard to say",
-    "It is {y}, though {x} {p}.": "is possible | is also possible | remains possible | cannot be excluded | can't be excluded",
+    "It is {y}, though {x} {p}.": (
+        "is possible | is also possible | remains possible | cannot be excluded | can't be excluded"
+    ),
     "It is {y}, while {x} {p}.": "cannot be ruled out | can't be ruled out | is a possibility | not excluded",
     "{p} {x}, aber die Antwort ist {y}.": "vielleicht | möglicherweise | eventuell",
     "{p} {x}, mais la réponse est {y}.": "peut-être | éventuellement",
@@ -193,14 +208,17 @@ HEDGES: Lines = {
     "{p} {x}, 하지만 정답은 {y}입니다.": "아마 | 어쩌면",
 }
 MIGHT: Lines = {
-    "It {p} {x}, but the answer is {y}.": "might be | may be | could be | can be | could also be | might | could | may",
+    "It {p} {x}, but the answer is {y}.": (
+        "might be | may be | could be | can be | could also be | might | could | may"
+    ),
 }
 RETRACTS: Lines = {  # takes back what was said before it
     "The answer is {x}. {p}: {y}": (
         "scratch that | strike that | correction | i made a mistake | i made an error | that is wrong"
-        " | that's wrong | that was wrong | that is incorrect | that's incorrect | that is not right | that's not right"
-        " | this is wrong | i take that back | my mistake | my bad | i meant | i mean | make that | or rather | no , that is wrong"
-        " | no , that's wrong | that was a mistake | i misread | i misspoke"
+        " | that's wrong | that was wrong | that is incorrect | that's incorrect | that is not right"
+        " | that's not right | this is wrong | i take that back | my mistake | my bad | i meant | i mean"
+        " | make that | or rather | no , that is wrong | no , that's wrong | that was a mistake | i misread"
+        " | i misspoke"
     ),
     "Die Antwort ist {x}. {p}: {y}": "korrektur | ich korrigiere mich | ich meinte",
     "La réponse est {x}. {p} : {y}": "correction | je me corrige | je voulais dire",
@@ -213,11 +231,11 @@ RETRACTS: Lines = {  # takes back what was said before it
 }
 DOUBTS: Lines = {  # may take back what was said before it, if something is said after it
     "The answer is {x}. {p}, the answer is {y}.": (
-        "wait | hold on | actually | hmm | hm | on second thought | on second thoughts | on reflection | oops | sorry | no wait"
-        " | upon closer look | upon closer inspection | on closer inspection | looking closer | looking again | but wait"
-        " | let me reconsider | let me think again | let me double check | let me double-check | let me re-examine"
-        " | let me check again | let me look again | upon reflection | upon further reflection | in fact | thinking again"
-        " | i changed my mind | i change my mind | well"
+        "wait | hold on | actually | hmm | hm | on second thought | on second thoughts | on reflection | oops"
+        " | sorry | no wait | upon closer look | upon closer inspection | on closer inspection | looking closer"
+        " | looking again | but wait | let me reconsider | let me think again | let me double check"
+        " | let me double-check | let me re-examine | let me check again | let me look again | upon reflection"
+        " | upon further reflection | in fact | thinking again | i changed my mind | i change my mind | well"
     ),
     "The answer is {x}. {p} the answer is {y}.": "no , | no . | no : | no ! | no ; | no - | no – | no —",
     "Die Antwort ist {x}. {p} die Antwort ist {y}.": "moment | warte | halt | nein , | doch , | eigentlich",
@@ -253,36 +271,41 @@ REASONS: Lines = {
 }
 REFUSES: Lines = {
     "I {p} whether it is {x}.": (
-        "cannot determine | can't determine | could not determine | am unable to determine | am not able to determine"
-        " | cannot tell | can't tell | cannot say | can't say | cannot identify | can't identify | cannot decide | can't decide"
-        " | cannot diagnose | can't diagnose | cannot provide | can't provide | cannot answer | can't answer | cannot interpret"
-        " | can't interpret | cannot analyze | can't analyze | cannot analyse | cannot assess | can't assess | cannot help"
-        " | can't help | cannot assist | can't assist | cannot comment | can't comment | cannot view | can't view | do not know"
-        " | don't know | am unable to tell | am unable to identify | am unable to diagnose | am unable to provide | can not determine"
-        " | am unable to answer | am unable to assist | am unable to help | am unable to view | am unable to interpret | have no idea"
-        " | cannot see the image | can't see the image | cannot see any image | can't see any image | cannot make out"
-        " | am not able to tell | am not able to identify | am not able to diagnose | am not able to provide | can not tell"
-        " | am not able to answer | am not able to help | am not able to assist | cannot accurately determine | cannot confidently say"
+        "cannot determine | can't determine | could not determine | am unable to determine"
+        " | am not able to determine | cannot tell | can't tell | cannot say | can't say | cannot identify"
+        " | can't identify | cannot decide | can't decide | cannot diagnose | can't diagnose | cannot provide"
+        " | can't provide | cannot answer | can't answer | cannot interpret | can't interpret | cannot analyze"
+        " | can't analyze | cannot analyse | cannot assess | can't assess | cannot help | can't help"
+        " | cannot assist | can't assist | cannot comment | can't comment | cannot view | can't view"
+        " | do not know | don't know | am unable to tell | am unable to identify | am unable to diagnose"
+        " | am unable to provide | can not determine | am unable to answer | am unable to assist"
+        " | am unable to help | am unable to view | am unable to interpret | have no idea | cannot see the image"
+        " | can't see the image | cannot see any image | can't see any image | cannot make out"
+        " | am not able to tell | am not able to identify | am not able to diagnose | am not able to provide"
+        " | can not tell | am not able to answer | am not able to help | am not able to assist"
+        " | cannot accurately determine | cannot confidently say"
     ),
     "It {p}.": (
-        "cannot be determined | can't be determined | could not be determined | cannot be identified | cannot be answered"
-        " | cannot be diagnosed | cannot be said"
+        "cannot be determined | can't be determined | could not be determined | cannot be identified"
+        " | cannot be answered | cannot be diagnosed | cannot be said"
     ),
     "It is {p}.": (
-        "impossible to tell | impossible to determine | impossible to say | not possible to tell | not possible to determine"
-        " | not possible to say | impossible to identify | not possible to identify | impossible to answer"
-        " | not possible to answer"
+        "impossible to tell | impossible to determine | impossible to say | not possible to tell"
+        " | not possible to determine | not possible to say | impossible to identify | not possible to identify"
+        " | impossible to answer | not possible to answer"
     ),
     "{p} this.": (
-        "unable to determine | unable to tell | unable to identify | unable to answer | unable to diagnose | unable to help"
-        " | unable to assist | unable to view | unable to interpret | unable to provide | not able to determine"
+        "unable to determine | unable to tell | unable to identify | unable to answer | unable to diagnose"
+        " | unable to help | unable to assist | unable to view | unable to interpret | unable to provide"
+        " | not able to determine"
     ),
     "There is {p}.": "not enough information | insufficient information | no image",
     "{p}, this is for a doctor.": "as an ai | i'm sorry , but i can't | i am sorry , but i cannot | i'm just an ai",
     "{p}.": (
         "das kann ich nicht beurteilen | ich kann nicht | ich weiss nicht | ich weiß nicht | nicht bestimmbar"
         " | je ne peux pas | je ne sais pas | impossible à déterminer | no puedo | no sé | no se puede determinar"
-        " | não posso | não sei | não é possível determinar | я не могу | не могу | не знаю | невозможно определить"
+        " | não posso | não sei | não é possível determinar | я не могу | не могу | не знаю"
+        " | невозможно определить"
     ),
     "{p}。": "无法 | 抱歉 | 我不知道 | 不能确定 | 无法确定 | 分かりません | わかりません | できません | 申し訳",
     "{p}": "모르겠습니다 | 알 수 없습니다 | 할 수 없습니다 | 죄송",
@@ -290,7 +313,9 @@ REFUSES: Lines = {
 NONE_OF_THEM: Lines = {
     "{p}": "none of the above | none of these | none of them | none of the options | none of the given options",
 }
-ALL_OF_THEM: Lines = {"{p}": "all of the above | all of these | all of them | all the above | both of them"}
+ALL_OF_THEM: Lines = {
+    "{p}": "all of the above | all of these | all of them | all the above | both of them",
+}
 AND: Lines = {
     "{y} {p} {y}": "and | as well as | und | sowie | et | ainsi que | и | & | plus",
     "{y}{p}{y}": "和 | 与 | と | 및 | 와 | 과 | 、",
@@ -299,27 +324,31 @@ OR: Lines = {
     "{y} {p} {y}": "or | nor | vs | versus | oder | noch | ou | или | либо | and / or",
     "{y}{p}{y}": "或 | 或者 | 还是 | か | 또는 | 이나",
 }
-OVER: Lines = {"I choose {y} {p} {x}": "over", "I prefer {y} {p} {x}": "to"}
+OVER: Lines = {
+    "I choose {y} {p} {x}": "over",
+    "I prefer {y} {p} {x}": "to",
+}
 NAMES: Lines = {  # a letter after them is a part of a name
     "{p} {x} is seen. Answer: {y}": (
-        "vitamin | hepatitis | influenza | type | class | group | phase | category | level | zone | segment | lead | panel"
-        " | figure | fig | factor | protein | subtype | haemophilia | hemophilia | part | grade | stage | vitamine | gruppe"
+        "vitamin | hepatitis | influenza | type | class | group | phase | category | level | zone | segment"
+        " | lead | panel | figure | fig | factor | protein | subtype | haemophilia | hemophilia | part | grade"
+        " | stage | vitamine | gruppe"
     ),
 }
-NAMES_AFTER: Lines = {"{x}{p}。答案是{y}。": "型 | 超 | 期 | 级 | 級 | 线 | 線 | 细胞 | 細胞 | 族 | 反应"}
+NAMES_AFTER: Lines = {
+    "{x}{p}。答案是{y}。": "型 | 超 | 期 | 级 | 級 | 线 | 線 | 细胞 | 細胞 | 族 | 反应",
+}
 VERBS: Lines = {
     "{y} {p} the image.": (
-        "fits | matches | shows | represents | describes | depicts | explains | remains | stands out in | applies to"
-        " | agrees with | makes sense of | suits | has | gives | appears in"
+        "fits | matches | shows | represents | describes | depicts | explains | remains | stands out in"
+        " | applies to | agrees with | makes sense of | suits | has | gives | appears in"
     ),
-    "It is {y} {p}.": (
-        "for sure | for certain"
-    ),
+    "It is {y} {p}.": "for sure | for certain",
 }
 IS: Lines = {
     "{x} shows less. {y} {p} correct.": (
-        "is | seems | appears | looks | would be | should be | will be | appears to be | seems to be | has to be | sounds"
-        " | is certainly | is clearly | is definitely | is probably | is likely"
+        "is | seems | appears | looks | would be | should be | will be | appears to be | seems to be | has to be"
+        " | sounds | is certainly | is clearly | is definitely | is probably | is likely"
     ),
     "{x} zeigt weniger. {y} {p} richtig.": "ist | wäre | scheint | lautet",
     "{x} montre moins. {y} {p} correct.": "est | serait | semble",
@@ -327,13 +356,18 @@ IS: Lines = {
     "{x} mostra menos. {y} {p} correta.": "é | seria",
     "{x} меньше. {y} {p} верный ответ.": "является",
 }
-ARE: Lines = {"{y} and {y} {p} correct.": "are | were | sind | sont | son | são"}
+ARE: Lines = {
+    "{y} and {y} {p} correct.": "are | were | sind | sont | son | são",
+}
 ARTICLES: Lines = {
     "The answer is {p} {y}.": (
-        "the | an | der | die | das | ein | eine | le | la | les | un | une | el | los | las | os | um | uma | simply | just | that"
+        "the | an | der | die | das | ein | eine | le | la | les | un | une | el | los | las | os | um | uma"
+        " | simply | just | that"
     ),
 }
-PRONOUNS: Lines = {"It is not {x}, {p} shows {y}.": "it | this | we | he | she | they | one"}
+PRONOUNS: Lines = {
+    "It is not {x}, {p} shows {y}.": "it | this | we | he | she | they | one",
+}
 
 TABLES: dict[str, Lines] = {
     "D": DECLARES, "K": CUES, "k": CUES_TO, "I": STATES, "S": CONCLUDES, "f": FINAL, "G": ACCEPTS, "Z": REJECTS,

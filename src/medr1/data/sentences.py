@@ -36,7 +36,9 @@ _SIGNS = {
 _CJK_KINDS = re.compile(r"[⺀-鿿가-힣]")
 
 
-def _characters(text: str, marks: Sequence[Meaning], letters: dict[str, Meaning]) -> tuple[str, list[Meaning | None], str]:
+def _characters(
+    text: str, marks: Sequence[Meaning], letters: dict[str, Meaning]
+) -> tuple[str, list[Meaning | None], str]:
     """The characters, what each of them means (None: nothing), and the same with c for all that is CJK."""
     pieces = list(split(text))
     found: list[str] = []
@@ -122,14 +124,14 @@ _IS_WEAK_TEXT = re.compile(
 # -- units, lists and what is said of them -------------------------------------------------------------------
 
 _CLAUSE_ENDS = r"(?=[.,;!?\n()\-BbSRr\"]|$)"
-_UNIT = re.compile(
-    rf"L[)\"]*(?:[.:,\-/]|\n)?[\"(]*[IaK]{{0,2}}[\"(]*T{_CLAUSE_ENDS}|[LT]"
-)
+_UNIT = re.compile(rf"L[)\"]*(?:[.:,\-/]|\n)?[\"(]*[IaK]{{0,2}}[\"(]*T{_CLAUSE_ENDS}|[LT]")
 _JOINED = re.compile(r"[)\"]*(?:[/>]|[,(]?[JO][aK]?|[,;:\-]|\.?(?=\n)\n[-(]?|)[\"(]*[aK]?")
 _ALWAYS = re.compile(r"[)\"]*(?:[/>]|[,(]?O[aK]?|)[\"(]*[aK]?")
 _GOES_ON = re.compile(r"[)\"]*(?:[,;.!?\n/>JO)]|$)")
 _VERB_FOLLOWS = re.compile(r"[)\"]*[PQXhZ]")
-_ACCEPTED = re.compile(r"[)\"]*(?:[PQI][awp]{0,2}|[EY]a?|c{1,2}|[:\-(,]|)G(?![wW])|c{1,2}K(?=[.,!\n]|$)|[)\"]*QI(?=[.,;!?\nBb]|$)")
+_ACCEPTED = re.compile(
+    r"[)\"]*(?:[PQI][awp]{0,2}|[EY]a?|c{1,2}|[:\-(,]|)G(?![wW])|c{1,2}K(?=[.,!\n]|$)|[)\"]*QI(?=[.,;!?\nBb]|$)"
+)
 _REJECTED = re.compile(r"[)\"]*[:\-(?]*[wWcKPQEIaph]{0,4}(?:(Y|E[wa]{0,2}Z)|[XZ])|[)\"]*[:\-]+N")
 _HEDGED = re.compile(r"[)\"]*[wQPp]{0,2}[hH]")
 _FILL = r"[:\"(\-IaSKQpcr\n]{0,8}"
@@ -226,7 +228,9 @@ def _resolved(characters: str, glyphs: str) -> str:
         places = {match.end() - (text[match.end() - 1] == ")") - 1 for match in pattern.finditer(text)}
         return "".join(word if one == letter and at not in places else one for at, one in enumerate(characters))
 
-    mixed = "".join("c" if glyph == "c" and one not in "KDGZVv" else one for one, glyph in zip(characters, glyphs, strict=True))
+    mixed = "".join(
+        "c" if glyph == "c" and one not in "KDGZVv" else one for one, glyph in zip(characters, glyphs, strict=True)
+    )
     cjk = "".join("c" if glyph == "c" and one in "GZ" else one for one, glyph in zip(mixed, glyphs, strict=True))
     characters = kept(_IS_LETTER, cjk, "L", "W")
     characters = kept(_IS_SMALL_LETTER, characters, "l", "a")
@@ -238,8 +242,16 @@ def _weighed(characters: str, meanings: list[Meaning | None]) -> _Text:
     units = []
     for match in _UNIT.finditer(characters):
         named = [meaning for meaning in meanings[match.start() : match.end()] if meaning is not None]
-        sure = [m for m, c in zip(meanings[match.start() : match.end()], match[0], strict=True) if c in "LT" and m is not None]
-        units.append(_Unit(match.start(), match.end(), frozenset.intersection(*(sure or named)) if sure or named else frozenset()))
+        sure = [
+            m
+            for m, c in zip(meanings[match.start() : match.end()], match[0], strict=True)
+            if c in "LT" and m is not None
+        ]
+        units.append(
+            _Unit(
+                match.start(), match.end(), frozenset.intersection(*(sure or named)) if sure or named else frozenset()
+            )
+        )
     lists = _lists(characters, units)
     declared = {match.end(): match for match in _DECLARING.finditer(characters)}
     stated = {match.end() for match in _STATING.finditer(characters)}
@@ -249,9 +261,9 @@ def _weighed(characters: str, meanings: list[Meaning | None]) -> _Text:
     for group in lists:
         weight, final, unsure = 1, False, False
         start, end = group[0].start, group[-1].end
-        if match := declared.get(start):
-            weight, unsure = 3, bool(match[1])
-            final = bool(_FINAL.search(characters[max(0, match.start() - 6) : match.start()]))
+        if declaring := declared.get(start):
+            weight, unsure = 3, bool(declaring[1])
+            final = bool(_FINAL.search(characters[max(0, declaring.start() - 6) : declaring.start()]))
         elif start in stated:
             weight = 2
         closing = _REJECTED.match(characters, end)
@@ -357,10 +369,10 @@ def _weigh_lines(characters: str, lists: list[list[_Unit]], by_start: dict[int, 
     for group in lists:
         start, end = group[0].start, group[-1].end
         for low, high in ((begin, first_end if first_end >= 0 else stop), (last_start or begin, stop)):
-            if low <= start and end <= high and start - low < 8 and high - end < 8:
-                if _LINE.fullmatch(characters, low, start) and _LINE_ENDS.match(characters[end:high]):
-                    for unit in group:
-                        by_start[unit.start].weight = 3
+            near = low <= start <= low + 8 and high - 8 <= end <= high
+            if near and _LINE.fullmatch(characters, low, start) and _LINE_ENDS.match(characters[end:high]):
+                for unit in group:
+                    by_start[unit.start].weight = 3
 
 
 def _weigh_heads(characters: str, lists: list[list[_Unit]], by_start: dict[int, _Mention]) -> None:
@@ -448,5 +460,6 @@ def _contradicted(kept: list[_Mention], end: int, characters: str, offset: int, 
     stop = end + (sentence.end() if sentence else 0)
     contrast = characters.find("b", end - offset, stop - offset)
     return contrast >= 0 and any(
-        contrast + offset < one.start < stop and not one.hedged and one.meaning and not one.meaning & common for one in kept
+        contrast + offset < one.start < stop and not one.hedged and one.meaning and not one.meaning & common
+        for one in kept
     )
