@@ -1,6 +1,9 @@
 """The command line as a user meets it: results, and one clear line with a non-zero status for every mistake."""
 
+import contextlib
 import json
+import os
+import pty
 import shutil
 import signal
 import subprocess
@@ -273,3 +276,169 @@ def test_explain_writes_numbers_overlays_and_a_page(run: Any, phantoms: Path, tm
     assert len(list((tmp_path / "maps/overlays").glob("*.png"))) == 2
     said = run(*asked, "--out", tmp_path / "maps", "--method", "gradient")
     assert said.status == 1 and "rows of another model" in said.err
+
+
+IMPORTS_NO_TORCH = (
+    "import sys; from medr1.__main__ import main; sys.argv = ['medr1', *sys.argv[1:]]\n"
+    "try: main()\n"
+    "except SystemExit as stop: print('status', stop.code or 0, 'torch' in sys.modules, file=sys.stderr)"
+)
+
+
+def alone(*arguments: str | Path, cwd: Path = ROOT / "src") -> subprocess.CompletedProcess[str]:
+    """The program in a process of its own, which says its status and whether torch was imported on its last line."""
+    command = [sys.executable, "-c", IMPORTS_NO_TORCH, *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize("arguments", [(), ("-h",), ("--help",), ("data",), ("build",), ("train", "-h")])
+def test_help_is_no_mistake_and_quick(arguments: tuple[str, ...]) -> None:
+    said = alone(*arguments)
+    assert said.stderr.splitlines()[-1] == "status 0 False"
+    assert "Usage: medr1" in said.stdout and said.stdout.count("Usage:") == 1
+
+
+def test_version_without_torch() -> None:
+    said = alone("--version")
+    assert said.stdout.startswith("medr1 0.") and said.stderr.splitlines()[-1] == "status 0 False"
+
+
+def test_every_command_shows_examples_and_choices(run: Any) -> None:
+    for command in ("demo", "run", "train", "study", "plan", "config", "export", "eval", "score", "report", "ask"):
+        assert f"medr1 {command}" in run(command, "-h").out.split("For example")[1], command
+    said = run("train", "-h").out
+    assert "<grpo|sft>" in said and "think|no-think|think-after" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("train", "--method", "gpro", "--out", "x"),
+            "--method: 'gpro' is not one of 'grpo', 'sft'; did you mean grpo?",
+        ),
+        (("train", "--stpes", "3", "--out", "x"), "no such option --stpes; did you mean --steps?"),
+        (("traim",), "no such command 'traim'. Did you mean 'train'?"),
+        (("train", "--data", "a", "--data", "b", "--out", "x"), "--data is given 2 times, and takes one value"),
+        (("report", "--base", "b", "--trained", "x", "--out", "y", "--out", "z"), "--out is given 2 times"),
+        (("eval", "--mode", "no_think", "--out", "x"), "did you mean no-think?"),
+        (("train",), "missing option '--out'"),
+        (("train", "--model", "tinyy", "--out", "x"), "did you mean tiny?"),
+        (("train", "--set", "optimiser.steps=3", "--out", "x"), "did you mean optimizer.steps?"),
+        (("train", "--preset", "omnimedvqa", "--out", "x"), "did you mean omnimedvqa-qwen2vl-2b?"),
+        (("study", "--out", "x"), "no study is named"),
+        (("eval", "--data", "x"), "--out is missing"),
+    ],
+)
+def test_wrong_words_are_one_line_before_torch(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    said = alone(*arguments, cwd=tmp_path)
+    *lines, status = said.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("medr1: ") and message in lines[0], said.stderr
+    assert status in ("status 1 False", "status 2 False") and not said.stdout
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("seen", ["pydantic", "typer", "torch", "transformers"])
+def test_ctrl_c_within_imports_is_one_line(seen: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "medr1", "train", "--out", str(tmp_path / "run"), *SMALL]
+    process = subprocess.Popen(command, cwd=ROOT / "src", stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("import time:") and line.split("|")[-1].strip().startswith(seen):
+            break
+    process.send_signal(signal.SIGINT)
+    said = [line for line in process.stderr if not line.startswith("import time:")]
+    assert process.wait() == 130
+    assert said == ["medr1: stopped; the same command goes on from what is saved\n"]
+
+
+def test_ctrl_c_while_training_on_a_terminal(phantoms: Path, tmp_path: Path) -> None:
+    """The last line stands alone, and the terminal's cursor is back."""
+    screen, terminal = pty.openpty()
+    command = [sys.executable, "-m", "medr1", "train", "--data", str(phantoms), "--steps", "1000"]
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "run"), *SMALL], cwd=ROOT / "src", stdout=terminal, stderr=terminal
+    )
+    os.close(terminal)
+    shown = b""
+    while b"2/1000" not in shown:
+        shown += os.read(screen, 4096)
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(OSError):  # what Linux says once nobody writes
+        while more := os.read(screen, 4096):
+            shown += more
+    assert process.wait() == 130
+    assert b"Traceback" not in shown
+    last = shown.decode().rstrip().splitlines()[-1]
+    assert last == "medr1: stopped; the same command goes on from what is saved"
+    assert shown.rindex(b"\x1b[?25h") > shown.rindex(b"\x1b[?25l")
+
+
+def test_a_run_ends_with_what_came_out_and_says_at_once_that_it_is_complete(
+    run: Any, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "a run"
+    schedule = ("--set", "optimizer.schedule=constant_with_warmup", "--set", "log.save_every=1")
+    asked = ("train", "--data", phantoms, "--out", out, *SMALL, *schedule, "--steps")
+    first = run(*asked, "2", "--json")
+    assert first.status == 0 and "\r" not in first.err
+    assert [line.split("  ")[0] for line in first.err.splitlines() if line.startswith("step")] == [
+        "step 1/2",
+        "step 2/2",
+    ]
+    assert not (out / "checkpoint-1/optimizer.pt").exists() and (out / "checkpoint-2/optimizer.pt").exists()
+    again = alone(*asked, "2")
+    assert again.stdout.startswith(f"complete: {out}/model had its 2 steps")
+    assert f"next         medr1 eval --model '{out}' --data {phantoms}" in again.stdout
+    assert again.stderr.splitlines()[-1] == "status 0 False"
+    assert json.loads(alone(*asked, "2", "--json").stdout.splitlines()[-1]) == first.json
+
+    said = run(*asked, "4", "--set", "optimizer.seed=1", "--set", "grpo.beta=0.5")
+    assert_one_line(said, "grpo.beta was 0.04 and is now 0.5")
+    assert "optimizer.seed was 0 and is now 1" in said.err
+    assert_one_line(run(*asked, "1"), "a run can be extended, not shortened")
+
+    longer = run(*asked, "4", "--json")
+    whole = run(*asked[:4], tmp_path / "whole", *asked[5:], "4", "--json")
+    assert longer.status == whole.status == 0, longer.err
+    weights = [load_file(folder / "model" / "model.safetensors") for folder in (out, tmp_path / "whole")]
+    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+    assert read_jsonl(out / "extensions.jsonl") == [
+        {"step": 2, "from_steps": 2, "to_steps": 4, "schedule": "constant_with_warmup"}
+    ]
+
+    held_out = ("--set", "data.test_fraction=0.05", "--limit", "4")
+    table = run("eval", out, "--checkpoints", *held_out, "--json")
+    assert table.status == 0, table.err
+    assert [line["name"] for line in table.json["checkpoints"]] == ["base", "checkpoint-3", "model"]
+    assert [line["step"] for line in table.json["checkpoints"]] == [0, 3, 4]
+    assert all(line["n"] == 4 for line in table.json["checkpoints"])
+    assert len(read_jsonl(out / "evaluations" / "base.jsonl")) == 4
+
+
+def test_a_schedule_that_came_down_is_extended_only_if_asked(run: Any, phantoms: Path, tmp_path: Path) -> None:
+    asked = ("train", "--data", phantoms, "--out", tmp_path / "run", *SMALL, "--steps")
+    assert run(*asked, "1").status == 0
+    assert_one_line(run(*asked, "2"), "its linear schedule came down to 0 at the old end")
+    assert run(*asked, "2", "--extend", "--json").json["steps"] == 2
+    assert "complete" in run(*asked, "2").out
+
+
+def test_a_recipe_in_one_go(run: Any, phantoms: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(run("config", "--set", "optimizer.steps=1", "--set", "rollout.mode=no-think", *SMALL[0:]).out)
+    asked = ("run", recipe, "--data", phantoms, "--limit", "8", "--out", tmp_path / "all")
+    said = run(*asked)
+    assert said.status == 0, said.err
+    for words in ("before training", "after 1 steps", "image blanked", "option texts alone", "report.html", "next"):
+        assert words in said.out
+    again = alone(*asked, "--json")
+    assert again.stderr.splitlines()[-1] == "status 0 False"
+    result = json.loads(again.stdout.splitlines()[-1])
+    assert result["n"] == 8 and set(result["ci95"]) >= {"base_macro", "trained_macro", "blank", "gain_points"}
+
+
+def test_replies_that_came_to_nothing_are_told_with_the_remedy(run: Any, phantoms: Path, tmp_path: Path) -> None:
+    said = run("eval", "--data", phantoms, "--limit", "5", "--max-new-tokens", "2", "--out", tmp_path / "rows.jsonl")
+    assert "5 of 5 replies had no answer (5 cut at 2 tokens): raise --max-new-tokens" in said.out

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from medr1.cli.options import (
+    DATA_HELP,
     HOW,
     MODEL_HELP,
     OUTPUT,
@@ -19,6 +20,7 @@ from medr1.cli.options import (
     DataOption,
     JsonOption,
     ModalityOption,
+    Mode,
     ModelOption,
     ModeOption,
     SetOption,
@@ -28,11 +30,23 @@ from medr1.cli.options import (
     asked,
     examples,
     known_model,
+    model_or_run,
     not_trained_on,
     run_asked,
 )
-from medr1.cli.printing import console, finish, interval, numbers_span, percent, print_answered, print_summary, shown
-from medr1.config import RECIPE, load_config
+from medr1.cli.printing import (
+    console,
+    finish,
+    interval,
+    numbers_span,
+    percent,
+    print_answered,
+    print_checkpoints,
+    print_summary,
+    shown,
+)
+from medr1.config import RECIPE, Config, load_config, recipe_of
+from medr1.errors import MedR1Error
 
 app = typer.Typer()
 command = partial(app.command, cls=Command, rich_help_panel="Measure")
@@ -43,11 +57,13 @@ command = partial(app.command, cls=Command, rich_help_panel="Measure")
     epilog=examples(
         "medr1 eval --model tiny --data DATA --out base.jsonl",
         "medr1 eval --model runs/ct --data DATA --condition blank --out blank.jsonl",
+        "medr1 eval runs/ct --checkpoints",
         "medr1 eval --model openai:MODEL@http://localhost:8000/v1 --data DATA --out server.jsonl",
     ),
 )
 def evaluate_command(
     *,
+    run: Annotated[str | None, typer.Argument(help="a run's folder, in place of --model")] = None,
     model: Annotated[
         str,
         typer.Option(
@@ -57,8 +73,21 @@ def evaluate_command(
             rich_help_panel=WHAT,
         ),
     ] = "tiny",
-    data: DataOption = "phantoms",
-    mode: ModeOption = "think",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", help=f"{DATA_HELP}; default: phantoms, with --checkpoints the run's own", rich_help_panel=WHAT
+        ),
+    ] = None,
+    mode: Annotated[
+        Mode | None,
+        typer.Option(
+            "--mode",
+            help="reasoning then answer, answer alone, or answer then reasoning; default: think, with --checkpoints the"
+            " run's own",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
     modality: ModalityOption = None,
     question_type: TypeOption = None,
     part: Annotated[
@@ -71,7 +100,15 @@ def evaluate_command(
             "--condition", help="the image, the same asked again, or a control in its place", rich_help_panel=HOW
         ),
     ] = "image",
-    max_new_tokens: TokensOption = 256,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-new-tokens",
+            min=1,
+            help="replies are cut here; default: 256, with --checkpoints the run's own",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
     batch_size: Annotated[
         int, typer.Option("--batch-size", min=1, help="prompts decoded together", rich_help_panel=HOW)
     ] = 32,
@@ -101,36 +138,54 @@ def evaluate_command(
     ] = 0,
     calibration: CalibrationOption = None,
     skip_unreadable: SkipOption = False,
-    out: Annotated[
-        Path,
+    checkpoints: Annotated[
+        bool,
         typer.Option(
-            "--out", help="a .jsonl file, one row a sample; an unfinished one is resumed", rich_help_panel=OUTPUT
+            "--checkpoints", help="ask the base and every checkpoint of the run, in one table", rich_help_panel=WHAT
         ),
-    ],
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="a .jsonl file, one row a sample; an unfinished one is resumed. With --checkpoints a folder (default:"
+            " RUN/evaluations)",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Answer every held-out question greedily; print accuracy by modality and question type with intervals."""
-    from medr1.evaluation.named import evaluate_named
+    from medr1.evaluation.named import evaluate_checkpoints, evaluate_named
 
+    model = model_or_run(model, run)
+    own = recipe_of(model) if checkpoints else None
+    rollout = own.rollout if own else Config().rollout
+    data, mode = data or (own.data.path if own else "phantoms"), mode or rollout.mode
+    cut_at = max_new_tokens or rollout.max_new_tokens
     more = {"data.skip_unreadable": skip_unreadable or None, "rollout.mode": mode}
-    summary = evaluate_named(
-        model,
-        asked(model, data, modality, question_type, settings, more),
-        out,
-        run=run_asked(model, settings),
-        part=part,
-        condition=condition,
-        limit=limit,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        concurrency=concurrency,
-        score_options=score_options,
-        num_samples=samples,
-        calibration=calibration,
-    )
+    resolved = asked(model, data, modality, question_type, settings, more)
+    how: dict[str, Any] = {
+        "run": run_asked(model, settings),
+        "part": part,
+        "condition": condition,
+        "limit": limit,
+        "max_new_tokens": cut_at,
+        "batch_size": batch_size,
+        "score_options": score_options,
+        "num_samples": samples,
+    }
+    if checkpoints:
+        out = out or Path(model) / "evaluations"
+        summaries = evaluate_checkpoints(Path(model), resolved, out, **how)
+        print_checkpoints(summaries, as_json, cut_at=cut_at, out=out)
+        return
+    if out is None:
+        raise MedR1Error("--out is missing: a .jsonl file for the rows, such as --out answers.jsonl")
+    summary = evaluate_named(model, resolved, out, concurrency=concurrency, calibration=calibration, **how)
     then = f"medr1 report --base BASE.jsonl --trained {shown(out)}" if condition == "image" else None
-    print_summary(summary, as_json, cut_at=max_new_tokens, made={"rows": out}, then=then)
+    print_summary(summary, as_json, cut_at=cut_at, made={"rows": out}, then=then)
 
 
 @command("score", epilog=examples("medr1 score answers.jsonl", "medr1 score answers.jsonl --json"))

@@ -8,7 +8,9 @@ import typer
 from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
+from medr1.cli.presets import Kind, preset
 from medr1.config import Config, load_config, parse_override
+from medr1.errors import MedR1Error
 
 if TYPE_CHECKING:
     from medr1.data.heldout import RunSplit
@@ -108,6 +110,30 @@ def help_when_alone(context: typer.Context) -> None:
 def examples(*lines: str) -> str:
     """The end of a command's help: how it is used."""
     return "\n".join(["[bold]For example[/bold]", *(f"  {escape(line)}" for line in lines)])
+
+
+def model_or_run(model: str, run: str | None) -> str:
+    """The model that is asked: a run named first, or that of --model.
+
+    Raises:
+        MedR1Error: both are given, or the run is none.
+    """
+    if run is None:
+        return model
+    if model != "tiny":
+        raise MedR1Error(f"{run} and --model {model} are two models; give one")
+    return str(known_model(run))
+
+
+def recipe_file(path: Path | None, name: str | None, kind: Kind = "recipe") -> Path | None:
+    """The TOML file that a command is given: by its path, or as a preset by name.
+
+    Raises:
+        MedR1Error: both are given, or no preset has this name.
+    """
+    if path and name:
+        raise MedR1Error(f"{path} and --preset {name} are two recipes; give one, and --set what differs")
+    return preset(name, kind) if name else path
 
 
 def resolve(path: Path | None, options: dict[str, Any], settings: list[str] | None) -> Config:

@@ -51,6 +51,37 @@ def finish(
         Console().print(line, soft_wrap=True)
 
 
+def finish_run(result: Mapping[str, Any], out: Path, as_json: bool, *, complete: bool) -> None:
+    """The end of `demo` and `run`: before and after, the controls, the page, the next command."""
+    limits = result["ci95"]
+    over = f", averaged over {num} modalities" if (num := result["num_modalities"]) > 1 else ""
+    table = Table(title=f"accuracy on {result['n']:,} held-out questions{over}", title_justify="left")
+    for heading in ("", "%", "95 % interval"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    lines = (
+        ("guessing", "chance"),
+        ("before training", "base_macro"),
+        (f"after {result['steps']:,} steps", "trained_macro"),
+        ("  option texts alone", "text_only"),
+        ("  trained, image blanked", "blank"),
+        ("  trained, another image of the modality", "shuffled"),
+    )
+    for words, name in lines:
+        if result.get(name) is not None:
+            table.add_row(words, percent(result[name]), interval({"ci95": limits.get(name)}))
+    if not as_json:
+        Console().print(table)
+    said = [f"complete: {out} (another --out, or none of its files, begins anew)"] if complete else []
+    if (gain := result["gain_points"]) is not None:
+        span = limits["gain_points"]
+        said.append(
+            f"training changed it by {gain:+.1f} points" + (f" ({span[0]:+.1f} to {span[1]:+.1f})" if span else "")
+        )
+    model = shown(result["model"])
+    made = {"report": result["report"], "model": result["model"], "answers": f"{out}/*.jsonl"}
+    finish(result, as_json, said=said, made=made, then=f"open the report, or ask the model: medr1 app --model {model}")
+
+
 def shown(path: Path | str) -> str:
     """A path as it may stand in a command."""
     return shlex.quote(str(path))
@@ -92,6 +123,22 @@ def print_summary(
     if cell := summary.get("answered"):
         print_answered(cell)
     finish(summary, as_json, said=outcome_lines(summary, cut_at), made=made, then=then)
+
+
+def print_checkpoints(summaries: Sequence[dict[str, Any]], as_json: bool, *, cut_at: int, out: Path) -> None:
+    """One line a checkpoint, and the outcomes of the last."""
+    table = Table(title="the same questions, asked of each")
+    for heading in ("", "step", "accuracy", "95 % interval", "no answer", "n"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for summary in summaries:
+        cell = summary if summary["n"] else summary["open"]
+        numbers = (percent(cell["accuracy"]), interval(cell), f"{cell['unparsed']:,}", f"{cell['n']:,}")
+        table.add_row(summary["name"], f"{summary['step']:,}", *numbers)
+    if not as_json:
+        Console().print(table)
+    then = f"medr1 report --base {shown(out / 'base.jsonl')} --trained {shown(out / summaries[-1]['name'])}.jsonl"
+    said = outcome_lines(summaries[-1], cut_at)
+    finish({"checkpoints": list(summaries)}, as_json, said=said, made={"rows": f"{out}/*.jsonl"}, then=then)
 
 
 def outcome_lines(summary: Mapping[str, Any], cut_at: int | None = None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Commands that change or make a model: demo, train, study, config, plan, export, build."""
+"""Commands that change or make a model: demo, run, train, study, config, plan, export, build."""
 
 from functools import partial
 from pathlib import Path
@@ -28,10 +28,13 @@ from medr1.cli.options import (
     examples,
     help_when_alone,
     known_model,
+    recipe_file,
     resolve,
 )
-from medr1.cli.printing import console, finish, shown
+from medr1.cli.presets import presets
+from medr1.cli.printing import console, finish, finish_run, shown
 from medr1.config import load_config, parse_override, to_toml
+from medr1.errors import MedR1Error
 from medr1.processes import is_first, leave
 
 app = typer.Typer()
@@ -42,6 +45,18 @@ build_app = typer.Typer(
     cls=Group, help="Make a base model from parts.", invoke_without_command=True, callback=help_when_alone
 )
 
+PresetOption = Annotated[
+    str | None,
+    typer.Option("--preset", help="a recipe that comes with the package, by name", rich_help_panel=RECIPE_PANEL),
+]
+RecipeModelOption = Annotated[
+    str | None, typer.Option("--model", help=MODEL_HELP, callback=known_model, rich_help_panel=WHAT)
+]
+RecipeDataOption = Annotated[str | None, typer.Option("--data", help=DATA_HELP, rich_help_panel=WHAT)]
+StepsOption = Annotated[
+    int | None,
+    typer.Option("--steps", help="optimizer steps; more than a run has had extend it", rich_help_panel=RECIPE_PANEL),
+]
 SeedOption = Annotated[
     int | None, typer.Option("--seed", help="seed of the data order and of sampling", rich_help_panel=RECIPE_PANEL)
 ]
@@ -56,10 +71,55 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Train the tiny model with GRPO on phantoms, evaluate before and after, write a report. Minutes on a CPU."""
-    from medr1.study.demo import run_demo
+    from medr1.study.demo import demo_config, run_demo
+    from medr1.study.pipeline import completed
 
-    summary = run_demo(out, seed=seed)
-    finish(summary, as_json)
+    complete = completed(demo_config(seed), out) is not None
+    finish_run(run_demo(out, seed=seed), out, as_json, complete=complete)
+
+
+@command(
+    epilog=examples(
+        "medr1 run recipe.toml --data DATA --out runs/first",
+        "medr1 run --preset omnimedvqa-qwen2vl-2b --data DATA --modality CT --out runs/ct",
+    )
+)
+def run(
+    *,
+    recipe: Annotated[Path | None, typer.Argument(help="a TOML recipe; `medr1 config` prints one")] = None,
+    preset: PresetOption = None,
+    model: RecipeModelOption = None,
+    data: RecipeDataOption = None,
+    modality: ModalityOption = None,
+    question_type: TypeOption = None,
+    steps: StepsOption = None,
+    seed: SeedOption = None,
+    settings: SetOption = None,
+    limit: Annotated[
+        int,
+        typer.Option("--limit", min=0, help="ask so many held-out records, drawn by the split seed; 0: all"),
+    ] = 0,
+    out: Annotated[
+        Path,
+        typer.Option("--out", help="folder for all of it; an unfinished one is gone on with", rich_help_panel=OUTPUT),
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """Ask the base, train, ask again with controls, and write the report, in one go; it resumes by itself."""
+    from medr1.study.pipeline import completed, run_recipe
+
+    overrides = {
+        "model.name": model,
+        "data.path": data,
+        "data.modalities": modality,
+        "data.question_types": question_type,
+        "optimizer.steps": steps,
+        "optimizer.seed": seed,
+    }
+    resolved = resolve(recipe_file(recipe, preset), overrides, settings)
+    known_model(resolved.model.name)
+    complete = completed(resolved, out, limit=limit) is not None
+    finish_run(run_recipe(resolved, out, limit=limit), out, as_json, complete=complete)
 
 
 @command(
@@ -72,13 +132,12 @@ def demo(
 def train(
     *,
     config: ConfigOption = None,
+    preset: PresetOption = None,
     method: Annotated[
         Method | None, typer.Option("--method", help="reinforcement, or supervised", rich_help_panel=RECIPE_PANEL)
     ] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", help=MODEL_HELP, callback=known_model, rich_help_panel=WHAT)
-    ] = None,
-    data: Annotated[str | None, typer.Option("--data", help=DATA_HELP, rich_help_panel=WHAT)] = None,
+    model: RecipeModelOption = None,
+    data: RecipeDataOption = None,
     mode: Annotated[
         Mode | None,
         typer.Option(
@@ -87,12 +146,7 @@ def train(
     ] = None,
     modality: ModalityOption = None,
     question_type: TypeOption = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            "--steps", help="optimizer steps; more than a run has had extend it", rich_help_panel=RECIPE_PANEL
-        ),
-    ] = None,
+    steps: StepsOption = None,
     extend: Annotated[
         bool,
         typer.Option(
@@ -117,14 +171,14 @@ def train(
         "method": method,
         "model.name": model,
         "data.path": data,
-        "rollout.mode": mode or ("no-think" if method == "sft" and config is None else None),
+        "rollout.mode": mode or ("no-think" if method == "sft" and not (config or preset) else None),
         "data.modalities": modality,
         "data.question_types": question_type,
         "data.skip_unreadable": skip_unreadable or None,
         "optimizer.steps": steps,
         "optimizer.seed": seed,
     }
-    resolved = resolve(config, overrides, settings)
+    resolved = resolve(recipe_file(config, preset), overrides, settings)
     known_model(resolved.model.name)
     check_recipe(resolved, out, extend=extend)
     if result := finished(resolved, out):
@@ -136,8 +190,11 @@ def train(
         leave()
         told = f"trained {result['steps']:,} steps on {result['train_records']:,} questions"
     if is_first():
-        asked_data = resolved.data.path
-        then = f"medr1 eval --model {shown(out)} --data {shown(asked_data)} --out {shown(out / 'answers')}.jsonl"
+        rollout = resolved.rollout
+        then = (
+            f"medr1 eval --model {shown(out)} --data {shown(resolved.data.path)} --mode {rollout.mode}"
+            f" --max-new-tokens {rollout.max_new_tokens} --out answers.jsonl"
+        )
         finish(result, as_json, said=[told], made=_made_by_run(out), then=then)
 
 
@@ -155,13 +212,14 @@ def _made_by_run(out: Path) -> dict[str, str]:
 @command(
     "study",
     epilog=examples(
-        "medr1 study configs/study-tiny.toml --out runs/study",
-        "medr1 study configs/study-real.toml --data DATA --out runs/study --list",
+        "medr1 study --preset tiny --out runs/study",
+        "medr1 study my-study.toml --data DATA --out runs/study --list",
     ),
 )
 def study_command(
     *,
-    study: Annotated[Path, typer.Argument(help="a study in TOML, such as configs/study-tiny.toml")],
+    study: Annotated[Path | None, typer.Argument(help="a study in TOML, such as configs/study-tiny.toml")] = None,
+    preset: Annotated[str | None, typer.Option("--preset", help="a study that comes with the package, by name")] = None,
     data: Annotated[
         str | None, typer.Option("--data", help="data set in place of recipe.data.path", rich_help_panel=WHAT)
     ] = None,
@@ -177,7 +235,10 @@ def study_command(
     """Train on each modality and question type, test on all with controls, write the report; resumes by itself."""
     from medr1.study.run import list_cells, load_study, run_study
 
-    loaded = load_study(study, data)
+    path = recipe_file(study, preset, "study")
+    if path is None:
+        raise MedR1Error(f"no study is named; give a TOML file, or --preset with one of {', '.join(presets('study'))}")
+    loaded = load_study(path, data)
     if not only_list:
         result = run_study(loaded, out)
         made = {"page": result["report"], "tables": out / "tables", "answers": out / "evaluations"}
@@ -191,7 +252,8 @@ def study_command(
         seconds = "–" if cell["seconds"] is None else f"{cell['seconds']:.0f}"
         table.add_row(cell["cell"], cell["state"], seconds, f"{cell['disk_bytes'] / 1e6:.1f}")
     Console().print(table)
-    again = f"medr1 study {shown(study)}{f' --data {shown(data)}' if data else ''} --out {shown(out)}"
+    named = f"--preset {preset}" if preset else shown(path)
+    again = f"medr1 study {named}{f' --data {shown(data)}' if data else ''} --out {shown(out)}"
     waiting = any(cell["state"] != "done" for cell in cells)
     finish({"cells": cells}, as_json, then=f"{again} goes on" if waiting else None)
 
@@ -199,12 +261,13 @@ def study_command(
 @command(
     "plan",
     epilog=examples(
-        "medr1 plan --config configs/omnimedvqa-qwen2vl-2b.toml --gpu a100",
+        "medr1 plan --preset omnimedvqa-qwen2vl-2b --gpu a100",
         "medr1 plan --model OWNER/NAME --set model.lora_rank=64 --gpu rtx4090",
     ),
 )
 def plan_command(
     config: ConfigOption = None,
+    preset: PresetOption = None,
     overrides: SetOption = None,
     model: Annotated[
         str | None, typer.Option("--model", help=f"in place of the recipe's: {MODEL_HELP}", callback=known_model)
@@ -220,7 +283,7 @@ def plan_command(
     from medr1.training.plan import count, remedy
 
     values = dict(parse_override(text) for text in overrides or [])
-    recipe = load_config(config, values | ({"model.name": model} if model else {}))
+    recipe = load_config(recipe_file(config, preset), values | ({"model.name": model} if model else {}))
     sizes = count(recipe.model.name)
     added, needs = remedy(sizes, recipe, image_side=image_side, gpu=gpu, gpus=gpus, nodes=nodes, sharded=sharded)
     machine = f"{nodes} x {gpus} x {gpu}" if nodes > 1 else f"{gpus} x {gpu}"
@@ -271,11 +334,15 @@ def export_command(
 
 @command(
     "config",
-    epilog=examples("medr1 config > recipe.toml", "medr1 config --set optimizer.learning_rate=1e-5"),
+    epilog=examples(
+        "medr1 config > recipe.toml",
+        "medr1 config --preset omnimedvqa-qwen2vl-2b",
+        "medr1 config --set optimizer.learning_rate=1e-5",
+    ),
 )
-def config_command(config: ConfigOption = None, settings: SetOption = None) -> None:
+def config_command(config: ConfigOption = None, preset: PresetOption = None, settings: SetOption = None) -> None:
     """Print a whole recipe as TOML, every field with its meaning."""
-    typer.echo(to_toml(resolve(config, {}, settings)), nl=False)
+    typer.echo(to_toml(resolve(recipe_file(config, preset), {}, settings)), nl=False)
 
 
 @build_app.command("small", cls=Command, epilog=examples("medr1 build small --data DATA --out runs/small"))

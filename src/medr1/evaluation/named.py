@@ -2,12 +2,13 @@
 `evaluate` or `evaluate_remote`.
 """
 
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from medr1.config import Config
+from medr1.config import RECIPE, Config, recipe_of
 from medr1.data.heldout import RunSplit, split_of, tell_seen
 from medr1.data.parts import leave_out_unreadable, load_parts
 from medr1.data.records import Record, write_jsonl
@@ -15,6 +16,7 @@ from medr1.errors import MedR1Error
 from medr1.evaluation.calibration import answered, applied, calibrating, read_calibration
 from medr1.evaluation.metrics import summarise
 from medr1.evaluation.run import evaluate
+from medr1.policy.names import checkpoints, step_of
 from medr1.policy.vlm import load_vlm
 
 Part = Literal["test", "train", "all"]
@@ -91,6 +93,37 @@ def evaluate_named(
     write_jsonl(out, rows)
     judged = answered(calibrating(rows, thresholds.share, thresholds.seed)[1])
     return {**summarise(rows), "answered": judged}
+
+
+def evaluate_checkpoints(run: Path, config: Config, out: Path, **settings: Any) -> list[dict[str, Any]]:
+    """Ask the base, every checkpoint and the model of a run the same questions; rows go to files in the folder `out`.
+
+    Args:
+        settings: as of `evaluate_named`, but for calibration.
+
+    Returns:
+        `summarise` of each with name ("base", "checkpoint-N", "model") and step, in order; those without the training
+        state of a run are models all the same.
+
+    Raises:
+        MedR1Error: `run` is no run, or has no checkpoint and no model.
+    """
+    recipe = recipe_of(str(run))
+    if recipe is None or not (run / RECIPE).is_file():
+        raise MedR1Error(f"{run}: no folder of a run (it holds no {RECIPE}); --checkpoints needs one")
+    kept = [(place.name, step_of(place), str(place)) for place in checkpoints(run)]
+    model = run / "model"
+    last = kept[-1][1] if kept else 0
+    if model.is_dir() and (result := run / "result.json").is_file():
+        last = json.loads(result.read_text(encoding="utf-8"))["steps"]
+    if model.is_dir():
+        kept = [place for place in kept if place[1] != last] + [("model", last, str(model))]
+    if not kept:
+        raise MedR1Error(f"{run}: a run without a checkpoint yet; let `medr1 train` go on first")
+    return [
+        {"name": name, "step": step, **evaluate_named(place, config, out / f"{name}.jsonl", **settings)}
+        for name, step, place in [("base", 0, recipe.model.name), *kept]
+    ]
 
 
 def limited(records: Sequence[Record], limit: int, config: Config) -> list[Record]:

@@ -107,12 +107,22 @@ def model_in(folder: Path) -> Path:
     if _holds_model(folder / "model"):
         _say(f"{folder}: a run; taking {folder / 'model'}")
         return folder / "model"
-    numbered = [place for place in folder.glob("checkpoint-*") if place.name[11:].isdigit() and _holds_model(place)]
-    if not numbered:
+    if not (kept := checkpoints(folder)):
         raise MedR1Error(f"{folder}: a run without a model or a checkpoint yet; let `medr1 train` go on first")
-    newest = max(numbered, key=lambda place: int(place.name[11:]))
+    newest = kept[-1]
     _say(f"{folder}: an unfinished run; taking its newest checkpoint, {newest}")
     return newest
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run that hold a model, oldest first."""
+    return sorted((place for place in run.glob("checkpoint-*") if _holds_model(place)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint was written after."""
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else 0
 
 
 def _holds_model(folder: Path) -> bool:

@@ -20,6 +20,7 @@ from typing import Any
 from medr1.config import RECIPE, Config, differences, load_config, to_toml
 from medr1.data.records import append_jsonl, read_jsonl, write_atomic
 from medr1.errors import MedR1Error
+from medr1.policy.names import checkpoints, step_of
 
 LOG = "log.jsonl"
 MODEL = "model"
@@ -113,18 +114,8 @@ def thin_checkpoints(out: Path) -> int:
     return freed
 
 
-def checkpoints(out: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    return sorted(out.glob("checkpoint-*"), key=_step)
-
-
-def _step(checkpoint: Path) -> int:
-    number = checkpoint.name.rsplit("-", 1)[1]
-    return int(number) if number.isdigit() else 0
-
-
 def _last_step(out: Path) -> int:
-    return max(map(_step, checkpoints(out)), default=0)
+    return max(map(step_of, checkpoints(out)), default=0)
 
 
 def disk_bytes(place: Path) -> int:

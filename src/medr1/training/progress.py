@@ -116,7 +116,7 @@ def _short(value: float) -> str:
         return "0"
     if abs(value) < 0.1:
         return f"{value:.4f}"
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+    return f"{value:.1f}" if abs(value) >= 2 else f"{value:.3f}"
 
 
 def duration(seconds: float) -> str:

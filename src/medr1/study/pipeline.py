@@ -1,0 +1,140 @@
+"""One recipe from beginning to end: the base asked, a model trained, asked again with controls, and a report.
+
+What lies in the folder is not done again, so that the same command goes on where it stopped:
+
+    OUT/base.jsonl                      the base on the held-out part
+    OUT/train/                          the training run
+    OUT/trained.jsonl, blank.jsonl …    the trained model, and with controls in the image's place
+    OUT/report.html
+    OUT/result.json                     the recipe, and what `run_recipe` returned; there once all of it is complete
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from medr1.config import Config, to_toml
+from medr1.data.records import write_atomic
+from medr1.errors import MedR1Error
+from medr1.training.folder import check_recipe
+
+CONTROLS = ("blank", "shuffled")
+"""Conditions under which the trained model is asked beside the image."""
+SECONDS = "seconds.json"
+RESULT = "result.json"
+
+
+def completed(config: Config, out: Path, *, limit: int = 0) -> dict[str, Any] | None:
+    """What `run_recipe` returned when it came to its end in `out` with this recipe; None if it did not.
+
+    Raises:
+        MedR1Error: the folder holds a run of another recipe.
+    """
+    check_recipe(config, out / "train")
+    path = out / RESULT
+    if not path.is_file():
+        return None
+    there = json.loads(path.read_text(encoding="utf-8"))
+    whole = there["recipe"] == to_toml(config) and there["limit"] == limit and (out / "report.html").is_file()
+    places = {"report": str(out / "report.html"), "model": str(out / "train" / "model")}  # a folder may be moved
+    return {**there["result"], **places} if whole else None
+
+
+def run_recipe(config: Config, out: Path, *, limit: int = 0, batch_size: int = 64) -> dict[str, Any]:
+    """Evaluate the recipe's base, train, evaluate with controls, report; or go on with what is in `out`.
+
+    Args:
+        limit: so many held-out records, drawn by the split seed; 0: all.
+        batch_size: prompts decoded together in evaluation.
+
+    Returns:
+        base_macro, trained_macro, chance, text_only, and one for each of CONTROLS: accuracies in [0, 1] averaged over
+        modalities (over all rows where no modality is stated); gain_points; ci95 (of each of these by name, in [0, 1];
+        of gain_points in points); n, num_modalities, steps, seconds (of all calls together), model, report.
+
+    Raises:
+        MedR1Error: bad data, another recipe in the folder, several processes, or what the parts raise.
+    """
+    if found := completed(config, out, limit=limit):
+        return found
+    from medr1.data.parts import load_parts  # torch and all the rest, which a complete run does not need
+    from medr1.evaluation.controls import text_only_prior
+    from medr1.evaluation.metrics import compare, summarise
+    from medr1.evaluation.named import limited
+    from medr1.evaluation.run import evaluate
+    from medr1.policy.vlm import load_vlm
+    from medr1.report.run import report_from_files
+    from medr1.training.folder import finished
+    from medr1.training.run import train
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise MedR1Error(
+            "medr1 run is for one process; launch `medr1 train` on several, then `medr1 eval` and `report`"
+        )
+    began = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+    train_records, held_out = load_parts(config.data)
+    records = limited(held_out, limit, config)
+    settings: dict[str, Any] = {
+        "mode": config.rollout.mode,
+        "max_new_tokens": config.rollout.max_new_tokens,
+        "batch_size": batch_size,
+    }
+    before = evaluate(
+        load_vlm(config.model.name, dtype=config.model.dtype), records, out=out / "base.jsonl", **settings
+    )
+    run = finished(config, out / "train") or train(config, out / "train")
+    vlm = load_vlm(run["model"], dtype=config.model.dtype)
+    after = evaluate(vlm, records, out=out / "trained.jsonl", **settings)
+    controls = {
+        name: evaluate(vlm, records, out=out / f"{name}.jsonl", condition=name, donors=held_out, **settings)
+        for name in CONTROLS
+    }
+    prior = text_only_prior(train_records, records)
+    report_from_files(
+        out / "base.jsonl",
+        out / "trained.jsonl",
+        run=out / "train",
+        controls=[f"{name}={out / f'{name}.jsonl'}" for name in CONTROLS],
+        text_only=prior,
+        out=out / "report.html",
+    )
+    cells = {"base_macro": overall(summarise(before)), "trained_macro": overall(summarise(after))}
+    cells |= {"text_only": overall(prior)} | {name: overall(summarise(rows)) for name, rows in controls.items()}
+    change = overall(compare(before, after))
+    gain = change["difference"]
+    result = {
+        **{name: cell["accuracy"] for name, cell in cells.items()},
+        "chance": cells["trained_macro"]["chance"],
+        "gain_points": None if gain is None else 100 * gain,
+        "ci95": {
+            **{name: cell["ci95"] for name, cell in cells.items()},
+            "gain_points": change["ci95"] and [100 * end for end in change["ci95"]],
+        },
+        "n": len(after),
+        "num_modalities": summarise(after)["macro"]["n"],
+        "steps": run["steps"],
+        "seconds": _add_seconds(out / SECONDS, time.perf_counter() - began),
+        "model": run["model"],
+        "report": str(out / "report.html"),
+    }
+    write_atomic(out / RESULT, json.dumps({"recipe": to_toml(config), "limit": limit, "result": result}))
+    return result
+
+
+def overall(table: dict[str, Any]) -> dict[str, Any]:
+    """The one cell of a table: averaged over modalities where they are stated; of open questions where there are no
+    others.
+    """
+    if table["macro"]["n"]:
+        return dict(table["macro"])
+    return dict(table if table["n"] else table.get("open") or table)
+
+
+def _add_seconds(path: Path, seconds: float) -> float:
+    """Seconds of this call and of those that it went on from."""
+    earlier = json.loads(path.read_text()) if path.exists() else 0.0
+    write_atomic(path, json.dumps(earlier + seconds))
+    return round(earlier + seconds, 1)
