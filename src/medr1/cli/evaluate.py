@@ -157,9 +157,12 @@ def evaluate_command(
     as_json: JsonOption = False,
 ) -> None:
     """Answer every held-out question greedily; print accuracy by modality and question type with intervals."""
+    model = model_or_run(model, run)
+    if out is None and not checkpoints:
+        raise MedR1Error("--out is missing: a .jsonl file for the rows, such as --out answers.jsonl")
     from medr1.evaluation.named import evaluate_checkpoints, evaluate_named
 
-    model = model_or_run(model, run)
+    out = out or Path(model) / "evaluations"
     own = recipe_of(model) if checkpoints else None
     rollout = own.rollout if own else Config().rollout
     data, mode = data or (own.data.path if own else "phantoms"), mode or rollout.mode
@@ -177,12 +180,9 @@ def evaluate_command(
         "num_samples": samples,
     }
     if checkpoints:
-        out = out or Path(model) / "evaluations"
         summaries = evaluate_checkpoints(Path(model), resolved, out, **how)
         print_checkpoints(summaries, as_json, cut_at=cut_at, out=out)
         return
-    if out is None:
-        raise MedR1Error("--out is missing: a .jsonl file for the rows, such as --out answers.jsonl")
     summary = evaluate_named(model, resolved, out, concurrency=concurrency, calibration=calibration, **how)
     then = f"medr1 report --base BASE.jsonl --trained {shown(out)}" if condition == "image" else None
     print_summary(summary, as_json, cut_at=cut_at, made={"rows": out}, then=then)

@@ -233,11 +233,11 @@ def study_command(
     as_json: JsonOption = False,
 ) -> None:
     """Train on each modality and question type, test on all with controls, write the report; resumes by itself."""
-    from medr1.study.run import list_cells, load_study, run_study
-
     path = recipe_file(study, preset, "study")
     if path is None:
         raise MedR1Error(f"no study is named; give a TOML file, or --preset with one of {', '.join(presets('study'))}")
+    from medr1.study.run import list_cells, load_study, run_study
+
     loaded = load_study(path, data)
     if not only_list:
         result = run_study(loaded, out)

@@ -15,8 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from medr1.config import Config, to_toml
-from medr1.data.records import write_atomic
+from medr1.data.records import Record, write_atomic
 from medr1.errors import MedR1Error
 from medr1.training.folder import check_recipe
 
@@ -50,9 +52,10 @@ def run_recipe(config: Config, out: Path, *, limit: int = 0, batch_size: int = 6
         batch_size: prompts decoded together in evaluation.
 
     Returns:
-        base_macro, trained_macro, chance, text_only, and one for each of CONTROLS: accuracies in [0, 1] averaged over
-        modalities (over all rows where no modality is stated); gain_points; ci95 (of each of these by name, in [0, 1];
-        of gain_points in points); n, num_modalities, steps, seconds (of all calls together), model, report.
+        base_macro, trained_macro, chance, text_only, and one for each of CONTROLS that can be asked: accuracies in
+        [0, 1] averaged over modalities (over all rows where no modality is stated); gain_points; ci95 (of each of these
+        by name, in [0, 1]; of gain_points in points); n, num_modalities, steps, seconds (of all calls together), model,
+        report.
 
     Raises:
         MedR1Error: bad data, another recipe in the folder, several processes, or what the parts raise.
@@ -82,6 +85,7 @@ def run_recipe(config: Config, out: Path, *, limit: int = 0, batch_size: int = 6
         "max_new_tokens": config.rollout.max_new_tokens,
         "batch_size": batch_size,
     }
+    possible = [name for name in CONTROLS if _can_be_asked(records, name, held_out)]  # before hours of training
     before = evaluate(
         load_vlm(config.model.name, dtype=config.model.dtype), records, out=out / "base.jsonl", **settings
     )
@@ -90,14 +94,14 @@ def run_recipe(config: Config, out: Path, *, limit: int = 0, batch_size: int = 6
     after = evaluate(vlm, records, out=out / "trained.jsonl", **settings)
     controls = {
         name: evaluate(vlm, records, out=out / f"{name}.jsonl", condition=name, donors=held_out, **settings)
-        for name in CONTROLS
+        for name in possible
     }
     prior = text_only_prior(train_records, records)
     report_from_files(
         out / "base.jsonl",
         out / "trained.jsonl",
         run=out / "train",
-        controls=[f"{name}={out / f'{name}.jsonl'}" for name in CONTROLS],
+        controls=[f"{name}={out / f'{name}.jsonl'}" for name in possible],
         text_only=prior,
         out=out / "report.html",
     )
@@ -122,6 +126,19 @@ def run_recipe(config: Config, out: Path, *, limit: int = 0, batch_size: int = 6
     }
     write_atomic(out / RESULT, json.dumps({"recipe": to_toml(config), "limit": limit, "result": result}))
     return result
+
+
+def _can_be_asked(records: list[Record], control: str, donors: list[Record]) -> bool:
+    """Whether there is another image to show and the like; where not, the report says that the control was not run."""
+    from medr1.evaluation.controls import as_shown
+
+    try:
+        as_shown(records, control, 0, donors)
+    except MedR1Error as error:
+        line = f"the {control} control is left out: {error}"
+        Console(stderr=True, soft_wrap=True).print(line, style="yellow", markup=False, highlight=False)
+        return False
+    return True
 
 
 def overall(table: dict[str, Any]) -> dict[str, Any]:
