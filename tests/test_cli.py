@@ -387,7 +387,6 @@ def test_a_run_ends_with_what_came_out_and_says_at_once_that_it_is_complete(
         "step 1/2",
         "step 2/2",
     ]
-    assert not (out / "checkpoint-1/optimizer.pt").exists() and (out / "checkpoint-2/optimizer.pt").exists()
     again = alone(*asked, "2")
     assert again.stdout.startswith(f"complete: {out}/model had its 2 steps")
     assert f"next         medr1 eval --model '{out}' --data {phantoms}" in again.stdout

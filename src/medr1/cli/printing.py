@@ -204,6 +204,10 @@ def _open_table(found: dict[str, Any]) -> Table:
     return table
 
 
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB" if size < 1e9 else f"{size / 1e9:,.1f} GB"
+
+
 def numbers_span(ci: list[float] | None) -> str:
     return "–" if ci is None else f"{ci[0]:.3f} to {ci[1]:.3f}"
 

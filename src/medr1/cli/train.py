@@ -32,7 +32,7 @@ from medr1.cli.options import (
     resolve,
 )
 from medr1.cli.presets import presets
-from medr1.cli.printing import console, finish, finish_run, shown
+from medr1.cli.printing import console, finish, finish_run, megabytes, shown
 from medr1.config import load_config, parse_override, to_toml
 from medr1.errors import MedR1Error
 from medr1.processes import is_first, leave
@@ -165,7 +165,7 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train a model with GRPO or SFT; stop it with Ctrl-C and run the same command to go on."""
-    from medr1.training.folder import check_recipe, finished
+    from medr1.training.folder import check_recipe, finished, place_trackers
 
     overrides = {
         "method": method,
@@ -181,6 +181,7 @@ def train(
     resolved = resolve(recipe_file(config, preset), overrides, settings)
     known_model(resolved.model.name)
     check_recipe(resolved, out, extend=extend)
+    trackers = place_trackers(resolved.log.trackers, out)
     if result := finished(resolved, out):
         told = f"complete: {result['model']} had its {result['steps']:,} steps; a larger --steps extends it"
     else:
@@ -195,18 +196,22 @@ def train(
             f"medr1 eval --model {shown(out)} --data {shown(resolved.data.path)} --mode {rollout.mode}"
             f" --max-new-tokens {rollout.max_new_tokens} --out answers.jsonl"
         )
-        finish(result, as_json, said=[told], made=_made_by_run(out), then=then)
+        finish(result, as_json, said=[told], made=_made_by_run(out, trackers), then=then)
 
 
-def _made_by_run(out: Path) -> dict[str, str]:
+def _made_by_run(out: Path, trackers: dict[str, str]) -> dict[str, str]:
     """What lies in a run's folder, and what it takes."""
-    from medr1.training.folder import checkpoints, disk_bytes
+    from medr1.policy.names import checkpoints
+    from medr1.training.folder import disk_bytes, only_for_going_on
 
-    made = {"model": f"{out / 'model'} ({disk_bytes(out / 'model') / 1e6:,.0f} MB)", "log": str(out / "log.jsonl")}
+    made = {"model": f"{out / 'model'} ({megabytes(disk_bytes(out / 'model'))})", "log": str(out / "log.jsonl")}
     if kept := checkpoints(out):
-        size = sum(map(disk_bytes, kept)) / 1e6
-        made["checkpoints"] = f"{out}/checkpoint-* ({len(kept)}, {size:,.0f} MB; the newest can be gone on from)"
-    return made
+        size, spare = sum(map(disk_bytes, kept)), only_for_going_on(out)
+        made["checkpoints"] = (
+            f"{out}/checkpoint-* ({len(kept)}, {megabytes(size)}, of which {megabytes(spare)} serve only to extend the"
+            " run: log.keep_checkpoints says how many stay, and they may be deleted)"
+        )
+    return made | trackers
 
 
 @command(

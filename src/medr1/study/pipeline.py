@@ -86,11 +86,9 @@ def run_recipe(config: Config, out: Path, *, limit: int = 0, batch_size: int = 6
         "batch_size": batch_size,
     }
     possible = [name for name in CONTROLS if _can_be_asked(records, name, held_out)]  # before hours of training
-    before = evaluate(
-        load_vlm(config.model.name, dtype=config.model.dtype), records, out=out / "base.jsonl", **settings
-    )
+    before = evaluate(load_vlm(config.model.name, **config.model.loading), records, out=out / "base.jsonl", **settings)
     run = finished(config, out / "train") or train(config, out / "train")
-    vlm = load_vlm(run["model"], dtype=config.model.dtype)
+    vlm = load_vlm(run["model"], **config.model.loading)
     after = evaluate(vlm, records, out=out / "trained.jsonl", **settings)
     controls = {
         name: evaluate(vlm, records, out=out / f"{name}.jsonl", condition=name, donors=held_out, **settings)

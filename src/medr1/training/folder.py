@@ -1,5 +1,5 @@
 """A run's folder, as far as it can be read and kept without torch: its recipe, whether it is complete, whether it can
-be extended, what may be thrown away at its end, and where trackers write.
+be extended, and where trackers write.
 
     RUN/recipe.toml          what was asked for; a folder holds one run
     RUN/extensions.jsonl     {"step", "from_steps", "to_steps", "schedule"} for each time that more steps were asked for
@@ -13,7 +13,6 @@ be extended, what may be thrown away at its end, and where trackers write.
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -100,22 +99,18 @@ def write_recipe(config: Config, out: Path, *, extend: bool = False) -> None:
     write_atomic(out / RECIPE, to_toml(config))
 
 
-def thin_checkpoints(out: Path) -> int:
-    """At the end of a run: bytes freed by taking what is needed to go on from all checkpoints but the newest.
-
-    All of them stay models that can be evaluated; from the newest the run can be extended.
-    """
-    freed = 0
-    for folder in checkpoints(out)[:-1]:
-        for pattern in ("optimizer.pt", "scheduler.pt", "rng_state*.pth", "global_step*"):
-            for place in folder.glob(pattern):
-                freed += disk_bytes(place)
-                shutil.rmtree(place) if place.is_dir() else place.unlink()
-    return freed
-
-
 def _last_step(out: Path) -> int:
     return max(map(step_of, checkpoints(out)), default=0)
+
+
+FOR_GOING_ON = ("optimizer.pt", "scheduler.pt", "rng_state*.pth", "global_step*")
+"""What a checkpoint holds beside the model."""
+
+
+def only_for_going_on(out: Path) -> int:
+    """Bytes in a run's checkpoints that nobody needs who will not extend the run."""
+    places = [place for kept in checkpoints(out) for pattern in FOR_GOING_ON for place in kept.glob(pattern)]
+    return sum(map(disk_bytes, places))
 
 
 def disk_bytes(place: Path) -> int:

@@ -11,7 +11,7 @@ from medr1.data.records import write_atomic
 from medr1.policy.vlm import load_vlm
 from medr1.processes import agree, alone, gather, is_first, join
 from medr1.training.base import RecordTrainer
-from medr1.training.folder import MODEL, RESULT, thin_checkpoints, write_recipe
+from medr1.training.folder import MODEL, RESULT, write_recipe
 from medr1.training.grpo import GRPOTrainer
 from medr1.training.sft import SFTTrainer
 
@@ -21,8 +21,7 @@ METHODS: dict[str, type[RecordTrainer]] = {"grpo": GRPOTrainer, "sft": SFTTraine
 def train(config: Config, out: Path, *, extend: bool = False) -> dict[str, Any]:
     """Train by a recipe into `out`, resuming what is there. The model lies in `out/model`.
 
-    Under `torchrun` or `accelerate launch` every process calls this, and they share the work. At the end all
-    checkpoints but the newest are left as plain models.
+    Under `torchrun` or `accelerate launch` every process calls this, and they share the work.
 
     Args:
         extend: whether a run there may get more steps under any schedule, see `check_recipe`.
@@ -44,7 +43,6 @@ def train(config: Config, out: Path, *, extend: bool = False) -> dict[str, Any]:
             "test_records": trainer.num_test_records,
         }
         if is_first():
-            thin_checkpoints(out)
             write_atomic(out / RESULT, json.dumps(counts))
     return {"model": str(out / MODEL), **counts, "last": trainer.state.log_history[-1]}
 
