@@ -407,7 +407,7 @@ def test_a_run_ends_with_what_came_out_and_says_at_once_that_it_is_complete(
         {"step": 2, "from_steps": 2, "to_steps": 4, "schedule": "constant_with_warmup"}
     ]
 
-    held_out = ("--set", "data.test_fraction=0.05", "--limit", "4")
+    held_out = ("--limit", "4")
     table = run("eval", out, "--checkpoints", *held_out, "--json")
     assert table.status == 0, table.err
     assert [line["name"] for line in table.json["checkpoints"]] == ["base", "checkpoint-3", "model"]
