@@ -8,6 +8,7 @@ the name of a function here that is given the trainer.
 
 import contextlib
 import json
+import math
 import os
 import resource
 import signal
@@ -76,6 +77,17 @@ def second_cannot_read_an_image(trainer: RecordTrainer) -> None:
         trainer.encode = lambda records: encode(  # type: ignore[method-assign]
             [record.model_copy(update={"images": (Path("gone.png"),)}) for record in records]
         )
+
+
+def second_rewards_nan(trainer: RecordTrainer) -> None:
+    if is_second():
+        trainer.rewards = [("judge", lambda *_: math.nan, 1.0)]  # type: ignore[attr-defined]
+
+
+def second_has_no_loss(trainer: RecordTrainer) -> None:
+    learn = trainer.learn
+    if is_second():
+        trainer.learn = lambda *step: learn(*step) * math.nan  # type: ignore[method-assign]
 
 
 def make(job: dict[str, Any]) -> RecordTrainer:

@@ -467,6 +467,31 @@ def test_the_log_of_a_resumed_run_is_that_of_a_whole_one(log_every: int, phantom
         assert timeless[0][-1]["train_loss"] == pytest.approx(sum(losses) / 5)
 
 
+def test_a_run_that_was_killed_after_its_last_step_ends_once(
+    phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last line of the log is there, the model is not: the line was written a second time."""
+    config = recipe(phantoms, **LETTERS, **{"optimizer.steps": 2})
+    trainer = make_trainer(config, tmp_path)
+    write = trainer._write_folder
+
+    def killed(folder: Path, *, training_state: bool) -> None:
+        if folder.name == "model":
+            raise KeyboardInterrupt
+        write(folder, training_state=training_state)
+
+    monkeypatch.setattr(trainer, "_write_folder", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    before = read_jsonl(tmp_path / "log.jsonl")
+    assert "train_loss" in before[-1]
+    make_trainer(config, tmp_path).run()
+    after = read_jsonl(tmp_path / "log.jsonl")
+    assert [row["step"] for row in after] == [row["step"] for row in before] == [1, 2, 2]
+    assert after[-1]["train_loss"] == before[-1]["train_loss"]
+    assert (tmp_path / "model").is_dir()
+
+
 # --- what is computed ------------------------------------------------------------------------------------------------
 
 

@@ -188,6 +188,8 @@ def test_a_killed_process_ends_all_and_the_run_goes_on(phantoms: Path, one: Path
     [
         ("first_has_a_full_disk", "checkpoint-2: cannot be written"),
         ("second_cannot_read_an_image", "gone.png"),
+        ("second_rewards_nan", "step 1: reward 'judge' gave nan for a reply to record"),
+        ("second_has_no_loss", "step 1: the loss is nan, at records"),
     ],
 )
 def test_a_mistake_of_one_process_ends_all_with_one_line(spoil: str, line: str, phantoms: Path, tmp_path: Path) -> None:

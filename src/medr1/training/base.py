@@ -355,7 +355,7 @@ class RecordTrainer(Trainer):
         return None  # losses are already whole: their denominator is counted in training_step
 
     def _forget_after(self, step: int) -> None:
-        """Cut the logs back to a checkpoint, so that a resumed run writes each step once."""
+        """Cut the logs back to a checkpoint, so that a resumed run writes each step once, and its end at its end."""
         if not self.is_world_process_zero():
             return
         for path in self.out.glob("*.jsonl"):
@@ -363,7 +363,8 @@ class RecordTrainer(Trainer):
                 if int(path.name.split(".")[0].rsplit("-", 1)[1]) > step:
                     path.unlink()
             else:
-                write_jsonl(path, [row for row in read_jsonl(path) if row["step"] <= step])
+                rows = [row for row in read_jsonl(path) if row["step"] <= step and "train_loss" not in row]
+                write_jsonl(path, rows)
 
     def _load_weights(self, checkpoint: str) -> None:
         """Weights of a checkpoint, before anything wraps or shards the model.
