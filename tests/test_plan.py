@@ -16,7 +16,19 @@ from medr1.policy.adapters import add_lora
 from medr1.policy.encoding import encode_prompts
 from medr1.policy.shared_prefix import completion_logprobs
 from medr1.policy.vlm import VLM, load_vlm
-from medr1.training.plan import UTILISATION, VISION_SAVED, Sizes, count, plan, remedy, saved_by_layer
+from medr1.training.plan import (
+    GPUS,
+    KNOWN,
+    LINKS,
+    UTILISATION,
+    VISION_SAVED,
+    Sizes,
+    count,
+    image_tokens,
+    plan,
+    remedy,
+    saved_by_layer,
+)
 
 QWEN2_VL_2B = {
     "model_type": "qwen2_vl",
@@ -51,6 +63,49 @@ def test_counts_are_those_of_the_published_model(model_2b: str) -> None:
     assert sizes.text == 28 * layer
     assert sizes.embeddings == 151936 * 1536 + 1536
     assert (sizes.key_value, sizes.token_side, sizes.patches) == (256, 28, 4)
+
+
+@pytest.mark.parametrize("file", sorted(KNOWN.glob("*.json")), ids=lambda file: file.stem)
+def test_models_in_the_package_have_their_published_number_of_weights(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the hub, by the names that people give."""
+    monkeypatch.setattr("medr1.training.plan.find_model", None)
+    for name in (f"Qwen/{file.stem}", f"Qwen/{file.stem}-Instruct"):
+        assert count(name).weights == json.loads(file.read_text())["weights"]
+
+
+def test_the_published_model_is_the_one_in_the_package(model_2b: str) -> None:
+    assert count("Qwen/Qwen2-VL-2B-Instruct") == count(model_2b)
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "limits", "tokens"),
+    [
+        ("Qwen/Qwen2-VL-2B", 384, {}, 196),  # 13.7 tokens a side: 14, 392 pixels
+        ("Qwen/Qwen2-VL-2B", 405, {}, 196),
+        ("Qwen/Qwen2-VL-2B", 28, {}, 4),  # scaled up to 56 x 56
+        ("Qwen/Qwen2-VL-2B", 2000, {}, 484),  # of at most 512, 22 a side
+        ("Qwen/Qwen2-VL-2B", 2000, {"model.max_pixels": 384 * 384}, 169),  # 13 a side: 14 would be above it
+        ("Qwen/Qwen2-VL-2B", 100, {"model.min_pixels": 384 * 384}, 196),
+        ("Qwen/Qwen3-VL-2B", 224, {}, 64),  # of at least 256 x 256, 32 a token
+        ("tiny", 28, {}, 4),
+        ("tiny", 500, {}, 16),  # of at most 112 x 112
+    ],
+)
+def test_image_tokens_are_the_processors(name: str, side: int, limits: dict[str, int], tokens: int) -> None:
+    recipe = load_config(overrides=limits)
+    sizes = count(name)
+    assert image_tokens(sizes, recipe, side) == tokens
+    assert plan(sizes, recipe, **machine(image_side=side), text_tokens=10)["prompt_tokens"] == tokens + 10
+
+
+def test_image_tokens_of_tiny_are_what_a_model_gets() -> None:
+    for side in (30, 64, 100, 300):
+        vlm = load_vlm("tiny")
+        prompts = encode_prompts(vlm, [conversation("What?", 1)], [[picture(0, side, side)]])
+        count_of_image = int(prompts.vision["image_grid_thw"].prod()) // count("tiny").patches
+        assert image_tokens(count("tiny"), load_config(), side) == count_of_image
 
 
 def test_an_adapter_is_counted_as_peft_makes_it() -> None:
@@ -217,12 +272,39 @@ def test_more_costs_more_and_remedies_are_named(model_2b: str) -> None:
     assert needs["fits"] and added == ["optimizer.prompts_per_forward=1", "model.lora_rank=64"]
 
 
+def test_the_numbers_in_the_docs_are_what_plan_prints() -> None:
+    root = Path(__file__).parents[1]
+    docs = " ".join(" ".join(path.read_text() for path in [root / "README.md", *root.glob("docs/*.md")]).split())
+    for overrides, where, says in (
+        ({"model.lora_rank": 64}, machine(gpu="rtx4090"), "{needed_gb} of 22 GB usable, {hours_per_epoch} hours"),
+        ({}, machine(), "({needed_gb} of 72 GB, {hours_per_epoch} hours)"),
+        (
+            {"optimizer.prompts_per_step": 32},
+            machine(gpus=8, sharded=True),
+            "({needed_gb} GB each, {hours_per_epoch} h",
+        ),
+        (
+            {"optimizer.prompts_per_step": 64},
+            machine(gpus=8, nodes=2, sharded=True),
+            "({needed_gb} GB, {hours_per_epoch}",
+        ),
+    ):
+        recipe = load_config(root / "configs" / "omnimedvqa-qwen2vl-2b.toml", overrides)
+        needs = plan(count("Qwen/Qwen2-VL-2B-Instruct"), recipe, **where)
+        assert needs["fits"] and says.format(**needs) in docs, says.format(**needs)
+
+
 def test_command_and_mistakes(model_2b: str) -> None:
     result = CliRunner().invoke(app, ["plan", "--model", model_2b, "--gpu", "h100", "--json"])
     assert result.exit_code == 0 and json.loads(result.stdout.splitlines()[-1])["fits"]
-    with pytest.raises(MedR1Error, match="--gpu tpu: is not known; choose rtx4090"):
+    small = CliRunner().invoke(app, ["plan", "--model", "tiny", "--gpu", "T4", "--memory", "8"])
+    assert small.exit_code == 0 and "million weights" in small.output and "of 7 GB" in small.output
+    assert "has no bfloat16" in small.output
+    assert GPUS.keys() == LINKS.keys()
+    assert plan(count("tiny"), load_config(), **machine(gpu="b200"), memory=24)["usable_gb"] == 21.6
+    with pytest.raises(MedR1Error, match="--gpu tpu: is not known; choose t4"):
         plan(count("tiny"), load_config(), **machine(gpu="tpu"))
     with pytest.raises(MedR1Error, match="8 cannot be divided among 3 GPUs"):
         plan(count("tiny"), load_config(), **machine(gpus=3))
-    with pytest.raises(MedR1Error, match="cannot be counted"):
+    with pytest.raises(MedR1Error, match="no such folder"):
         count(str(Path(model_2b) / "nowhere"))

@@ -277,22 +277,33 @@ def plan_command(
     model: Annotated[
         str | None, typer.Option("--model", help=f"in place of the recipe's: {MODEL_HELP}", callback=known_model)
     ] = None,
-    gpu: Annotated[str, typer.Option("--gpu", help="rtx4090, l40s, a100 or h100")] = "a100",
+    gpu: Annotated[
+        str,
+        typer.Option("--gpu", help="t4, v100, rtx3090, rtx4090, a6000, l4, l40s, a100, a100-40, h100, h200 or b200"),
+    ] = "a100",
+    memory: Annotated[float | None, typer.Option("--memory", min=1, help="GB of a GPU, where it has others")] = None,
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="how many in a node, each with a copy of the model")] = 1,
     nodes: Annotated[int, typer.Option("--nodes", min=1, help="how many machines")] = 1,
     sharded: Annotated[bool, typer.Option("--sharded", help="one copy divided over all GPUs (FSDP2, ZeRO-3)")] = False,
-    image_side: Annotated[int, typer.Option("--image-side", min=28, help="side of a square image in pixels")] = 392,
+    image_side: Annotated[
+        int, typer.Option("--image-side", min=28, help="side of a square image in pixels, before it is scaled")
+    ] = 392,
     as_json: JsonOption = False,
 ) -> None:
     """Estimate memory, seconds a step and hours an epoch from counted bytes and FLOPs; nothing is run."""
-    from medr1.training.plan import count, remedy
+    from medr1.training.plan import NO_BFLOAT16, count, remedy
 
     values = dict(parse_override(text) for text in overrides or [])
     recipe = load_config(recipe_file(config, preset), values | ({"model.name": model} if model else {}))
     sizes = count(recipe.model.name)
-    added, needs = remedy(sizes, recipe, image_side=image_side, gpu=gpu, gpus=gpus, nodes=nodes, sharded=sharded)
+    gpu = gpu.casefold()
+    added, needs = remedy(
+        sizes, recipe, image_side=image_side, gpu=gpu, gpus=gpus, nodes=nodes, sharded=sharded, memory=memory
+    )
     machine = f"{nodes} x {gpus} x {gpu}" if nodes > 1 else f"{gpus} x {gpu}"
-    table = Table(title=f"{recipe.model.name}, {sizes.weights / 1e9:.2f} billion weights, {machine}: an estimate")
+    billions = sizes.weights / 1e9
+    weights = f"{billions:.2f} billion" if billions >= 0.01 else f"{1000 * billions:.2g} million"
+    table = Table(title=f"{recipe.model.name}, {weights} weights, {machine}: an estimate")
     for heading in ("part", "GB", "seconds a step"):
         table.add_column(heading, justify="left" if heading == "part" else "right")
     for name, value in needs["memory_gb"].items():
@@ -305,8 +316,11 @@ def plan_command(
     Console().print(table)
     verdict = "fits" if needs["fits"] else "does not fit"
     how = f" with {' '.join(f'--set {setting}' for setting in added)}" if added else ""
-    hours = f"{needs['hours_per_epoch']:g} hours for an epoch of OmniMedVQA" if needs["fits"] else "try --sharded"
+    unit = "hour" if needs["hours_per_epoch"] == 1 else "hours"
+    hours = f"{needs['hours_per_epoch']:g} {unit} for an epoch of OmniMedVQA" if needs["fits"] else "try --sharded"
     Console().print(f"It {verdict}{how}; {hours}.", highlight=False, soft_wrap=True)
+    if gpu in NO_BFLOAT16:
+        Console().print(f"{gpu} has no bfloat16, which training computes in: it will be slower than this.")
     finish({"settings_added": added, **needs}, as_json)
 
 

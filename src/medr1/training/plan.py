@@ -10,22 +10,53 @@ that autograd saves, is held against these counts in tests/test_plan.py. The sha
 P prompt tokens once and G*T completion tokens for a group.
 """
 
+import json
 import math
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from medr1.config import Config
 from medr1.errors import MedR1Error
 from medr1.policy.names import find_model
+from medr1.policy.pixels import PUBLISHED
 from medr1.policy.shared_prefix import MAX_LOGITS
 
-GPUS = {"rtx4090": (24, 165, 1008), "l40s": (48, 362, 864), "a100": (80, 312, 2039), "h100": (80, 989, 3350)}
-"""Name to memory in GB, dense bfloat16 TFLOP/s and memory bandwidth in GB/s, from the vendors' data sheets."""
-LINKS = {"rtx4090": 25, "l40s": 25, "a100": 250, "h100": 375}
-"""GB/s that a GPU sends to its neighbours in a node: of the data sheets' PCIe 4 or NVLink (a direction), about 80 %."""
+KNOWN = Path(__file__).parent / "plan_configs"
+"""Configurations of published models, a file each: weights (their published number, which ours must equal), min_pixels
+(of an image, by their processor) and config. So a plan for them needs no network."""
+GPUS = {
+    "t4": (16, 65, 320),
+    "v100": (32, 125, 900),
+    "rtx3090": (24, 71, 936),
+    "rtx4090": (24, 165, 1008),
+    "a6000": (48, 155, 768),
+    "l4": (24, 121, 300),
+    "l40s": (48, 362, 864),
+    "a100": (80, 312, 2039),
+    "a100-40": (40, 312, 1555),
+    "h100": (80, 989, 3350),
+    "h200": (141, 989, 4800),
+    "b200": (180, 2250, 8000),
+}
+"""Name to memory in GB, dense bfloat16 TFLOP/s (float16 where there is no bfloat16) and memory bandwidth in GB/s, from
+the vendors' data sheets."""
+NO_BFLOAT16 = ("t4", "v100")
+LINKS = dict.fromkeys(GPUS, 25) | {
+    "t4": 12,
+    "v100": 120,
+    "a100": 250,
+    "a100-40": 250,
+    "h100": 375,
+    "h200": 375,
+    "b200": 720,
+}
+"""GB/s that a GPU sends to its neighbours in a node: of the data sheets' PCIe or NVLink (a direction), about 80 %."""
 NETWORK = 40
 """GB/s that a node sends to others: 400 Gbit/s, of which 80 %."""
 UTILISATION = 0.4
@@ -62,6 +93,10 @@ class Sizes:
     """Patches of the vision tower behind one image token."""
     vision_layers: int
     vision_width: int
+    min_pixels: int = 56 * 56
+    """Of an image, which the processor scales up to them; those of Qwen2-VL."""
+    max_pixels: int = PUBLISHED
+    """Of an image, which the processor scales down to them."""
 
     @property
     def weights(self) -> int:
@@ -75,7 +110,7 @@ def count(model: str) -> Sizes:
         MedR1Error: no such model, or none of a known layout.
     """
     try:
-        config: Any = AutoConfig.from_pretrained(str(find_model(model, weights=False).weights))
+        config, limits = _described(model)
         with torch.device("meta"):
             network: Any = AutoModelForImageTextToText.from_config(config)
         text, vision = config.get_text_config(), config.vision_config
@@ -102,7 +137,32 @@ def count(model: str) -> Sizes:
         patches=merge**2,
         vision_layers=vision.depth,
         vision_width=getattr(vision, "embed_dim", vision.hidden_size),
+        **limits,
     )
+
+
+def _described(model: str) -> tuple[Any, dict[str, int]]:
+    """A model's configuration, and the limits of its images where they are known: of KNOWN, of a folder, of the hub."""
+    known = KNOWN / f"{re.sub('-(Instruct|Thinking)$', '', model.removeprefix('Qwen/'))}.json"
+    if model.startswith("Qwen/") and known.is_file():
+        facts = json.loads(known.read_text(encoding="utf-8"))
+        return AutoConfig.for_model(**facts["config"]), {"min_pixels": facts["min_pixels"]}
+    place = find_model(model, weights=False)
+    config = AutoConfig.from_pretrained(str(place.weights))
+    try:
+        size = AutoImageProcessor.from_pretrained(str(place.processor)).size
+        limits = {"min_pixels": size["shortest_edge"], "max_pixels": min(size["longest_edge"], PUBLISHED)}
+    except (OSError, ValueError, KeyError):  # a configuration alone
+        limits = {}
+    return config, limits
+
+
+def image_tokens(sizes: Sizes, config: Config, image_side: int) -> int:
+    """Tokens of a square image, as the processor scales it: within the limits, to the nearest whole tokens."""
+    most = config.model.max_pixels or sizes.max_pixels
+    least = config.model.min_pixels or min(sizes.min_pixels, most)
+    height, width = smart_resize(image_side, image_side, sizes.token_side, least, most)
+    return height * width // sizes.token_side**2
 
 
 def plan(
@@ -114,17 +174,19 @@ def plan(
     gpus: int,
     nodes: int = 1,
     sharded: bool = False,
+    memory: float | None = None,
     text_tokens: int = PROMPT_TEXT,
 ) -> dict[str, Any]:
     """Memory of a GPU and time of a step.
 
     Args:
         config: a GRPO recipe; the GPUs divide its `prompts_per_step`.
-        image_side: pixels of a square image's side.
+        image_side: pixels of a square image's side, before the processor scales it.
         gpu: a key of GPUS.
         gpus: GPUs of a node.
         sharded: weights, gradients, optimizer and reference are divided over all GPUs (FSDP2). While it samples, each
             GPU holds all weights once, in bfloat16.
+        memory: GB of a GPU where it has not what GPUS says.
 
     Returns:
         memory_gb: bytes by part / 1e9; needed_gb, usable_gb, fits; seconds: by part of a step;
@@ -136,11 +198,12 @@ def plan(
     if gpu not in GPUS:
         raise MedR1Error(f"--gpu {gpu}: is not known; choose {', '.join(GPUS)}")
     processes = gpus * nodes
-    memory, tflops, bandwidth = GPUS[gpu]
+    known, tflops, bandwidth = GPUS[gpu]
+    memory = memory or known
     lora, optimizer = config.model.lora_rank, config.optimizer
     group, new_tokens = config.rollout.num_completions, config.rollout.max_new_tokens
-    image_tokens = (image_side // sizes.token_side) ** 2
-    prompt = image_tokens + text_tokens
+    shown = image_tokens(sizes, config, image_side)
+    prompt = shown + text_tokens
     completions = group * new_tokens
     tokens = prompt + completions
     num_prompts, rest = divmod(optimizer.prompts_per_step, processes)
@@ -167,9 +230,7 @@ def plan(
     if optimizer.gradient_checkpointing:
         saved = 2 * sizes.hidden * sizes.layers + layer
     scored = min(in_forward * completions, max(1, MAX_LOGITS // sizes.vocabulary))
-    vision = (
-        VISION_SAVED * sizes.vision_width * sizes.vision_layers * image_tokens * sizes.patches if trains_vision else 0
-    )
+    vision = VISION_SAVED * sizes.vision_width * sizes.vision_layers * shown * sizes.patches if trains_vision else 0
     parts = {name: value / (processes if sharded else 1) for name, value in held.items()} | {
         "bfloat16 copies": copies,
         "activations": in_forward * (tokens * saved + vision),
@@ -178,7 +239,7 @@ def plan(
     }
     needed = sum(parts.values()) / GB
 
-    image = 2 * sizes.vision * image_tokens * sizes.patches
+    image = 2 * sizes.vision * shown * sizes.patches
     head = 2 * sizes.vocabulary * sizes.hidden * completions
     read = 2 * sizes.text * prompt + image
     forward = 2 * sizes.text * tokens + head + (image if trains_vision else 0)  # a frozen tower runs once, in `read`
