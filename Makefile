@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # For every day: the logic of each wing and one short end-to-end run; tests/test_house.py keeps the list honest.
-QUICK := answers calibration config controls datasets grpo house metrics own_data phantoms prompts regions rewards \
-	splits ask::test_ask_in_the_terminal
+QUICK := answers config datasets grpo house metrics phantoms prompts regions rewards splits cli::test_train_eval_score_report_ask \
+	export::test_card faithfulness::test_shares_by_hand ask::test_faults_of_a_picture \
+	report::test_the_page_and_its_headline
 .DEFAULT_GOAL := help
 .PHONY: help demo install quick check docs test bench clean
 

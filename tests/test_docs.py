@@ -35,6 +35,7 @@ TRAIN = (
 )
 SMALL = {
     "train": TRAIN,
+    "run": TRAIN,
     "eval": "--max-new-tokens 8 --set data.num_phantoms=160",
     "explain": "--limit 2 --set rollout.max_new_tokens=8",
     "faithfulness": "--limit 2 --max-new-tokens 8",

@@ -123,3 +123,4 @@ def test_the_wheel_alone(environment: Path, tmp_path: Path) -> None:
     options = ("--option", "CT", "--option", "MRI", "--max-new-tokens", "8", "--json")
     said = run(environment, tmp_path, "medr1", "ask", str(picture), "Which modality?", *options)
     assert "reply" in json.loads(said.splitlines()[-1])
+    assert "modality" in run(environment, tmp_path, "medr1", "study", "--preset", "tiny", "--out", "study", "--list")
