@@ -42,7 +42,9 @@ def row(probs: list[float], gold: str = "A", *, id: str = "r", group: str | None
         "letter": letter,
         "correct": letter == gold,
         "model": "m",
+        "condition": "image",
         "mode": "no-think",
+        "outcome": "letter",
         "scoring": "options",
     }
     return with_confidence(made)

@@ -2,6 +2,8 @@
 
 import json
 import resource
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,8 +16,9 @@ import medr1.evaluation.run as module
 from medr1.data.records import Record, read_jsonl
 from medr1.errors import MedR1Error
 from medr1.evaluation.metrics import summarise
-from medr1.evaluation.run import evaluate, score, weights_fingerprint
+from medr1.evaluation.run import evaluate, leave_out_too_long, score, weights_fingerprint
 from medr1.policy.vlm import VLM
+from medr1.processes import alone
 
 
 def make_records(folder: Path, count: int = 6) -> list[Record]:
@@ -49,7 +52,10 @@ class Stub:
         self.images: list[Image.Image] = []
         self.die_at: int | None = None
         processor = SimpleNamespace(image_processor=SimpleNamespace(to_dict=lambda: {"max_pixels": 1}))
-        self.vlm = SimpleNamespace(model=torch.nn.Linear(2, 2), processor=processor, name="stub", folder=None)
+        core = SimpleNamespace(config=SimpleNamespace(get_text_config=SimpleNamespace))  # states no positions
+        self.vlm = SimpleNamespace(
+            model=torch.nn.Linear(2, 2), core=core, processor=processor, name="stub", folder=None
+        )
         monkeypatch.setattr(module, "encode_prompts", self.encode)
         monkeypatch.setattr(module, "sample", self.sample)
 
@@ -105,6 +111,8 @@ def test_one_row_a_record(stub: Stub, tmp_path: Path):
         "model": "stub",
         "condition": "image",
         "mode": "no-think",
+        "max_new_tokens": 256,
+        "weights": weights_fingerprint(stub.vlm.model)[:16],
         "reply": "<answer>B</answer>",
         "finish": "length",
         "tokens": 3,
@@ -345,3 +353,89 @@ def test_votes(tmp_path: Path):
     assert voted["letter"] == "B" and voted["reply"] == replies[0]
     assert voted["option_probs"] == [1.5 / 4, 2.5 / 4]  # 1 and 2 votes, and one divided between the two
     assert voted["confidence"] == 2.5 / 4
+
+
+def test_votes_depend_on_the_record_alone(tmp_path: Path):
+    """Neither on the batch, nor on where a file was torn. In float64: a batch changes the last digits of logits, which
+    in float32 may flip a rare draw that falls within them."""
+    vlm = tiny_vlm("qwen2_vl", dtype=torch.float64)
+    records = make_records(tmp_path / "data", count=10)
+    settings = {"mode": "think", "max_new_tokens": 12, "scoring": "votes", "num_samples": 4}
+    rows = evaluate(vlm, records, out=tmp_path / "16.jsonl", batch_size=16, **settings)
+    assert len({sample["reply"] for row in rows for sample in row["samples"]}) > 10, "samples differ"
+    for size in (8, 1):
+        again = evaluate(vlm, records, out=tmp_path / f"{size}.jsonl", batch_size=size, **settings)
+        assert without_time(again) == without_time(rows)
+    lines = (tmp_path / "8.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "torn.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:40])
+    torn = evaluate(vlm, records, out=tmp_path / "torn.jsonl", batch_size=4, **settings)
+    assert without_time(torn) == without_time(rows)
+
+
+def test_two_at_once_into_one_file(stub: Stub, tmp_path: Path):
+    """The second ends in a line and writes nothing; once the first has ended, or died, the next goes on."""
+    records, out = make_records(tmp_path / "data"), tmp_path / "run.jsonl"
+
+    class Second(Exception):
+        pass
+
+    def meanwhile(vlm: VLM, prompts: list[str], **settings: object) -> SimpleNamespace:
+        with pytest.raises(MedR1Error, match=r"run\.jsonl: another process is writing it; let it end, or give another"):
+            run(stub, records, out)
+        raise Second
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "sample", meanwhile)
+        with pytest.raises(Second):
+            run(stub, records, out)
+    assert not out.exists()
+    assert len(run(stub, records, out)) == len(read_jsonl(out)) == 6
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_file_that_two_wrote_is_not_gone_on_with(stub: Stub, tmp_path: Path):
+    records, out = make_records(tmp_path / "data"), tmp_path / "run.jsonl"
+    run(stub, records, out)
+    out.write_bytes(out.read_bytes() * 2)
+    with pytest.raises(MedR1Error, match=r"run\.jsonl: 12 rows of 6 questions: two evaluations wrote it"):
+        run(stub, records, out)
+
+
+def test_a_lock_dies_with_its_process(tmp_path: Path):
+    code = (
+        "import os, sys; from pathlib import Path; from medr1.processes import alone\n"
+        "with alone(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout and process.stdout.readline() == b"held\n"
+        with pytest.raises(MedR1Error, match="another process is writing it"), alone(tmp_path):
+            pass
+        process.kill()
+        process.wait()
+    with alone(tmp_path):
+        assert (tmp_path / ".lock").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("long", ["question", "image"])
+def test_a_prompt_longer_than_the_models_positions(long: str, tmp_path: Path):
+    vlm = tiny_vlm("qwen2_vl")
+    records = make_records(tmp_path / "data", count=3)
+    if long == "image":
+        vlm.core.config.get_text_config().max_position_embeddings = 180
+        Image.new("RGB", (280, 280)).save(records[1].images[0])  # 100 image tokens
+        line = (
+            r"^record r1: \d{3} tokens, images included, and a reply of 8 do not fit into the 180 positions of .*; sho"
+        )
+    else:
+        records[1] = records[1].model_copy(update={"question": "Which finding" + " really" * 20_000 + "?"})
+        line = r"^record r1: \d+,\d{3} tokens and a reply of 8 do not fit into the 1,024 positions of .*; shorten it or"
+    with pytest.raises(MedR1Error, match=line):
+        evaluate(vlm, records, mode="no-think", out=tmp_path / "run.jsonl", max_new_tokens=8, batch_size=1)
+    if long == "question":
+        assert not (tmp_path / "run.jsonl").exists(), "said before anything is asked"
+        settings = {"mode": "no-think", "max_new_tokens": 8, "out": tmp_path / "run.jsonl"}
+        assert leave_out_too_long(vlm, records, **settings) == [records[0], records[2]]
+        assert [row["id"] for row in read_jsonl(tmp_path / "run.skipped.jsonl")] == ["r1"]

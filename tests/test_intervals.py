@@ -139,6 +139,11 @@ def test_covers_in_simulation(regime: str):
         assert coverage.cell(sizes, accuracy, correlation, num=200, num_widths=1)["coverage"] >= 0.94
 
 
+def test_the_table_stands_in_the_documentation():
+    folder = Path(__file__).parents[1]
+    assert (folder / "benchmarks/coverage.md").read_text() in (folder / "docs/statistics.md").read_text()
+
+
 def test_is_not_uselessly_wide():
     """Beside an interval that knows accuracy and correlation; at few groups that hardly agree honesty costs more."""
     for correlation in coverage.CORRELATIONS:

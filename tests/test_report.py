@@ -10,10 +10,13 @@ import pytest
 from PIL import Image
 
 from medr1.config import Config, to_toml
+from medr1.data.parts import load_parts
 from medr1.data.records import append_jsonl
 from medr1.errors import MedR1Error
-from medr1.evaluation.calibration import calibrating
+from medr1.evaluation.calibration import Calibration, calibrating, write_calibration
+from medr1.evaluation.controls import text_only_prior
 from medr1.evaluation.metrics import accuracy_table, summarise
+from medr1.evaluation.rows import record_of
 from medr1.report.plots import learning_curves
 from medr1.report.run import ReportData, report_from_files, tell, write_report
 from medr1.report.trust import calibration_section, faithfulness_section
@@ -41,6 +44,8 @@ def make_rows(right: int, count: int = 40, **fields: object) -> list[dict]:
                 "gold": "A",
                 "chance": 0.5,
                 "model": "made-model",
+                "condition": "image",
+                "mode": "think",
                 "reply": "<think>It is round.</think><answer>A</answer>",
                 "finish": "stop",
                 "tokens": 9,
@@ -199,22 +204,110 @@ def test_from_files(tmp_path: Path):
     data = make_data(tmp_path)
     append_jsonl(tmp_path / "base.jsonl", data.base)
     append_jsonl(tmp_path / "trained.jsonl", data.trained)
+    append_jsonl(tmp_path / "blank.jsonl", make_rows(8, condition="blank"))
     append_jsonl(tmp_path / "log.jsonl", LOG)
     (tmp_path / "recipe.toml").write_text(to_toml(Config()))
-    (tmp_path / "shuffled.json").write_text(json.dumps(summarise(make_rows(9))))
+    (tmp_path / "text.json").write_text(json.dumps(summarise(make_rows(9))))
     summary = report_from_files(
         tmp_path / "base.jsonl",
         tmp_path / "trained.jsonl",
         out=tmp_path / "out.html",
         run=tmp_path,
-        controls=[f"blank={tmp_path / 'base.jsonl'}", f"shuffled={tmp_path / 'shuffled.json'}"],
-        text_only=data.controls["text_only"],
+        controls=[f"blank={tmp_path / 'blank.jsonl'}", f"text_only={tmp_path / 'text.json'}"],
     )
-    controls = {name: summary[name] for name in ("text_only", "blank", "shuffled")}
-    assert controls == pytest.approx({"text_only": 0.5, "blank": 0.4, "shuffled": 0.45})
+    controls = {name: summary[name] for name in ("text_only", "blank")}
+    assert controls == pytest.approx({"text_only": 0.45, "blank": 0.4})
     page = (tmp_path / "out.html").read_text(encoding="utf-8")
     assert "GRPO from tiny on phantoms: 20 steps of 8 prompts × 8 completions" in page
     assert embedded(page)["images"][0]
+
+
+def test_the_prior_is_of_the_answered_questions(tmp_path: Path):
+    """A run on one modality, asked about others: the prior was of its own held-out part, beside averages of all."""
+    recipe = Config.model_validate({"data": {"path": "phantoms", "num_phantoms": 40, "modalities": ["CT"]}})
+    (tmp_path / "recipe.toml").write_text(to_toml(recipe))
+    append_jsonl(tmp_path / "log.jsonl", LOG)
+    for name, right in (("base", 8), ("trained", 18)):
+        append_jsonl(tmp_path / f"{name}.jsonl", make_rows(right))
+    report_from_files(tmp_path / "base.jsonl", tmp_path / "trained.jsonl", out=tmp_path / "out.html", run=tmp_path)
+    # "Cyst" against "Tumour <i>": the phantoms of CT offer no tumour <i>, and a cyst is sometimes right there.
+    table = text_only_prior(load_parts(recipe.data)[0], [record_of(row) for row in make_rows(8)])
+    assert table["n"] == 40 and list(table["by_modality"]) == ["CT", "OCT"]
+    page = (tmp_path / "out.html").read_text(encoding="utf-8")
+    assert f"{100 * table['macro']['accuracy']:.1f} %" in page
+
+
+def test_another_models_run_is_refused(tmp_path: Path):
+    for name in ("ct", "mri"):
+        (tmp_path / name / "model").mkdir(parents=True)
+        (tmp_path / name / "recipe.toml").write_text(to_toml(Config()))
+    files = [tmp_path / "base.jsonl", tmp_path / "trained.jsonl"]
+    append_jsonl(files[0], make_rows(8))
+    append_jsonl(files[1], make_rows(18, model=str(tmp_path / "ct" / "model")))
+    with pytest.raises(MedR1Error, match=r"mri: is not the run of .*ct/model, whose answers .*trained\.jsonl holds"):
+        report_from_files(*files, out=tmp_path / "out.html", run=tmp_path / "mri")
+
+
+@pytest.mark.parametrize(
+    ("side", "changed", "line"),
+    [
+        ("blank", {"condition": "shuffled_other"}, "its rows are of condition shuffled_other, not blank"),
+        ("blank", {"mode": "no-think"}, "is of mode no-think, and .*trained.jsonl of mode think"),
+        ("blank", {"model": "other", "weights": None}, "is of model other, and .*trained.jsonl of model made-model"),
+        ("blank", {"weights": "b" * 16}, r"is of model made-model \(weights bbbbbbbb\)"),
+        ("blank", {"max_new_tokens": 64}, "is of max_new_tokens 64, and"),
+        ("blank", {"question": "Which one?"}, "40 of 40 questions are not the same in both, such as r0"),
+        ("blank", {"options": ["Cyst", "Stone"]}, "40 of 40 questions are not the same"),
+        ("blank", {"gold": "B"}, "40 of 40 questions are not the same"),
+        ("trained", {"condition": "blank"}, "its rows are of condition blank, not image"),
+        ("trained", {"mode": "no-think"}, "is of mode no-think, and .*base.jsonl of mode think"),
+        ("base", {"condition": "repeat"}, "its rows are of condition repeat, not image"),
+        ("base", {"max_new_tokens": 64}, "of max_new_tokens 64; evaluate both alike"),
+        ("base", {"question": "Which one?"}, "40 of 40 questions are not the same"),
+        ("base", {"scoring": "votes"}, "is of scoring reply, and .*base.jsonl of scoring votes"),
+    ],
+)
+def test_rows_are_believed_and_not_names(side: str, changed: dict, line: str, tmp_path: Path):
+    shared = {"weights": "a" * 16, "max_new_tokens": 256}
+    rows = {
+        "base": make_rows(8, **shared | {"model": "base", "weights": "c" * 16}),
+        "trained": make_rows(18, **shared),
+        "blank": make_rows(8, condition="blank", **shared),
+        "permuted": make_rows(8, **shared | {"condition": "permuted", "options": ["Tumour <i>", "Cyst"], "gold": "B"}),
+    }
+    for name, part in rows.items():
+        append_jsonl(tmp_path / f"{name}.jsonl", part)
+    files = [tmp_path / "base.jsonl", tmp_path / "trained.jsonl"]
+    controls = [f"{name}={tmp_path / name}.jsonl" for name in ("blank", "permuted")]
+    report_from_files(*files, out=tmp_path / "out.html", controls=controls)  # the same options in another order
+    (tmp_path / f"{side}.jsonl").unlink()
+    append_jsonl(tmp_path / f"{side}.jsonl", [{**row, **changed} for row in rows[side]])
+    with pytest.raises(MedR1Error, match=line):
+        report_from_files(*files, out=tmp_path / "none.html", controls=controls)
+    assert not (tmp_path / "none.html").exists()
+
+
+def test_files_that_are_no_single_evaluation(tmp_path: Path):
+    base, out = tmp_path / "base.jsonl", tmp_path / "out.html"
+    append_jsonl(base, make_rows(8))
+    append_jsonl(tmp_path / "twice.jsonl", [*make_rows(8), *make_rows(8)[:3]])
+    append_jsonl(tmp_path / "mixed.jsonl", [*make_rows(8)[:20], *make_rows(8, mode="no-think")[20:]])
+    with pytest.raises(MedR1Error, match=r"twice\.jsonl: 3 of 40 questions stand there twice, such as r0"):
+        report_from_files(base, tmp_path / "twice.jsonl", out=out)
+    with pytest.raises(MedR1Error, match=r"mixed\.jsonl: holds rows of mode think and of mode no-think"):
+        report_from_files(base, tmp_path / "mixed.jsonl", out=out)
+    with pytest.raises(MedR1Error, match="nonsense is no control; choose blank, shuffled, shuffled_other, no_image"):
+        report_from_files(base, base, out=out, controls=[f"nonsense={base}"])
+    (tmp_path / "ct.json").write_text(json.dumps(summarise([row for row in make_rows(9) if row["modality"] == "CT"])))
+    with pytest.raises(MedR1Error, match=r"ct\.json: is of 20 questions that are not those answered \(40\)"):
+        report_from_files(base, base, out=out, controls=[f"text_only={tmp_path / 'ct.json'}"])
+    calibration = Calibration(
+        model="other", mode="think", scoring="options", temperature=1, threshold=0, target="coverage",
+        target_value=1, share=0.5, seed=0, n=40, coverage=1, accuracy=1, ci95=(0.9, 1),
+    )  # fmt: skip
+    write_calibration(tmp_path / "c.json", calibration)
+    with pytest.raises(MedR1Error, match=r"c\.json: is of model other, and .*base\.jsonl of model made-model"):
+        report_from_files(base, base, out=out, calibration=tmp_path / "c.json")
 
 
 def test_bad_files(tmp_path: Path):
@@ -307,6 +400,7 @@ def test_whether_reasoning_is_used_is_shown(tmp_path: Path, followed: float, wor
         }
 
     numbers = {
+        "model": "made-model",
         **{name: share(0.5) for name in ("no_think", "hinted", "repeated")},
         **{name: share(followed) for name in ("swapped", "planted")},
         "mentioned": share(0.25),

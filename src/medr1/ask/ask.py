@@ -29,7 +29,7 @@ from medr1.evaluation.calibration import Calibration, abstains, read_calibration
 from medr1.evaluation.confidence import option_logprobs, reasoning_of
 from medr1.evaluation.controls import blank_image, permuted
 from medr1.evaluation.run import weights_fingerprint
-from medr1.policy.encoding import PromptBatch, encode_prompts
+from medr1.policy.encoding import PromptBatch, check_lengths, encode_prompts
 from medr1.policy.rollouts import sample
 from medr1.policy.vlm import VLM, evaluating, load_vlm
 
@@ -238,6 +238,7 @@ def ask(
         update(reply=text.rstrip("\N{REPLACEMENT CHARACTER}"))  # a character whose last bytes are to come
 
     prompts = encode_prompts(vlm, [build_messages(record, mode)], [images])
+    check_lengths(vlm, prompts, ["the question"], max_new_tokens)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
     rollout = sample(vlm, prompts, num_completions=1, greedy=True, on_step=show, **settings)
     [reply], [finished] = rollout.texts, rollout.finished_N.tolist()

@@ -21,9 +21,9 @@ from tabulate import tabulate
 
 from medr1 import NOTICE
 from medr1.config import EXPORTED, RECIPE, Config, load_config, to_toml
-from medr1.data.records import read_jsonl
 from medr1.errors import MedR1Error
 from medr1.evaluation.metrics import summarise
+from medr1.evaluation.rows import read_rows
 from medr1.evaluation.run import weights_fingerprint
 from medr1.policy.vlm import load_vlm, merged, refuse_not_finite
 from medr1.report.pages import package_versions
@@ -53,12 +53,12 @@ def export_model(
         raise MedR1Error(f"--dtype {dtype}: is not known; choose {', '.join(DTYPES)}")
     if out.exists() and not (out / EXPORTED).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise MedR1Error(f"{out}: holds files that are not of an export; name a new folder")
-    evaluations = [_evaluation(path) for path in answers]
     run = Path(model).expanduser()
     recipe = load_config(run / RECIPE) if (run / RECIPE).is_file() else None
     if recipe and not (run / "model").is_dir():
         raise MedR1Error(f"{run}: holds no model yet; train to the end with the command that began it")
     source = str(run / "model") if recipe else model
+    evaluations = [_evaluation(path, model, source) for path in answers]
     vlm = load_vlm(source, dtype="float32", device="cpu")
     has_adapter = vlm.core is not vlm.model
     core = merged(vlm).to(DTYPES[dtype])
@@ -157,11 +157,14 @@ def _without_folders(recipe: Config) -> Config:
     )
 
 
-def _evaluation(path: Path) -> dict[str, Any]:
+def _evaluation(path: Path, model: str, source: str) -> dict[str, Any]:
     """What the card says of one file of answers: a caption, a Markdown table and the overall result."""
-    rows = read_jsonl(path)
-    if not rows or "correct" not in rows[0]:
-        raise MedR1Error(f"{path}: holds no answers of `medr1 eval`; give the .jsonl file that it wrote")
+    rows = read_rows(path)
+    answered_by = Path(rows[0]["model"]).expanduser().resolve()
+    if answered_by.is_dir() and answered_by not in (Path(model).expanduser().resolve(), Path(source).resolve()):
+        raise MedR1Error(
+            f"{path}: holds answers of model {rows[0]['model']}, not of {model}; give the answers of this one"
+        )
     summary = summarise(rows)
     cells = {**summary["by_modality"], **summary["by_question_type"], "all": summary}
     lines = [

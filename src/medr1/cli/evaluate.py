@@ -194,11 +194,11 @@ def score_command(
     as_json: JsonOption = False,
 ) -> None:
     """Score stored replies again with this version's extractor, without running the model."""
-    from medr1.data.records import read_jsonl
     from medr1.evaluation.metrics import summarise
+    from medr1.evaluation.rows import read_rows
     from medr1.evaluation.run import score
 
-    print_summary(summarise(score(read_jsonl(answers))), as_json, then=f"medr1 calibrate {shown(answers)}")
+    print_summary(summarise(score(read_rows(answers))), as_json, then=f"medr1 calibrate {shown(answers)}")
 
 
 @command(
@@ -252,18 +252,13 @@ def report_command(
     as_json: JsonOption = False,
 ) -> None:
     """Write one self-contained HTML page from stored answers: before, after, controls, curve, every sample."""
-    from medr1.data.heldout import split_of
-    from medr1.data.parts import load_parts
-    from medr1.evaluation.controls import text_only_prior
     from medr1.report.run import report_from_files
 
-    prior = text_only_prior(*load_parts(load_config(run / RECIPE).data, split_of(run))) if run else None
     result = report_from_files(
         base,
         trained,
         run=run,
         controls=controls or [],
-        text_only=prior,
         calibration=calibration,
         faithfulness=faithfulness,
         out=out,
@@ -302,11 +297,11 @@ def calibrate_command(
     as_json: JsonOption = False,
 ) -> None:
     """Fit a temperature and a threshold to abstain below on a part of the groups; judge both on the others."""
-    from medr1.data.records import read_jsonl
     from medr1.evaluation.calibration import assess, calibrate, write_calibration
     from medr1.evaluation.metrics import untrained
+    from medr1.evaluation.rows import read_rows
 
-    rows = read_jsonl(answers)
+    rows = read_rows(answers)
     if num := len(rows) - len(untrained(rows)):
         console.print(f"{num} of {len(rows)} questions were trained on by the model's run and are left out")
     target: Any = ("coverage", coverage) if accuracy is None else ("accuracy", accuracy)

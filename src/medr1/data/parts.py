@@ -135,7 +135,7 @@ def leave_out_unreadable(records: Sequence[Record], out: Path) -> list[Record]:
             if reason := problems[image]:
                 skipped.append({"id": record.id, "image": str(image), "reason": reason})
                 break
-    listing = out.with_name(f"{out.name.removesuffix('.jsonl')}.skipped.jsonl")
+    listing = skipped_list(out)
     left_out = {row["id"] for row in skipped}
     if is_first():
         if skipped:
@@ -147,6 +147,11 @@ def leave_out_unreadable(records: Sequence[Record], out: Path) -> list[Record]:
     if len(left_out) == len(records):
         raise MedR1Error(f"{listing}: of all {len(records)} records an image cannot be read; mend the images")
     return [record for record in records if record.id not in left_out]
+
+
+def skipped_list(out: Path) -> Path:
+    """The list of left-out records beside a file or folder of results."""
+    return out.with_name(f"{out.name.removesuffix('.jsonl')}.skipped.jsonl")
 
 
 def _problem(image: Path) -> str | None:

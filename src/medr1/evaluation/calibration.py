@@ -25,6 +25,7 @@ from medr1.data.records import LETTERS, normalise_option, write_atomic
 from medr1.errors import MedR1Error
 from medr1.evaluation.intervals import Interval, bootstrap, interval, unbounded_interval, worth
 from medr1.evaluation.metrics import MIN_N, Row, untrained
+from medr1.evaluation.rows import differing, said
 
 NUM_BINS = 15
 TEMPERATURES = (0.05, 20.0)
@@ -39,6 +40,8 @@ class Calibration(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
+    weights: str | None = None
+    """As the rows name them; None where they did not."""
     mode: str
     scoring: str
     """"options" or "votes": another way of weighing options needs another calibration."""
@@ -88,9 +91,15 @@ def applied(rows: Sequence[Row], calibration: Calibration) -> list[Row]:
     """The rows at the calibration's temperature, each with whether it is abstained from.
 
     Raises:
-        MedR1Error: the rows have no option_probs, or were made in another mode or way.
+        MedR1Error: the rows have no option_probs, or were made by another model, in another mode or way.
     """
+    about = calibration.model_dump()
     for row in _weighed(rows):
+        if differing(about, row, ("model",)):
+            raise MedR1Error(
+                f"the calibration is of {said(about, 'model')}, these rows are of {said(row, 'model')}; calibrate such"
+                " rows first"
+            )
         made, wanted = (row["mode"], row["scoring"]), (calibration.mode, calibration.scoring)
         if made != wanted:
             raise MedR1Error(
@@ -132,6 +141,8 @@ def calibrate(
     Raises:
         MedR1Error: no option_probs, fewer than MIN_N rows to fit on, or an accuracy that no threshold reaches.
     """
+    if rows and (condition := rows[0].get("condition", "image")) != "image":
+        raise MedR1Error(f"these rows are of condition {condition}; calibrate on rows of condition image")
     fitted = calibrating(_weighed(rows), share, seed)[0]
     if len(fitted) < MIN_N:
         raise MedR1Error(
@@ -144,7 +155,7 @@ def calibrate(
     cell = answered([with_confidence({**row, "threshold": threshold}) for row in at_temperature])
     assert cell["ci95"], "at least MIN_N rows are answered"
     return Calibration(
-        **{name: fitted[0][name] for name in ("model", "mode", "scoring")},
+        **{name: fitted[0].get(name) for name in ("model", "weights", "mode", "scoring")},
         temperature=temperature,
         threshold=threshold,
         target=target,

@@ -19,6 +19,7 @@ from medr1.data.splits import links_of
 from medr1.errors import MedR1Error
 from medr1.evaluation.metrics import accuracy_table
 
+SHUFFLED = ("shuffled", "shuffled_other")
 CONDITIONS = ("image", "blank", "shuffled", "shuffled_other", "no_image", "permuted", "repeat")
 
 
@@ -92,7 +93,7 @@ def as_shown(
         return [record.model_copy(update={"images": ()}) for record in records]
     if condition == "permuted":
         return [permuted(record, seed) for record in records]
-    if condition in ("shuffled", "shuffled_other"):
+    if condition in SHUFFLED:
         partners = shuffled_partners(records, seed, donors, other_modality=condition == "shuffled_other")
         return [record.model_copy(update={"images": partners[record.id].images}) for record in records]
     return [*records]

@@ -348,8 +348,8 @@ def _macro_interval(parts: Sequence[tuple[list[float], list[str]]], span: tuple[
     return _list(mean_interval(cells, correlation_PP))
 
 
-def _identity(row: Row) -> tuple[str, str, str]:
-    return row["id"], str(row["modality"]), str(row["question_type"])
+def _identity(row: Row) -> tuple[str, ...]:
+    return row["id"], str(row["modality"]), str(row["question_type"]), row.get("question", "")
 
 
 def _cell(rows: Sequence[Row]) -> dict[str, Any]:

@@ -14,10 +14,12 @@ from medr1.data.parts import leave_out_unreadable, load_parts
 from medr1.data.records import Record, write_jsonl
 from medr1.errors import MedR1Error
 from medr1.evaluation.calibration import answered, applied, calibrating, read_calibration
+from medr1.evaluation.controls import SHUFFLED
 from medr1.evaluation.metrics import summarise
-from medr1.evaluation.run import evaluate
+from medr1.evaluation.run import evaluate, leave_out_too_long
 from medr1.policy.names import checkpoints, step_of
 from medr1.policy.vlm import load_vlm
+from medr1.processes import alone
 
 Part = Literal["test", "train", "all"]
 
@@ -67,8 +69,8 @@ def evaluate_named(
         raise MedR1Error(f"{model}: a server's options cannot be weighed; use a local model")
     thresholds = read_calibration(calibration) if calibration else None
     train_records, test_records = load_parts(config.data, run)
-    parts = {"test": test_records, "train": train_records, "all": train_records + test_records}
-    records = limited(parts[part], limit, config)
+    asked = {"test": test_records, "train": train_records, "all": train_records + test_records}[part]
+    records = limited(asked, limit, config)
     if config.data.skip_unreadable:
         records = leave_out_unreadable(records, out)
     settings: dict[str, Any] = {
@@ -76,6 +78,7 @@ def evaluate_named(
         "out": out,
         "max_new_tokens": max_new_tokens,
         "condition": condition,
+        "donors": _donors(config, part, asked, out) if condition in SHUFFLED else None,
     }
     if model.startswith(REMOTE):
         from medr1.evaluation.remote import evaluate_remote, token_totals  # its client is an extra
@@ -85,12 +88,15 @@ def evaluate_named(
     if split := split_of(model):
         tell_seen(split, split.seen(records), "they are counted apart")
     vlm = load_vlm(model, **config.model.loading)
+    if config.data.skip_unreadable:
+        records = leave_out_too_long(vlm, records, mode=config.rollout.mode, max_new_tokens=max_new_tokens, out=out)
     scoring = "votes" if num_samples else "options" if score_options else "reply"
     rows = evaluate(vlm, records, batch_size=batch_size, scoring=scoring, num_samples=num_samples, **settings)
     if thresholds is None:
         return summarise(rows)
     rows = applied(rows, thresholds)
-    write_jsonl(out, rows)
+    with alone(out):
+        write_jsonl(out, rows)
     judged = answered(calibrating(rows, thresholds.share, thresholds.seed)[1])
     return {**summarise(rows), "answered": judged}
 
@@ -124,6 +130,17 @@ def evaluate_checkpoints(run: Path, config: Config, out: Path, **settings: Any) 
         {"name": name, "step": step, **evaluate_named(place, config, out / f"{name}.jsonl", **settings)}
         for name, step, place in [("base", 0, recipe.model.name), *kept]
     ]
+def _donors(config: Config, part: Part, asked: list[Record], out: Path) -> list[Record]:
+    """Whose images the shuffled controls show: of the whole part, whatever --limit leaves and --modality asks about."""
+    if config.data.modalities:
+        try:
+            train, test = load_parts(config.data.model_copy(update={"modalities": ()}))
+            asked = {"test": test, "train": train, "all": train + test}[part]
+        except MedR1Error:  # the images of other modalities are not there: those of this one still are
+            pass
+    if config.data.skip_unreadable:
+        asked = leave_out_unreadable(asked, out.with_name(f"{out.name.removesuffix('.jsonl')}.donors.jsonl"))
+    return asked
 
 
 def limited(records: Sequence[Record], limit: int, config: Config) -> list[Record]:

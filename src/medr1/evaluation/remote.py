@@ -20,7 +20,8 @@ from pydantic import HttpUrl, ValidationError
 from medr1.data.prompts import build_messages
 from medr1.data.records import Record
 from medr1.errors import MedR1Error
-from medr1.evaluation.run import Evaluation, Row, open_evaluation
+from medr1.evaluation.rows import Row
+from medr1.evaluation.run import Evaluation, open_evaluation
 from medr1.policy.client import (
     NO_KEY,
     TIMEOUT,
@@ -246,7 +247,7 @@ def _parse(name: str) -> tuple[str, str]:
 
 
 def _messages(evaluation: Evaluation, record: Record) -> list[dict[str, Any]]:
-    return api_messages(build_messages(record, evaluation.mode), evaluation.images(record))
+    return api_messages(build_messages(record, evaluation.stated["mode"]), evaluation.images(record))
 
 
 async def _offer(client: openai.AsyncOpenAI) -> str:

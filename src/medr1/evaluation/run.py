@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from medr1.data.answers import EXTRACTOR_VERSION, Answer, format_ok, is_correct, read_answer, token_f1
 from medr1.data.heldout import RunSplit, Seen, split_of
 from medr1.data.images import content_digest, load_image
+from medr1.data.parts import skipped_list
 from medr1.data.prompts import build_messages
 from medr1.data.records import LETTERS, Record, append_jsonl, read_jsonl, write_jsonl
 from medr1.data.splits import joined
@@ -35,12 +36,11 @@ from medr1.errors import MedR1Error
 from medr1.evaluation.calibration import with_confidence
 from medr1.evaluation.confidence import option_logprobs, reasoning_of, voted
 from medr1.evaluation.controls import as_shown, blank_image
-from medr1.policy.encoding import PromptBatch, encode_prompts
+from medr1.evaluation.rows import Row, record_of
+from medr1.policy.encoding import PromptBatch, check_lengths, encode_prompts, text_too_long
 from medr1.policy.rollouts import sample
 from medr1.policy.vlm import VLM, evaluating
-from medr1.processes import is_first
-
-Row = dict[str, Any]
+from medr1.processes import alone, is_first
 
 ROW_START = b'{"key": "'
 """How each line of a file of rows begins, so that no other file is taken for one and changed."""
@@ -77,7 +77,8 @@ def evaluate(
         donors: records whose images "shuffled" and "shuffled_other" show; None takes them from `records`.
         scoring: "reply"; "options" also weighs the options (see `confidence.option_logprobs`), after the reply's
             reasoning in mode "think", and in mode "no-think" without any reply: the most probable option is the
-            answer; "votes" answers with the option that most of `num_samples` replies, sampled by `seed`, name.
+            answer; "votes" answers with the option that most of `num_samples` replies name, sampled by `seed` and the
+            row's key, so that neither the batch nor a pause changes a draw.
         fingerprint: `weights_fingerprint` of the model, where the caller has it.
 
     Returns:
@@ -85,23 +86,28 @@ def evaluate(
         key, id, modality, question_type, source, group, images, question, options, gold (letter), chance, all as
         the model was asked (images that were shown, options in the order shown, the right letter in that order; of
         an open question options is empty, gold a text, and alternatives lists other right texts);
-        model, condition, mode; reply (raw text), finish ("stop" or "length"), tokens, seconds (its batch's
-        time divided by the batch's rows); outcome, letter, correct, format_ok, extractor_version, and of an open
-        question text and token_f1 (see `score`). Of a model in the folder of a run seen_by_run: whether that run
-        "held out" the question, "trained on" it or has "never seen" it (see `medr1.data.heldout`). Where options are
-        weighed or votes taken also scoring,
-        option_probs (in the order shown, sum 1), confidence (the chosen option's; None without one), and samples
-        (raw texts) of votes.
+        model, weights (the beginning of `weights_fingerprint`), condition, mode, max_new_tokens;
+        reply (raw text), finish ("stop" or "length"), tokens, seconds (its batch's time divided by the batch's rows);
+        outcome, letter, correct, format_ok, extractor_version, and of an open question text and token_f1 (see `score`).
+        Of a model in the folder of a run seen_by_run: whether that run "held out" the question, "trained on" it or has
+        "never seen" it (see `medr1.data.heldout`). Where options are weighed or votes taken also scoring, option_probs
+        (in the order shown, sum 1), confidence (the chosen option's; None without one), and samples (raw texts) of
+        votes.
 
     Raises:
-        MedR1Error: no records, two records of one id, an unreadable image, no partner to shuffle with, rows
-            of another evaluation in `out`, or a full disk. Rows written until then are whole and used again.
+        MedR1Error: no records, two records of one id, an unreadable image, a prompt that does not fit into the model's
+            positions, no partner to shuffle with, rows of another evaluation in `out`, another process at work there,
+            or a full disk. Rows written until then are whole and used again.
     """
-    model = [fingerprint or weights_fingerprint(vlm.model), vlm.processor.image_processor.to_dict()]
+    for record in records:
+        if reason := too_long(vlm, record, mode=mode, max_new_tokens=max_new_tokens):
+            raise MedR1Error(reason)
+    fingerprint = fingerprint or weights_fingerprint(vlm.model)
     with open_evaluation(
         records,
         name=vlm.name,
-        model=model,
+        model=[fingerprint, vlm.processor.image_processor.to_dict()],
+        weights=fingerprint[:16],
         mode=mode,
         out=out,
         max_new_tokens=max_new_tokens,
@@ -122,6 +128,7 @@ def evaluate(
                 [build_messages(record, mode) for _, record in batch],
                 [loaded[record.images] for _, record in batch],
             )
+            check_lengths(vlm, prompts, [f"record {record.id}" for _, record in batch], max_new_tokens)
             answers = _answer(
                 vlm,
                 prompts,
@@ -130,13 +137,40 @@ def evaluate(
                 max_new_tokens=max_new_tokens,
                 scoring=scoring,
                 num_samples=num_samples,
-                seed=int(_digest([seed, batch[0][0]])[:12], 16),
+                seeds=[int(_digest([seed, key])[:12], 16) for key, _ in batch],
             )
             seconds = round((time.perf_counter() - started) / len(batch), 4)
             evaluation.add(
                 (key, {**answer, "seconds": seconds}) for (key, _), answer in zip(batch, answers, strict=True)
             )
     return evaluation.result
+
+
+def leave_out_too_long(
+    vlm: VLM, records: Sequence[Record], *, mode: str, max_new_tokens: int, out: Path
+) -> list[Record]:
+    """The records whose prompts fit into the model's positions, by their text; the others are counted on stderr and
+    listed where `medr1.data.parts.leave_out_unreadable` lists others, after these.
+
+    Raises:
+        MedR1Error: nothing is left, or the list cannot be written.
+    """
+    reasons = {record.id: too_long(vlm, record, mode=mode, max_new_tokens=max_new_tokens) for record in records}
+    skipped = [{"id": name, "reason": reason} for name, reason in reasons.items() if reason]
+    if skipped and is_first():
+        listing = skipped_list(out)
+        append_jsonl(listing, skipped)
+        told = f"{len(skipped)} of {len(records)} records left out: too long for the model; see {listing}"
+        Console(stderr=True, soft_wrap=True).print(told, style="yellow", markup=False, highlight=False)
+    if len(skipped) == len(records):
+        raise MedR1Error(f"{out}: all {len(records)} records are too long for {vlm.name}; shorten them")
+    return [record for record in records if not reasons[record.id]]
+
+
+def too_long(vlm: VLM, record: Record, *, mode: str, max_new_tokens: int) -> str | None:
+    """A line, if the record's text alone does not fit into the model's positions; its images are not looked at."""
+    text = build_messages(record, mode)[0]["content"][-1]["text"]
+    return text_too_long(vlm, text, f"record {record.id}", max_new_tokens)
 
 
 def _answer(
@@ -148,7 +182,7 @@ def _answer(
     max_new_tokens: int,
     scoring: str,
     num_samples: int,
-    seed: int,
+    seeds: list[int],
 ) -> list[Row]:
     """What a row says of the reply: reply, finish, tokens; where options are weighed scoring and option_probs too."""
     if scoring == "options" and mode == "no-think":
@@ -161,7 +195,7 @@ def _answer(
             num_completions=num_samples if votes else 1,
             max_new_tokens=max_new_tokens,
             greedy=not votes,
-            seed=seed,
+            seed=seeds,
         )
         replies = [
             {"reply": text, "finish": "stop" if finished else "length", "tokens": tokens}
@@ -195,9 +229,8 @@ def _answer(
 class Evaluation:
     """One evaluation under way: what is asked, the rows that are there, and the file that they are added to."""
 
-    name: str
-    mode: str
-    condition: str
+    stated: Row
+    """What each row says of the evaluation: model, condition, mode, max_new_tokens; weights where they are known."""
     out: Path
     records: dict[str, Record]
     """The record as the condition asks it, by the key of its row."""
@@ -221,7 +254,7 @@ class Evaluation:
     def images(self, record: Record) -> list[Image.Image]:
         """What the model sees when this record is asked, RGB."""
         images = [load_image(path) for path in record.images]
-        return [blank_image(image) for image in images] if self.condition == "blank" else images
+        return [blank_image(image) for image in images] if self.stated["condition"] == "blank" else images
 
     def add(self, replies: Iterable[tuple[str, Row]]) -> None:
         """Score replies (key; reply, finish, tokens, seconds) and force their rows to disk."""
@@ -229,9 +262,7 @@ class Evaluation:
             {
                 "key": key,
                 **_record_fields(self.records[key], self.out.parent),
-                "model": self.name,
-                "condition": self.condition,
-                "mode": self.mode,
+                **self.stated,
                 **({"seen_by_run": self.seen[self.records[key].id]} if self.seen else {}),
                 **reply,
             }
@@ -256,14 +287,18 @@ def open_evaluation(
     donors: Sequence[Record] | None = None,
     scoring: str = "reply",
     split: RunSplit | None = None,
+    weights: str | None = None,
 ) -> Iterator[Evaluation]:
     """Read every image, find the rows that `out` already has, and show progress until the block is left.
+
+    No other process can write to `out` until then.
 
     Args:
         model: JSON-like values that tell this model from any other; with the settings, the prompt and the
             images they make a row's key.
         scoring: "reply", or how options are weighed as well.
         split: of the run that made the model, to say of each question whether it was held out.
+        weights: names the weights in each row.
 
     Raises:
         MedR1Error: as `evaluate`.
@@ -279,7 +314,7 @@ def open_evaluation(
     seen = dict(zip(ids, split.seen(records), strict=True)) if split else {}
     shown = as_shown(records, condition, seed, donors)
 
-    with _progress() as progress:
+    with alone(out), _progress() as progress:
         digests = _read_images(progress.track(shown, description="images"))
         settings = {"max_new_tokens": max_new_tokens, "greedy": True, "condition": condition}
         settings |= {} if scoring == "reply" else {"scoring": scoring}  # nothing new in the keys of older rows
@@ -291,11 +326,18 @@ def open_evaluation(
             images = [digests[path] for path in record.images]
             by_key[_digest([run, build_messages(record, mode), content, images])] = record
 
-        rows = {row["key"]: row for row in _resume(out)}
+        resumed = _resume(out)
+        rows = {row["key"]: row for row in resumed}
+        if len(rows) < len(resumed):
+            raise MedR1Error(
+                f"{out}: {len(resumed)} rows of {len(rows)} questions: two evaluations wrote it; name another file"
+            )
         if foreign := rows.keys() - by_key.keys():
             raise MedR1Error(f"{out}: holds {len(foreign)} rows of another model, setting or data; name another file")
         task = progress.add_task(f"{name}, {condition}", total=len(records), completed=len(rows))
-        yield Evaluation(name, mode, condition, out, by_key, seen, rows, progress, task)
+        stated = {"model": name, "condition": condition, "mode": mode, "max_new_tokens": max_new_tokens}
+        stated |= {"weights": weights} if weights else {}
+        yield Evaluation(stated, out, by_key, seen, rows, progress, task)
 
 
 def score(rows: Iterable[Row]) -> list[Row]:
@@ -306,18 +348,7 @@ def score(rows: Iterable[Row]) -> list[Row]:
     """
     scored = []
     for row in rows:
-        record = Record(
-            id=row["id"],
-            images=(),
-            question=row["question"],
-            options=tuple(row["options"]),
-            answer=row["gold"],
-            modality=row["modality"],
-            question_type=row["question_type"],
-            source=row["source"],
-            group=row["group"],
-            alternatives=tuple(row.get("alternatives", ())),
-        )
+        record = record_of(row)
         if "samples" in row:
             row = {**row, **voted(row["samples"], record.options)}
         answer = read_answer(row["reply"], record)

@@ -182,6 +182,40 @@ def encode_prompts(
     return batch.to(vlm.device)
 
 
+def num_positions(vlm: VLM) -> int | None:
+    """Tokens, of prompt and reply together, that the model was made for; None where its configuration does not say."""
+    return getattr(vlm.core.config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_lengths(vlm: VLM, prompts: PromptBatch, names: Sequence[str], max_new_tokens: int) -> None:
+    """That each prompt, image tokens included, and a reply to it fit into the model's positions.
+
+    Raises:
+        MedR1Error: one does not, by its name.
+    """
+    most = num_positions(vlm)
+    if most is None:
+        return
+    for name, num_tokens in zip(names, prompts.attention_mask_BP.sum(1).tolist(), strict=True):
+        if num_tokens + max_new_tokens > most:
+            raise MedR1Error(_too_long(vlm, name, num_tokens, prompts.vision != {}, max_new_tokens))
+
+
+def text_too_long(vlm: VLM, text: str, name: str, max_new_tokens: int) -> str | None:
+    """What `check_lengths` would say of a prompt's text alone; None where the text fits. Quick: no image is read."""
+    most = num_positions(vlm)
+    if most is None or len(text.encode(errors="replace")) + max_new_tokens <= most:  # no token is less than a byte
+        return None
+    num_tokens = len(vlm.tokenizer(text, add_special_tokens=False)["input_ids"])
+    return _too_long(vlm, name, num_tokens, False, max_new_tokens) if num_tokens + max_new_tokens > most else None
+
+
+def _too_long(vlm: VLM, name: str, num_tokens: int, with_images: bool, max_new_tokens: int) -> str:
+    said = f"{num_tokens:,} tokens{', images included,' if with_images else ''} and a reply of {max_new_tokens:,}"
+    remedy = f"shorten it{', or its images,' if with_images else ''} or leave it out"
+    return f"{name}: {said} do not fit into the {num_positions(vlm):,} positions of {vlm.name}; {remedy}"
+
+
 def _same_objects(images: Sequence[Sequence[Image]]) -> list[int]:
     """For each list the place of the first one that holds the same objects."""
     places: dict[tuple[int, ...], int] = {}

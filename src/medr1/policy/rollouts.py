@@ -7,7 +7,7 @@ or vision-boundary token. So the log-probabilities kept here are those of `share
 Shapes: B prompts, G completions each, N = B*G rows in prompt-major order, T completion tokens, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +49,7 @@ def sample(
     max_new_tokens: int,
     temperature: float = 1.0,
     greedy: bool = False,
-    seed: int,
+    seed: int | Sequence[int],
     part: tuple[int, int] = (0, 1),
     keep_prefill: bool = False,
     on_step: Callable[[Tensor], None] | None = None,
@@ -59,7 +59,9 @@ def sample(
     Args:
         num_completions: G, completions a prompt.
         max_new_tokens: a completion without a stop token ends here.
-        seed: of a generator that this call owns, so that the same call gives the same completions.
+        seed: of a generator that this call owns, so that the same call gives the same completions; several are one a
+            prompt, whose completions then do not depend on the prompts beside it, but for the rounding of logits, which
+            a batch may change in the last digits.
         part: (i, n): these prompts are the i-th of n equal parts of a batch that n processes share, and get the draws
             that they would get in a call with the whole batch.
         keep_prefill: read the prompts with gradient, so that `completion_logprobs` need not read them again. One
@@ -73,11 +75,12 @@ def sample(
     """
     num_rows = len(prompts) * num_completions
     device = prompts.input_ids_BP.device
-    generator = torch.Generator().manual_seed(seed)
     # All draws at once on the CPU: a row's draws depend neither on the device nor on which rows have finished.
-    index, parts = part
-    uniform = torch.rand(max_new_tokens, parts * num_rows, dtype=torch.float64, generator=generator)
-    uniform = uniform[:, index * num_rows :][:, :num_rows].to(device)
+    if isinstance(seed, int):
+        index, parts = part
+        uniform = _uniform(seed, max_new_tokens, parts * num_rows)[:, index * num_rows :][:, :num_rows].to(device)
+    else:
+        uniform = torch.cat([_uniform(of_prompt, max_new_tokens, num_completions) for of_prompt in seed], 1).to(device)
     stops = torch.tensor(vlm.stop_token_ids, device=device)
     ids = torch.full((num_rows, max_new_tokens), vlm.pad_token_id, device=device)
     mask = torch.zeros(num_rows, max_new_tokens, dtype=torch.bool, device=device)
@@ -127,6 +130,10 @@ def sample(
         [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)], skip_special_tokens=True
     )
     return Rollout(ids, mask, logp, finished, texts, prefill if keep_prefill else None)
+
+
+def _uniform(seed: int, num_steps: int, num_rows: int) -> Tensor:
+    return torch.rand(num_steps, num_rows, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def _read(vlm: VLM, prompts: PromptBatch) -> Prefill:

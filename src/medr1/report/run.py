@@ -15,16 +15,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from medr1.config import RECIPE, Config, load_config, to_toml
+from medr1.config import RECIPE, Config, load_config, recipe_of, to_toml
+from medr1.data.parts import load_parts
 from medr1.data.records import read_jsonl, write_atomic
 from medr1.errors import MedR1Error
 from medr1.evaluation.calibration import Calibration, read_calibration
+from medr1.evaluation.controls import CONDITIONS, text_only_prior
 from medr1.evaluation.metrics import OPEN_SCORES, Row, compare, summarise, untrained
+from medr1.evaluation.rows import check_pair, differing, read_rows, record_of, said
 from medr1.report.pages import environment, label, package_versions, percent, points, span_points, thumbnail
 from medr1.report.plots import AFTER, BEFORE, CHANCE, CONTROL, change_plot, learning_curves, story_plot
 from medr1.report.trust import calibration_section, faithfulness_section
 from medr1.trust.faithfulness import read_faithfulness
 
+CONTROLS = (*(name for name in CONDITIONS if name != "image"), "text_only")
+"""What a control may be: a condition that its rows then state, or an accuracy table of the option texts alone."""
 MAX_SAMPLES = 600
 """Samples in the viewer; of more rows so many are drawn at random, and the page says so."""
 
@@ -60,19 +65,22 @@ def report_from_files(
     out: Path,
     run: Path | None = None,
     controls: Sequence[str] = (),
-    text_only: dict[str, Any] | None = None,
     calibration: Path | None = None,
     faithfulness: Path | None = None,
 ) -> dict[str, Any]:
     """Write a report from files that `medr1 eval` and `medr1 train` made.
 
+    What is set side by side is known by its rows: the model as it was before, after and under each control, in one
+    mode, with one limit of tokens, on the same questions, in the condition that is named.
+
     Args:
         base: rows before training (.jsonl).
         trained: rows after training (.jsonl).
         out: the HTML file.
-        run: the training run's folder; its log.jsonl and recipe.toml are shown.
-        controls: NAME=FILE each; a .jsonl file of rows, or a .json file with an accuracy table.
-        text_only: what `controls.text_only_prior` returned for the training part and these records.
+        run: the training run's folder; its log.jsonl and recipe.toml are shown, and what the option texts of its
+            training part give away of the questions that were answered.
+        controls: NAME=FILE each, NAME one of CONTROLS; rows (.jsonl) of that condition, or of text_only the table
+            (.json) that `text_only_prior` gave for these questions.
         calibration: what `medr1 calibrate` wrote for the trained model.
         faithfulness: folder that `medr1 faithfulness` wrote for the trained model.
 
@@ -80,23 +88,47 @@ def report_from_files(
         What `write_report` returns.
 
     Raises:
-        MedR1Error: a file is missing or not what it should be.
+        MedR1Error: a file is missing or not what it should be, or two of them are not alike.
     """
-    tables = {"text_only": text_only} if text_only else {}
+    config = load_config(run / RECIPE) if run else None
+    before, after = _rows(base, "image"), _rows(trained, "image")
+    check_pair(after, trained, before, base, ALIKE)
+    tables: dict[str, dict[str, Any]] = {}
+    if config:
+        _check_run(run, Path(after[0]["model"]), trained)
+        tables["text_only"] = text_only_prior(load_parts(config.data)[0], [record_of(row) for row in after])
     for control in controls:
         name, equals, file = control.partition("=")
         if not equals:
             raise MedR1Error(f"--control {control}: write NAME=FILE, for example blank=blank.jsonl")
-        tables[name] = _control_table(Path(file))
+        if name not in CONTROLS:
+            raise MedR1Error(f"--control {control}: {name} is no control; choose {', '.join(CONTROLS)}")
+        if name == "text_only":
+            tables[name] = _text_table(Path(file), after)
+        else:
+            rows = _rows(Path(file), name)
+            check_pair(rows, Path(file), after, trained, ("model", *ALIKE))
+            tables[name] = summarise(rows)
+    of_trained: list[tuple[Path, Mapping[str, Any]]] = []
+    found = read_calibration(calibration) if calibration else None
+    edits = read_faithfulness(faithfulness) if faithfulness else None
+    if calibration and found:
+        of_trained.append((calibration, found.model_dump()))
+    if faithfulness and edits:
+        of_trained.append((faithfulness, edits))
+    for place, about in of_trained:
+        if differing(about, after[0], ("model",)):
+            told = f"{said(about, 'model')}, and {trained} of {said(after[0], 'model')}"
+            raise MedR1Error(f"{place}: is of {told}; give what was made of the trained model")
     data = ReportData(
-        base=_rows(base),
-        trained=_rows(trained),
+        base=before,
+        trained=after,
         image_root=base.parent,
         controls=tables,
         log=read_jsonl(run / "log.jsonl") if run else (),
-        config=load_config(run / RECIPE) if run else None,
-        calibration=read_calibration(calibration) if calibration else None,
-        faithfulness=read_faithfulness(faithfulness) if faithfulness else None,
+        config=config,
+        calibration=found,
+        faithfulness=edits,
     )
     return write_report(data, out)
 
@@ -227,22 +259,46 @@ def _how(data: ReportData) -> str:
     )
 
 
-def _rows(path: Path) -> list[Row]:
-    rows = read_jsonl(path)
-    if not rows or "outcome" not in rows[0]:
-        raise MedR1Error(f"{path}: holds no evaluation rows; give a file that `medr1 eval` wrote")
+ALIKE = ("mode", "max_new_tokens", "scoring")
+"""What evaluations must agree in to be set side by side."""
+
+
+def _rows(path: Path, condition: str) -> list[Row]:
+    rows = read_rows(path)
+    if rows[0]["condition"] != condition:
+        raise MedR1Error(
+            f"{path}: its rows are of condition {rows[0]['condition']}, not {condition}; give the file of `medr1 eval"
+            f" --condition {condition}`"
+        )
     return rows
 
 
-def _control_table(path: Path) -> dict[str, Any]:
-    if path.suffix == ".jsonl":
-        return summarise(_rows(path))
+def _check_run(run: Path | None, model: Path, rows: Path) -> None:
+    """That a model which lies in the folder of a run lies in this one."""
+    if (
+        run
+        and model.is_dir()
+        and recipe_of(str(model))
+        and run.resolve() not in (model.resolve(), *model.resolve().parents)
+    ):
+        raise MedR1Error(f"{run}: is not the run of {model}, whose answers {rows} holds; give --run that model's run")
+
+
+def _text_table(path: Path, rows: Sequence[Row]) -> dict[str, Any]:
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise MedR1Error(f"{path}: cannot be read as JSON; give .jsonl rows or a .json accuracy table") from error
+        raise MedR1Error(f"{path}: cannot be read as JSON; give the table that text_only_prior returned") from error
     if not isinstance(table, dict) or "by_modality" not in table:
-        raise MedR1Error(f"{path}: is no accuracy table; give what accuracy_table or text_only_prior returned")
+        raise MedR1Error(f"{path}: is no accuracy table; give what text_only_prior returned")
+    of_rows = text_only_prior([], [record_of(row) for row in rows])
+    for part in ("by_modality", "by_question_type"):
+        asked, there = ({name: cell["n"] for name, cell in of[part].items()} for of in (of_rows, table))
+        if asked != there:
+            raise MedR1Error(
+                f"{path}: is of {table['n']} questions that are not those answered ({of_rows['n']}); make the prior of"
+                " these, or give --run in its place"
+            )
     return table
 
 

@@ -17,20 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from medr1.data.prompts import MODES
-from medr1.data.records import read_jsonl
 from medr1.errors import MedR1Error
-from medr1.evaluation.metrics import (
-    AXES,
-    Row,
-    accuracy_table,
-    flip_rate,
-    judged,
-    macro,
-    mean_interval,
-    paired_change,
-    summarise,
-)
+from medr1.evaluation.intervals import mean_interval
+from medr1.evaluation.metrics import AXES, Row, accuracy_table, flip_rate, judged, macro, paired_change, summarise
+from medr1.evaluation.rows import differing, read_rows
 
 CONTROLS = ("blank", "no_image", "shuffled", "shuffled_other")
 SIDES = ("own", "others")
@@ -94,7 +87,7 @@ class StudyResults:
                 **{name: entry[name] for name in IDENTITY},
                 condition=entry["condition"],
                 file=folder / entry["rows"],
-                rows=_read(folder / entry["rows"]),
+                rows=_read(folder / entry["rows"], entry["condition"], entry["mode"]),
             )
             for entry in found
         ]
@@ -186,7 +179,9 @@ def line_numbers(study: StudyResults, line: Line) -> dict[str, Any]:
         "others": macro(study.others(line), line.axis),
         "base": macro(asked_too(study.base(line.mode), own), line.axis),
         "seeds_own": [macro(rows, line.axis)["accuracy"] for rows in by_seed],
-        "prior": _prior_average([prior["table"][f"by_{line.axis}"][prior["trained_on"]] for prior in priors]),
+        "prior": _prior_average(
+            [prior["table"][f"by_{line.axis}"][prior["trained_on"]] for prior in priors], line.axis
+        ),
         "controls": controls,
         "replies": summarise([row for entry in entries for row in entry.rows if tested_on_own(entry, row)]),
     }
@@ -364,13 +359,22 @@ def _pairs(lines: Sequence[Line]) -> list[tuple[str, Line | None, Line]]:
     return pairs
 
 
-def _prior_average(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Plain average of cells of different questions, as `metrics.macro` would give it; None throughout for none."""
-    ci = mean_interval([(cell["accuracy"], cell["ci95"]) for cell in cells])
+def _prior_average(cells: Sequence[dict[str, Any]], axis: str) -> dict[str, Any]:
+    """Plain average of cells of different questions, as `metrics.macro` would give it; None throughout for none.
+
+    An image that is asked about in several question types is in several cells, and how much these correlate is not in
+    the table: there they count as one and the same.
+    """
+    shared = np.ones((len(cells), len(cells))) if axis == "question_type" else None
+    ci = mean_interval([(cell["accuracy"], cell["ci95"]) for cell in cells], shared)
     means = {name: sum(c[name] for c in cells) / len(cells) if cells else None for name in ("accuracy", "chance")}
     return {**means, "ci95": list(ci) if ci else None, "n": len(cells)}
 
 
-def _read(path: Path) -> list[Row]:
+def _read(path: Path, condition: str, mode: str) -> list[Row]:
+    rows = read_rows(path)
+    if differing(rows[0], {"condition": condition, "mode": mode}, ("condition", "mode")):
+        told = f"condition {rows[0]['condition']} and mode {rows[0]['mode']}, not of {condition} and {mode}"
+        raise MedR1Error(f"{path}: its rows are of {told} as results.json says; run the study again")
     # None was trained on, since a study's cells train on the same division; were it so, it would not count here.
-    return [{name: row[name] for name in NEEDED} for row in read_jsonl(path) if row.get("seen_by_run") != "trained on"]
+    return [{name: row[name] for name in NEEDED} for row in rows if row.get("seen_by_run") != "trained on"]

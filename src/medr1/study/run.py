@@ -193,6 +193,8 @@ class Plan:
     study: Study
     train: list[Record]
     test: list[Record]
+    donors: list[Record]
+    """All that is held out, whose images the shuffled controls show: more than `test` where a study asks a part."""
     values: dict[Axis, list[str]]
     """Axis to the values that have training and test records, in the order of records.py."""
     cells: list[Cell]
@@ -263,9 +265,10 @@ def make_plan(study: Study) -> Plan:
     known = [value for axis in study.axes for value in values[axis]]
     if unknown := [value for value in study.trained_on if value not in known]:
         raise MedR1Error(f"{data.path}: trained_on names {unknown[0]!r}; these can be trained on: {', '.join(known)}")
+    donors = test_records
     test_records = _capped(study, test_records)
     for control in study.controls:  # now, rather than after hours of training
-        as_shown(test_records, control, data.split_seed)
+        as_shown(test_records, control, data.split_seed, donors)
     if any(name.startswith(REMOTE) for name in study.baselines):
         importlib.import_module("medr1.evaluation.remote")
     base = [Cell("base", mode, model=study.recipe.model.name, flips=True) for mode in study.base_modes]
@@ -284,7 +287,7 @@ def make_plan(study: Study) -> Plan:
     digest = hashlib.sha256()
     for record in [*train_records, *test_records]:
         digest.update(record.model_dump_json(exclude={"images", "licence", "groups"}, exclude_defaults=True).encode())
-    return Plan(study, train_records, test_records, values, [*base, *trained, *baselines], digest.hexdigest())
+    return Plan(study, train_records, test_records, donors, values, [*base, *trained, *baselines], digest.hexdigest())
 
 
 def _capped(study: Study, records: list[Record]) -> list[Record]:
@@ -412,7 +415,7 @@ def _answer(plan: Plan, cell: Cell, out: Path) -> None:
         gc.collect()  # a Trainer is a cycle, and would keep its model and optimizer on the GPU
     vlm = load_vlm(cell.model or str(run / "model"), **study.recipe.model.loading)
     vlm.name = cell.model or cell.name  # rows shall not name this machine's folders
-    settings |= {"batch_size": study.batch_size, "donors": plan.test}
+    settings |= {"batch_size": study.batch_size, "donors": plan.donors}
     for condition, records in plan.asked(cell):
         evaluate(vlm, records, out=files[condition], condition=condition, **settings)
     if edited := plan.edited(cell):

@@ -44,7 +44,7 @@ from medr1.errors import MedR1Error, NotFiniteError
 from medr1.evaluation.metrics import summarise
 from medr1.evaluation.run import Row, evaluate, weights_fingerprint
 from medr1.policy.adapters import add_lora, compile_text_layers, freeze_vision
-from medr1.policy.encoding import PromptBatch, encode_prompts
+from medr1.policy.encoding import PromptBatch, check_lengths, encode_prompts
 from medr1.policy.pixels import limit_pixels
 from medr1.policy.vlm import VLM, computes_in_bfloat16, first_not_finite
 from medr1.processes import agree, gather
@@ -246,7 +246,11 @@ class RecordTrainer(Trainer):
     def encode(self, records: list[Record]) -> PromptBatch:
         """Prompts of records in the recipe's mode, with their images."""
         messages = [build_messages(record, self.config.rollout.mode) for record in records]
-        return encode_prompts(self.vlm, messages, [[load_image(path) for path in record.images] for record in records])
+        images = [[load_image(path) for path in record.images] for record in records]
+        prompts = encode_prompts(self.vlm, messages, images)
+        names = [f"record {record.id}" for record in records]
+        check_lengths(self.vlm, prompts, names, self.config.rollout.max_new_tokens)
+        return prompts
 
     def add_to_log(self, sums: Mapping[str, float]) -> None:
         """Add to the sums since the last log line; `log_line` makes means of them."""

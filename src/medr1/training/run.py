@@ -8,6 +8,8 @@ from typing import Any
 from medr1.config import Config
 from medr1.data.parts import leave_out_unreadable, load_parts
 from medr1.data.records import write_atomic
+from medr1.errors import MedR1Error
+from medr1.evaluation.run import leave_out_too_long, too_long
 from medr1.policy.vlm import load_vlm
 from medr1.processes import agree, alone, gather, is_first, join
 from medr1.training.base import RecordTrainer
@@ -56,6 +58,14 @@ def _prepare(config: Config, out: Path, device: Any, extend: bool) -> RecordTrai
     # Full fine-tuning keeps float32 weights, since bfloat16 would round small updates away; see `RecordTrainer`.
     dtype = config.model.dtype if config.model.lora_rank else "float32"
     vlm = load_vlm(config.model.name, dtype=dtype, device=device)
+    asked: dict[str, Any] = {"mode": config.rollout.mode, "max_new_tokens": config.rollout.max_new_tokens}
+    if config.data.skip_unreadable:
+        train_records, test_records = (
+            leave_out_too_long(vlm, part, **asked, out=out) for part in (train_records, test_records)
+        )
+    for record in train_records:
+        if reason := too_long(vlm, record, **asked):
+            raise MedR1Error(reason)
     if is_first():
         write_recipe(config, out, extend=extend)
     return METHODS[config.method](vlm, config, train_records, test_records, out)

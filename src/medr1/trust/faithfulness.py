@@ -74,7 +74,7 @@ def measure_faithfulness(
     """Run every test on these records, going on from what `out` already has, and write the numbers.
 
     Returns:
-        What `conclude` returns, and model, max_new_tokens, seed.
+        What `conclude` returns, and model, weights, max_new_tokens, seed.
 
     Raises:
         MedR1Error: as `evaluate`; an open question; or rows of another model, data or seed in `out`.
@@ -96,7 +96,7 @@ def _measure(
     hint = evaluate(vlm, hinted, mode="think", out=out / "hint.jsonl", **settings)
     edited = _force(vlm, by_id, think, out / "edited.jsonl", batch_size, seed)
     numbers = conclude(think, plain, hint, edited)
-    numbers |= {"model": vlm.name, "max_new_tokens": max_new_tokens, "seed": seed}
+    numbers |= {"model": vlm.name, "weights": think[0]["weights"], "max_new_tokens": max_new_tokens, "seed": seed}
     write_atomic(out / NUMBERS, to_json(numbers, indent=1) + "\n")
     return numbers
 

@@ -1,0 +1,104 @@
+"""Rows of evaluations as they lie in files, believed for what they say of themselves and not for a file's name."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from medr1.data.records import LETTERS, Record, normalise_option, read_jsonl
+from medr1.errors import MedR1Error
+
+Row = dict[str, Any]
+
+STATED = ("model", "condition", "mode", "max_new_tokens", "scoring")
+"""What every row says of its evaluation, and one evaluation has one value of. Rows of older versions state less."""
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of one evaluation.
+
+    Raises:
+        MedR1Error: no such file, no rows of an evaluation in it, a question that stands there twice, or rows of several
+            evaluations.
+    """
+    rows = read_jsonl(path)
+    if not rows or not all({"id", "outcome", "condition", "mode"} <= row.keys() for row in rows):
+        raise MedR1Error(f"{path}: holds no evaluation rows; give a file that `medr1 eval` wrote")
+    ids = Counter(row["id"] for row in rows)
+    if twice := [name for name, count in ids.items() if count > 1]:
+        raise MedR1Error(
+            f"{path}: {len(twice)} of {len(ids)} questions stand there twice, such as {twice[0]}; two evaluations wrote"
+            " it, evaluate anew into another file"
+        )
+    for row in rows:
+        if name := differing(rows[0], row, STATED):
+            raise MedR1Error(
+                f"{path}: holds rows of {said(rows[0], name)} and of {said(row, name)}; evaluate anew, one file each"
+            )
+    return rows
+
+
+def differing(row: Mapping[str, Any], other: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """The first of these fields in which they differ; what only one of them states is no difference."""
+    for name in names:
+        own, others = (_stated(row, name, other), _stated(other, name, row))
+        if None not in (own, others) and own != others:
+            return name
+    return None
+
+
+def _stated(row: Mapping[str, Any], name: str, other: Mapping[str, Any]) -> Any:
+    if name == "model" and row.get("weights") and other.get("weights"):
+        return row["weights"]  # the same model may have been called by two names, and two models by one
+    if name == "scoring":  # where there is a reply besides, it is what was answered, whatever was weighed
+        scoring = row.get("scoring", "reply")
+        return "reply" if scoring == "options" and row["mode"] != "no-think" else scoring
+    return row.get(name)
+
+
+def said(row: Mapping[str, Any], name: str) -> str:
+    """As in "model runs/ct/model": the weights too, where the name alone does not tell two models apart."""
+    weights = f" (weights {row['weights'][:8]})" if name == "model" and row.get("weights") else ""
+    return f"{name} {row.get(name, 'reply')}{weights}"  # only scoring may be absent
+
+
+def check_pair(rows: Sequence[Row], path: Path, others: Sequence[Row], other: Path, names: Sequence[str]) -> None:
+    """That two evaluations may be set side by side: alike in these fields, and of the same questions.
+
+    Raises:
+        MedR1Error: what differs, and the remedy.
+    """
+    if name := differing(rows[0], others[0], names):
+        raise MedR1Error(
+            f"{path}: is of {said(rows[0], name)}, and {other} of {said(others[0], name)}; evaluate both alike"
+        )
+    asked, others_asked = ({row["id"]: question_of(row) for row in part} for part in (rows, others))
+    ids = asked.keys() | others_asked.keys()
+    if unlike := sorted(name for name in ids if asked.get(name) != others_asked.get(name)):
+        raise MedR1Error(
+            f"{path} and {other}: {len(unlike)} of {len(ids)} questions are not the same in both, such as {unlike[0]};"
+            " evaluate both on the same data, --part and --limit"
+        )
+
+
+def question_of(row: Row) -> tuple[Any, ...]:
+    """What was asked, whatever the order of the options: question, their texts, the right one."""
+    texts = [normalise_option(text) for text in row["options"]]
+    gold = texts[LETTERS.index(row["gold"])] if texts else row["gold"]
+    return row["question"], row["modality"], row["question_type"], sorted(texts), gold
+
+
+def record_of(row: Row) -> Record:
+    """The record that a row answers, without its images."""
+    return Record(
+        id=row["id"],
+        images=(),
+        question=row["question"],
+        options=tuple(row["options"]),
+        answer=row["gold"],
+        modality=row["modality"],
+        question_type=row["question_type"],
+        source=row["source"],
+        group=row["group"],
+        alternatives=tuple(row.get("alternatives", ())),
+    )
