@@ -424,10 +424,11 @@ def test_a_prompt_longer_than_the_models_positions(long: str, tmp_path: Path):
     vlm = tiny_vlm("qwen2_vl")
     records = make_records(tmp_path / "data", count=3)
     if long == "image":
-        vlm.core.config.get_text_config().max_position_embeddings = 180
-        Image.new("RGB", (280, 280)).save(records[1].images[0])  # 100 image tokens
+        vlm.core.config.get_text_config().max_position_embeddings = 120
+        pictures = tuple(record.images[0] for record in records)
+        records[1] = records[1].model_copy(update={"images": pictures * 4})
         line = (
-            r"^record r1: \d{3} tokens, images included, and a reply of 8 do not fit into the 180 positions of .*; sho"
+            r"^record r1: \d{3} tokens, images included, and a reply of 8 do not fit into the 120 positions of .*; sho"
         )
     else:
         records[1] = records[1].model_copy(update={"question": "Which finding" + " really" * 20_000 + "?"})

@@ -57,7 +57,10 @@ class Stub:
         self.reads = reads
         self.scored = 0
         processor = SimpleNamespace(image_processor=SimpleNamespace(to_dict=lambda: {"max_pixels": 1}))
-        self.vlm = SimpleNamespace(model=torch.nn.Linear(2, 2), processor=processor, name="stub", folder=None)
+        core = SimpleNamespace(config=SimpleNamespace(get_text_config=SimpleNamespace))  # states no positions
+        self.vlm = SimpleNamespace(
+            model=torch.nn.Linear(2, 2), core=core, processor=processor, name="stub", folder=None
+        )
         for place in (medr1.evaluation.run, module):
             monkeypatch.setattr(place, "encode_prompts", self.encode)
             monkeypatch.setattr(place, "option_logprobs", self.option_logprobs)
