@@ -115,7 +115,10 @@ def test_mistakes_are_one_line(adapter: Path, tmp_path: Path) -> None:
         (lambda: export_model("tiny", tmp_path / "full"), "holds files that are not of an export"),
         (lambda: export_model("tiny", tmp_path / "out", dtype="int4"), "choose float32, bfloat16, float16"),
         (lambda: export_model(str(tmp_path), tmp_path / "out"), "holds no model yet; train to the end"),
-        (lambda: export_model("tiny", tmp_path / "out", answers=[tmp_path / "empty.jsonl"]), "holds no evaluation rows"),
+        (
+            lambda: export_model("tiny", tmp_path / "out", answers=[tmp_path / "empty.jsonl"]),
+            "holds no evaluation rows",
+        ),
         (lambda: push_to_hub(tmp_path / "full", "me/x"), "does not carry the research notice"),
     ]
     for call, message in cases:
