@@ -19,8 +19,8 @@ from medr1.evaluation.intervals import (
     Floats,
     chance_below_zero,
     interval,
+    jackknife_interval,
     mean_interval,
-    unbounded_interval,
     with_worst,
 )
 
@@ -108,7 +108,7 @@ def other_statistics(num: int) -> dict[str, float]:
 
     def log_likelihood(sizes: Floats) -> bool:
         shares = drawn(rng, sizes, 0.7, 0.3, 1)[0]
-        low, high = unbounded_interval(rows(sizes, 0.1 + 2 * (1 - shares)), of(sizes)) or (0, 0)
+        low, high = jackknife_interval(rows(sizes, 0.1 + 2 * (1 - shares)), of(sizes)) or (0, 0)
         return low <= 0.7 <= high
 
     asked: dict[str, Callable[[], bool]] = {

@@ -19,8 +19,8 @@ from medr1.evaluation.intervals import (
     bootstrap,
     freedom,
     interval,
+    jackknife_interval,
     mean_interval,
-    unbounded_interval,
     worth,
 )
 
@@ -168,9 +168,9 @@ def test_macro_interval_by_hand():
 def test_unbounded_by_hand():
     # Single rows 0, 1, 2, 5: the jackknife is Student's interval, mean 2, variance 14/3, error sqrt(14/12)
     half = t.ppf(0.975, 3) * (14 / 12) ** 0.5
-    assert unbounded_interval([0, 1, 2, 5], "abcd") == pytest.approx((2 - half, 2 + half))
-    assert unbounded_interval([0.1] * 49, LARGE) is None  # what the nine say of the one cannot be told
-    assert unbounded_interval([], []) is None
+    assert jackknife_interval([0, 1, 2, 5], "abcd") == pytest.approx((2 - half, 2 + half))
+    assert jackknife_interval([0.1] * 49, LARGE) is None  # what the nine say of the one cannot be told
+    assert jackknife_interval([], []) is None
     assert (freedom(np.ones(7)), freedom(np.array([24] * 6 + [1] * 60))) == (6, pytest.approx(3516**2 / 1990716 - 1))
 
 

@@ -196,6 +196,7 @@ def test_the_model_is_asked_as_our_own_and_the_row_is_ours(server: Server, recor
         "model": MODEL,
         "condition": "image",
         "mode": "no-think",
+        "max_new_tokens": 77,
         "reply": "<answer>B</answer>",
         "finish": "stop",
         "tokens": 3,

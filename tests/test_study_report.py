@@ -84,6 +84,7 @@ class Planted:
         file = f"evaluations/{len(self.evaluations)}.jsonl"
         (self.folder / "evaluations").mkdir(exist_ok=True)
         draw = random.Random(file)
+        rows = [{**row, "condition": condition, "mode": mode} for row in rows]
         append_jsonl(self.folder / file, draw.sample(rows, len(rows)))  # a resumed evaluation has another order
         self.evaluations.append(
             {"method": method, "mode": mode, "axis": axis, "trained_on": value, "seed": seed, "model": "made",

@@ -45,7 +45,7 @@ from medr1.cli.printing import (
     print_summary,
     shown,
 )
-from medr1.config import RECIPE, Config, load_config, recipe_of
+from medr1.config import Config, recipe_of
 from medr1.errors import MedR1Error
 
 app = typer.Typer()

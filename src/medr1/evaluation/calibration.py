@@ -13,6 +13,7 @@ Shapes: N rows, K bins.
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from scipy import optimize, special
 
 from medr1.data.records import LETTERS, normalise_option, write_atomic
 from medr1.errors import MedR1Error
-from medr1.evaluation.intervals import Interval, bootstrap, interval, unbounded_interval, worth
+from medr1.evaluation.intervals import Interval, bootstrap, interval, jackknife_interval, worth
 from medr1.evaluation.metrics import MIN_N, Row, untrained
 from medr1.evaluation.rows import differing, said
 
@@ -261,7 +262,7 @@ def measure(rows: Sequence[Row], seed: int = 0) -> dict[str, Any]:
     correct_N = np.array([float(row["correct"]) for row in rows])
     brier_N = (confidence_N - correct_N) ** 2
     nll_N = _nll(*_options(rows), np.array([[row.get("temperature", 1.0)] for row in rows]))
-    nll_ci = unbounded_interval(nll_N.tolist(), groups)
+    nll_ci = jackknife_interval(nll_N.tolist(), groups, (0.0, math.inf))
 
     sorted_confidence_N, sorted_correct_N = _in_order(confidence_N, correct_N)
 
@@ -297,7 +298,7 @@ def measure(rows: Sequence[Row], seed: int = 0) -> dict[str, Any]:
         "confidence": float(confidence_N.mean()),
         "ece": {"value": ece, "ci95": ece_ci, "floor": float(np.mean(ideal))},
         "brier": {"value": float(brier_N.mean()), "ci95": interval(brier_N.tolist(), groups)},
-        "nll": {"value": float(nll_N.mean()), "ci95": nll_ci and [max(0.0, nll_ci[0]), nll_ci[1]]},
+        "nll": {"value": float(nll_N.mean()), "ci95": nll_ci},
         "aurc": {"value": aurc, "ci95": aurc_ci},
         "at_coverage": {
             "accuracy": float(accuracies[top - 1]),

@@ -90,8 +90,11 @@ def mean_interval(cells: Sequence[tuple[float, Interval]], correlation_PP: Float
     return centre - below, centre + above
 
 
-def unbounded_interval(values: Sequence[float], groups: Sequence[Hashable]) -> Interval | None:
-    """95 % interval of the mean of values that know no greatest one, as a log-likelihood has none.
+def jackknife_interval(
+    values: Sequence[float], groups: Sequence[Hashable], span: tuple[float, float] = (-math.inf, math.inf)
+) -> Interval | None:
+    """95 % interval of the mean of values that know no greatest one, as a log-likelihood, or that keep far from their
+    limits, as areas under curves: there `interval`, which thinks of the worst, would be uselessly wide.
 
     Student's t on the delete-one-group jackknife (Bell and McCaffrey's CV3; MacKinnon, Nielsen and Webb, J. Appl.
     Econometrics 2023, 38:671) with the degrees of freedom of `freedom`. It has no width where all groups agree, and is
@@ -107,7 +110,7 @@ def unbounded_interval(values: Sequence[float], groups: Sequence[Hashable]) -> I
     without_C = (sum_C.sum() - sum_C) / (size_C.sum() - size_C)
     error = math.sqrt((len(size_C) - 1) / len(size_C) * ((without_C - mean) ** 2).sum())
     half = float(stats.t.ppf(1 - TAIL, degrees)) * error
-    return float(mean - half), float(mean + half)
+    return max(span[0], float(mean - half)), min(span[1], float(mean + half))
 
 
 def bootstrap(

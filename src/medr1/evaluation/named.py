@@ -130,6 +130,8 @@ def evaluate_checkpoints(run: Path, config: Config, out: Path, **settings: Any) 
         {"name": name, "step": step, **evaluate_named(place, config, out / f"{name}.jsonl", **settings)}
         for name, step, place in [("base", 0, recipe.model.name), *kept]
     ]
+
+
 def _donors(config: Config, part: Part, asked: list[Record], out: Path) -> list[Record]:
     """Whose images the shuffled controls show: of the whole part, whatever --limit leaves and --modality asks about."""
     if config.data.modalities:

@@ -40,7 +40,7 @@ from medr1.data.images import load_image
 from medr1.data.records import LETTERS, QUESTION_TYPES, Record, append_jsonl, resume_jsonl, to_json, write_atomic
 from medr1.data.regions import ABOUT_REGION, Box, overlap, overlap_chance, pointing, region_cells
 from medr1.errors import MedR1Error
-from medr1.evaluation.intervals import DIFFERENCE, SHARE, interval
+from medr1.evaluation.intervals import DIFFERENCE, SHARE, Interval, interval, jackknife_interval
 from medr1.evaluation.metrics import NOT_STATED, Row
 from medr1.evaluation.run import evaluate
 from medr1.policy.vlm import VLM
@@ -220,8 +220,8 @@ def conclude(rows: Sequence[Row]) -> dict[str, Any]:
         "n": len(rows),
         "groups": len(set(groups)),
         "accuracy": _cell([float(row["right"]) for row in rows], groups, SHARE),
-        **{name: _cell(values, groups, SHARE) for name, values in areas.items()},
-        **{name: _cell(values, groups, DIFFERENCE) for name, values in gains.items()},
+        **{name: _average(values, groups, SHARE) for name, values in areas.items()},
+        **{name: _average(values, groups, DIFFERENCE) for name, values in gains.items()},
         "curves": {
             "fraction": at.tolist(),
             **{
@@ -231,7 +231,7 @@ def conclude(rows: Sequence[Row]) -> dict[str, Any]:
                 for name in CURVES
             },
         },
-        "correlation": _cell([rho for rho, _ in contrasted], [group for _, group in contrasted], DIFFERENCE),
+        "correlation": _average([rho for rho, _ in contrasted], [group for _, group in contrasted], DIFFERENCE),
         "flat": len(rows) - len(contrasted),
         "pointing": _pointing(rows),
     }
@@ -338,7 +338,7 @@ def _pointing_cell(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "over_chance": over(chance),
         "over_other": over(other),
         "over_shuffled": over(shuffled),
-        "overlap": _cell([overlap(item["map"], item["inside"]) for item in items], groups, SHARE),
+        "overlap": _average([overlap(item["map"], item["inside"]) for item in items], groups, SHARE),
         "overlap_chance": _mean([overlap_chance(item["inside"]) for item in items]),
     }
 
@@ -351,7 +351,14 @@ def _other_maps(item: dict[str, Any], items: Sequence[dict[str, Any]]) -> float 
 
 
 def _cell(values: Sequence[float], groups: Sequence[str], span: tuple[float, float]) -> dict[str, Any]:
-    ci = interval(values, groups, span)
+    return _with(values, interval(values, groups, span))
+
+
+def _average(values: Sequence[float], groups: Sequence[str], span: tuple[float, float]) -> dict[str, Any]:
+    return _with(values, jackknife_interval(values, groups, span))
+
+
+def _with(values: Sequence[float], ci: Interval | None) -> dict[str, Any]:
     return {"value": _mean(values), "ci95": list(ci) if ci else None, "n": len(values)}
 
 
