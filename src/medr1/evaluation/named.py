@@ -78,7 +78,7 @@ def evaluate_named(
         "out": out,
         "max_new_tokens": max_new_tokens,
         "condition": condition,
-        "donors": _donors(config, part, asked, out) if condition in SHUFFLED else None,
+        "donors": _donors(config, run, part, asked, out) if condition in SHUFFLED else None,
     }
     if model.startswith(REMOTE):
         from medr1.evaluation.remote import evaluate_remote, token_totals  # its client is an extra
@@ -132,11 +132,11 @@ def evaluate_checkpoints(run: Path, config: Config, out: Path, **settings: Any) 
     ]
 
 
-def _donors(config: Config, part: Part, asked: list[Record], out: Path) -> list[Record]:
+def _donors(config: Config, run: RunSplit | None, part: Part, asked: list[Record], out: Path) -> list[Record]:
     """Whose images the shuffled controls show: of the whole part, whatever --limit leaves and --modality asks about."""
     if config.data.modalities:
         try:
-            train, test = load_parts(config.data.model_copy(update={"modalities": ()}))
+            train, test = load_parts(config.data.model_copy(update={"modalities": ()}), run)
             asked = {"test": test, "train": train, "all": train + test}[part]
         except MedR1Error:  # the images of other modalities are not there: those of this one still are
             pass

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from medr1.config import RECIPE, Config, load_config, recipe_of, to_toml
+from medr1.data.heldout import split_of
 from medr1.data.parts import load_parts
 from medr1.data.records import read_jsonl, write_atomic
 from medr1.errors import MedR1Error
@@ -96,7 +97,8 @@ def report_from_files(
     tables: dict[str, dict[str, Any]] = {}
     if config:
         _check_run(run, Path(after[0]["model"]), trained)
-        tables["text_only"] = text_only_prior(load_parts(config.data)[0], [record_of(row) for row in after])
+        learned = load_parts(config.data, split_of(run))[0]
+        tables["text_only"] = text_only_prior(learned, [record_of(row) for row in untrained(after)])
     for control in controls:
         name, equals, file = control.partition("=")
         if not equals:
@@ -104,7 +106,7 @@ def report_from_files(
         if name not in CONTROLS:
             raise MedR1Error(f"--control {control}: {name} is no control; choose {', '.join(CONTROLS)}")
         if name == "text_only":
-            tables[name] = _text_table(Path(file), after)
+            tables[name] = _text_table(Path(file), untrained(after))
         else:
             rows = _rows(Path(file), name)
             check_pair(rows, Path(file), after, trained, ("model", *ALIKE))

@@ -100,7 +100,6 @@ def run_recipe(config: Config, out: Path, *, limit: int = 0, batch_size: int = 6
         out / "trained.jsonl",
         run=out / "train",
         controls=[f"{name}={out / f'{name}.jsonl'}" for name in possible],
-        text_only=prior,
         out=out / "report.html",
     )
     cells = {"base_macro": overall(summarise(before)), "trained_macro": overall(summarise(after))}
