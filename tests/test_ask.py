@@ -1,6 +1,7 @@
 """One case: the reply of evaluation, what is measured about it, what warns of it, and the page that it becomes."""
 
 import itertools
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -261,6 +262,61 @@ def test_a_page_stands_alone_names_nobody_and_shows_text_as_text(
         assert identity not in page
     with pytest.raises(MedR1Error, match="no heatmap"):
         write_heatmaps(cases, tmp_path / "heatmap.png")
+
+
+def size(page: str, css: str) -> float:
+    """Size in px that card.css gives a class of a card."""
+    return float(re.search(rf"\.case {re.escape(css)} {{[^}}]*?font-size: ([\d.]+)px", page)[1])  # type: ignore[index]
+
+
+def test_an_answer_that_means_nothing_is_shown_as_that(
+    tiny: Respondent, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sure of itself, with votes for an option that has no probability, and blind: the warnings stand above, larger."""
+    drawn = [f"<answer>{letter}</answer>" for letter in "AABBBBBB"]
+    Scripted(monkeypatch, [["<answer>B</answer>"], drawn, ["<answer>B</answer>", "<answer>No</answer>"]], [1e-9] * 2)
+    case = ask(tiny, question_about([picture], "Which?", ("Yes", "No")), mode="no-think", num_samples=8)
+    assert [warning.split(" ")[0] for warning in case.voided] == ["This", "The"] and case.ignores_image
+    assert case.as_dict()["means_nothing"] is True
+    page = case_page([case])
+    body = page.split('<article class="case"')[1]
+    assert body.index("means nothing for a patient") < body.index("phantoms only") < body.index("barely matters")
+    assert body.index("barely matters") < body.index("The model’s words: ") < body.index("Probability 100.0 %")
+    assert size(page, ".void .headline") > size(page, ".void") > size(page, ".answer.unsure")
+    assert 'class="answer unsure"' in body
+    assert "each vote is a whole new reply" in body and "part here for A and B: the model’s answer hangs" in body
+
+
+def test_an_answer_without_warnings_is_shown_large(
+    trained: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (trained.parent / "recipe.toml").write_text(to_toml(load_config(overrides={"data.path": "somewhere"})))
+    Scripted(monkeypatch, [["<answer>A</answer>"], ["<answer>B</answer>", "<answer>Cyst</answer>"]], [0.6])
+    case = ask(load_respondent(str(trained)), question_about([picture], "Which?", OPTIONS), mode="no-think")
+    assert (case.warnings, case.voided) == ((), ())
+    page = case_page([case]).split("<article")[1]
+    assert '<p class="answer">' in page and "means nothing" not in page
+
+
+def test_the_header_states_the_modality(tiny: Respondent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_series import write_slice
+
+    write_slice(tmp_path / "a.dcm", 30)
+    for stated, warned in ((None, False), ("CT", False), ("MRI", True)):
+        Scripted(monkeypatch, [["<answer>A</answer>"], ["<answer>B</answer>", "<answer>Cyst</answer>"]], [0.6])
+        record = question_about([tmp_path / "a.dcm"], "Which?", OPTIONS, stated)
+        case = ask(tiny, record, mode="no-think")
+        said = (case.modality, case.modality_from)
+        assert said == ((stated, "stated") if stated else ("CT", "DICOM header"))
+        assert ("You stated MRI; the header of the file says CT." in (case.warnings or ())) == warned
+        assert ("Modality: CT, from the DICOM header." in case_page([case])) == (stated is None)
+
+
+def test_pages_and_heatmaps_have_their_own_endings(tmp_path: Path) -> None:
+    with pytest.raises(MedR1Error, match=r"case\.pdf: pages are HTML; name it case\.html"):
+        write_case([], tmp_path / "case.pdf")
+    with pytest.raises(MedR1Error, match=r"map\.jpg: heatmaps are PNG; name it map\.png"):
+        write_heatmaps([], tmp_path / "map.jpg")
 
 
 def test_every_outcome_without_an_answer_has_words() -> None:

@@ -222,6 +222,10 @@ def test_more_mistakes(run: Any, tmp_path: Path) -> None:
     assert_one_line(run("score", tmp_path / "no.jsonl"), "no.jsonl")
     assert_one_line(run("ask", tmp_path / "no.png", "What?", "--option", "CT", "--option", "MRI"), "no.png")
     assert_one_line(run("ask", tmp_path / "no.png", "What?", "--option", "CT"), "two options or more")
+    assert_one_line(run("ask", tmp_path / "no.png", "What?", "--out", tmp_path / "a.pdf"), "name it a.html")
+    assert_one_line(run("ask", tmp_path / "no.png", "What?", "--heatmap", tmp_path / "a.jpg"), "name it a.png")
+    assert_one_line(run("ask", tmp_path, "What?"), "holds no DICOM image")
+    assert_one_line(run("data", "show", "phantoms", "--out", tmp_path / "a.pdf"), "name it a.html")
     assert_one_line(run("data", "check", tmp_path / "none"), "none")
 
 

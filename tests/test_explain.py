@@ -208,6 +208,8 @@ def test_overlay_is_strongest_where_the_map_is() -> None:
     assert (painted[20:] == 100).all() and (painted[:, 20:40] == 100).all(), "where it is 0 the image stays"
     assert painted[5, 5, 0] > painted[5, 5, 2] and painted[5, 45, 2] > painted[5, 45, 0]
     assert abs(painted[5, 5] - 100).max() > abs(painted[5, 45] - 100).max()
+    faint = np.asarray(overlay(image, Heatmap(np.array([[0.02, 0, -0.01], [0, 0, 0]]), "A", -0.1)), int)
+    assert 0 < abs(faint - 100).max() <= 5, "what moves the answer by two in a hundred is hardly seen"
     flat = overlay(image, Heatmap(np.zeros((2, 3)), "A", -0.1))
     assert np.array_equal(np.asarray(flat), np.asarray(image))
 

@@ -6,34 +6,40 @@ too), keeps uploads in a temporary folder that goes when it ends, and asks the m
     medr1 app --model runs/ct/model --compare Qwen/Qwen2-VL-2B-Instruct
 """
 
+import hashlib
 import html
 import os
+import re
 import tempfile
 import threading
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, perf_counter
 from typing import Any
 
 from medr1 import NOTICE
-from medr1.ask.ask import Case, Respondent, ask, load_respondent, question_about
+from medr1.ask.ask import Case, Respondent, ask, caption, load_respondent, modality_of, question_about
 from medr1.ask.case import case_cards, case_page, picture
-from medr1.data.images import file_of, read_image
+from medr1.data.images import Reading, file_of, read_image
+from medr1.data.images.display import CT_WINDOWS
+from medr1.data.images.series import in_series
 from medr1.data.phantoms import write_phantoms
 from medr1.data.prompts import MODES
 from medr1.data.records import MODALITIES
 from medr1.errors import MedR1Error
 
+MODALITY = "Modality of the image"
 LOOPBACK = ("127.0.0.1", "localhost")
 KEEP_SECONDS = 1800
 """How long an upload and an answer are kept for a page that is left open."""
 MAX_QUEUE, MAX_SESSIONS = 64, 64
 NOT_STATED = "not stated"
-SHOWN_DECISIONS = ("frame", "slice", "axis", "window", "level", "polarity", "redacted")
-"""What of `images.Reading.decisions` stands under an image."""
+AS_IN_FILE = "as the file says"
+"""Of the choice of windows: none is asked for."""
 
 CONTENT_POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'; form-action 'self'"
@@ -47,6 +53,29 @@ SAVE = """(page) => {
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }"""
 """Hands the page of a case to the browser as a download, so that it is never a file here."""
+
+
+MEND = """() => {
+  const mend = () => {
+    for (const outer of document.querySelectorAll("#files button:has(button)")) {
+      outer.ariaLabel = outer.title = "Add files";
+      const inner = outer.querySelector("button"), input = inner.querySelector("input");
+      inner.disabled = true;
+      inner.style.pointerEvents = "none";
+      outer.onclick = event => { if (event.target !== input) input.click(); };
+    }
+  };
+  new MutationObserver(mend).observe(document.body, {subtree: true, childList: true});
+  mend();
+  document.addEventListener("keydown", event => {
+    if (event.key !== "Tab" || event.target.getAttribute("role") !== "combobox") return;
+    event.stopPropagation();  // Gradio would open the list at any key
+    event.target.dispatchEvent(new KeyboardEvent("keydown", {key: "Escape", bubbles: true}));
+  }, true);
+}"""
+"""What Gradio leaves undone: a button within a button, both without words, and a list of choices that stays open when
+Tab leaves it.
+"""
 
 
 SHOW_ANSWER = """() => matchMedia("(max-width: 760px)").matches
@@ -112,6 +141,7 @@ def running(
                 ssr_mode=False,
                 app_kwargs={"middleware": guards, "docs_url": None, "redoc_url": None, "openapi_url": None},
                 theme=_theme(gradio),
+                js=MEND,
                 css=_style(),
             )
         except OSError as error:
@@ -134,8 +164,37 @@ def build(respondents: Sequence[Respondent], examples: Path, *, max_new_tokens: 
 
     one_at_a_time = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
 
-    def look(files: list[str] | None, selector: str) -> str:
-        return "".join(_look(*item) for item in enumerate(_references(files, selector), start=1))
+    def look(files: list[str] | None, selector: str) -> dict[Any, Any]:
+        """The pictures, and the controls that go with them: slices, windows of a CT."""
+        return show([_look(*item) for item in enumerate(_references(files, selector), start=1)], selector)
+
+    def show(views: Sequence[View], selector: str) -> dict[Any, Any]:
+        _, place, total = _place(views)
+        windows = any(view.reading and _takes_windows(view.reading) for view in views)
+        chosen = _selected(selector).get("window")
+        return {
+            pictures: "".join(view.html for view in views),
+            slices: gr.update(visible=total > 1, maximum=max(total, 2), value=place),
+            window: gr.update(visible=windows, value=chosen if chosen in CT_WINDOWS else AS_IN_FILE),
+        }
+
+    def arrive(files: list[str] | None, stated: str) -> dict[Any, Any]:
+        """Of new files the middle, and their modality where the headers say it; what was selected was of the old."""
+        views = [_look(*item) for item in enumerate(_references(files, ""), start=1)]
+        found = modality_of([view.reading for view in views if view.reading])
+        update = gr.update(value=found or stated, label=f"{MODALITY}{', from the DICOM header' if found else ''}")
+        return show(views, "") | {modality: update, selector: ""}
+
+    def choose(files: list[str] | None, selector: str, place: float, windowing: str) -> str:
+        """The selector with the slice and the window that the controls say."""
+        key, _, total = _place([_look(1, each) for each in _references(files, selector)])
+        wanted = _selected(selector)
+        if total > 1:
+            wanted[key] = str(int(place))
+        wanted.pop("window", None)
+        if windowing != AS_IN_FILE:
+            wanted["window"] = windowing
+        return _joined(wanted)
 
     def answer(
         files: list[str] | None,
@@ -209,10 +268,16 @@ def build(respondents: Sequence[Respondent], examples: Path, *, max_new_tokens: 
         gr.HTML(f"<h1>Med-R1</h1><p>Ask {names} about an image.</p>", elem_id="title")
         with gr.Row(elem_id="columns"):
             with gr.Column(min_width=320, elem_id="asking"):
-                files = gr.File(label="Image files (also DICOM)", file_count="multiple", height=130, elem_id="files")
+                files = gr.File(
+                    label="Image files (also DICOM, a whole series)", file_count="multiple", height=130, elem_id="files"
+                )
                 move = files.async_move_resource_to_block_cache
                 files.async_move_resource_to_block_cache = _local_only(move)  # type: ignore[method-assign]
                 pictures = gr.HTML(elem_id="pictures")
+                slices = gr.Slider(1, 2, value=1, step=1, label="Slice", visible=False, elem_id="slices")
+                window = gr.Dropdown(
+                    [AS_IN_FILE, *CT_WINDOWS], value=AS_IN_FILE, label="Window of a CT", visible=False, elem_id="window"
+                )
                 gr.HTML("<p>Or try a drawn phantom:</p>", elem_classes="hint")
                 with gr.Row(elem_id="examples"):
                     buttons = [
@@ -223,10 +288,13 @@ def build(respondents: Sequence[Respondent], examples: Path, *, max_new_tokens: 
                 options = gr.Textbox(
                     "", label="Options, one a line; none to ask openly", lines=4, max_lines=10, elem_id="options"
                 )
-                modality = gr.Dropdown([NOT_STATED, *MODALITIES], value=NOT_STATED, label="Modality of the image")
+                modality = gr.Dropdown([NOT_STATED, *MODALITIES], value=NOT_STATED, label=MODALITY, elem_id="modality")
                 with gr.Accordion("Settings", open=False):
                     selector = gr.Textbox(
-                        "", label="Frame, slice or window of the files", info="such as slice=40 or window=lung"
+                        "",
+                        label="Part of the files",
+                        info="such as slice=40, axis=coronal, window=40,80 or redact=top:40",
+                        elem_id="selector",
                     )
                     mode = gr.Radio(list(MODES), value=MODES[0], label="Prompt")
                     num_samples = gr.Slider(0, 16, value=8, step=1, label="Samples to see how many agree")
@@ -242,7 +310,17 @@ def build(respondents: Sequence[Respondent], examples: Path, *, max_new_tokens: 
         saved = gr.Textbox(visible="hidden")
 
         quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        gr.on([files.change, selector.submit, selector.blur], look, [files, selector], pictures, **quiet)
+        shown = [pictures, slices, window]
+        files.change(arrive, [files, modality], [*shown, modality, selector], **quiet)
+        gr.on([selector.submit, selector.blur], look, [files, selector], shown, **quiet)
+        gr.on(
+            [slices.input, window.input],
+            choose,
+            [files, selector, slices, window],
+            selector,
+            trigger_mode="always_last",
+            **quiet,
+        ).then(look, [files, selector], shown, **quiet)
         for button, record in buttons:
             button.click(
                 lambda record=record: (
@@ -336,20 +414,70 @@ def _local_only(move: Any) -> Any:
 
 
 def _references(files: Sequence[str] | None, selector: str) -> list[Path]:
-    """The uploads, or what the selector picks in each."""
-    selected = f"#{selector.strip().lstrip('#')}" if selector.strip() else ""
-    return [Path(f"{file}{selected}") for file in files or []]
+    """The uploads, or what the selector picks in each; several files of one DICOM series are one upload, its folder."""
+    paths = [Path(file) for file in files or []]
+    pairs = _joined(_selected(selector))
+    return [Path(f"{path}#{pairs}" if pairs else path) for path in ([*_series(paths)] or paths)]
 
 
-def _look(number: int, reference: Path) -> str:
-    """The uploaded image and how it was read, or in one sentence why it cannot be used."""
+def _series(paths: Sequence[Path]) -> Iterator[Path]:
+    """A folder of these uploads where they are one DICOM series."""
+    if len(paths) < 2 or not all(path.is_file() and path.stat().st_size for path in paths):
+        return
+    try:
+        found = in_series(paths)
+    except MedR1Error:
+        return  # no pydicom: said when an image is read
+    if [len(series.files) for series in found] == [len(paths)]:
+        name = hashlib.sha256("".join(map(str, sorted(paths))).encode()).hexdigest()[:16]
+        folder = Path(os.environ["GRADIO_TEMP_DIR"]) / f"series-{name}"
+        folder.mkdir(exist_ok=True)
+        for number, path in enumerate(paths):
+            with suppress(FileExistsError):
+                os.link(path, folder / f"{number:05}-{path.name}")
+        yield folder
+
+
+def _selected(selector: str) -> dict[str, str]:
+    """A selector as its keys and values; a word without "=" has no value, which is told when an image is read."""
+    pairs = (pair.partition("=") for pair in selector.strip().lstrip("#").split("&") if pair.strip())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _joined(selected: dict[str, str]) -> str:
+    return "&".join(f"{key}={value}" for key, value in selected.items())
+
+
+def _place(views: Sequence["View"]) -> tuple[str, int, int]:
+    """Which key chooses among the slices or frames of the one upload, the one shown, and how many there are."""
+    if len(views) == 1 and views[0].reading:
+        for key in ("slice", "frame"):
+            if found := re.search(r"(\d+) of (\d+)$", str(views[0].reading.decisions.get(key, ""))):
+                return key, int(found[1]), int(found[2])
+    return "", 1, 1
+
+
+@dataclass(frozen=True)
+class View:
+    """An upload as it is shown, and how it was read; None where it cannot be."""
+
+    html: str
+    reading: Reading | None
+
+
+def _look(number: int, reference: Path) -> View:
+    """The uploaded image and what it shows of its file, or in one sentence why it cannot be used."""
     try:
         reading = read_image(reference)
     except MedR1Error as error:
-        return _fault(_without_folders(error, [str(file_of(reference))]))
-    said = [f"{name} {value}" for name, value in reading.decisions.items() if name in SHOWN_DECISIONS]
-    caption = f"<figcaption>{html.escape(', '.join(said))}</figcaption>"
-    return f"<figure>{picture(reading.image, f'Image {number}')}{caption}</figure>"
+        return View(_fault(_without_folders(error, [str(file_of(reference))])), None)
+    said = f"<figcaption>{html.escape(caption(reading))}</figcaption>"
+    return View(f"<figure>{picture(reading.image, f'Image {number}')}{said}</figure>", reading)
+
+
+def _takes_windows(reading: Reading) -> bool:
+    """Whether windows of CT make sense; a NIfTI file does not say."""
+    return reading.decisions["kind"] == "NIfTI" or "Hounsfield" in str(reading.decisions.get("rescale"))
 
 
 def _without_folders(error: MedR1Error, files: Sequence[str] | None) -> str:
@@ -357,7 +485,7 @@ def _without_folders(error: MedR1Error, files: Sequence[str] | None) -> str:
     sentence = str(error)
     for file in files or []:
         sentence = sentence.replace(file, Path(file).name)
-    return sentence
+    return re.sub(re.escape(os.environ["GRADIO_TEMP_DIR"]) + "[^:]*/(?:[0-9]{5}-)?", "", sentence)
 
 
 def _fault(sentence: str) -> str:
@@ -377,7 +505,18 @@ def _examples(records: Sequence[Any]) -> list[Any]:
 def _theme(gradio: Any) -> Any:
     system = [gradio.themes.Font(name) for name in ("system-ui", "sans-serif")]
     fixed = [gradio.themes.Font(name) for name in ("ui-monospace", "monospace")]
-    return gradio.themes.Default(primary_hue="blue", neutral_hue="slate", font=system, font_mono=fixed)
+    theme = gradio.themes.Default(primary_hue="blue", neutral_hue="slate", font=system, font_mono=fixed)
+    return theme.set(  # of Gradio's own some have a contrast below 4.5
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_hover_dark="*primary_800",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+        link_text_color_dark="*primary_300",
+    )
 
 
 def _style() -> str:

@@ -6,6 +6,7 @@ it as a page.
     case = ask(load_respondent("runs/ct/model"), question_about([Path("scan.png")], "Which?", ["Cyst", "Abscess"]))
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -35,16 +36,17 @@ from medr1.policy.vlm import VLM, evaluating, load_vlm
 
 SCORING = "options"
 """How options are weighed here, as evaluation and calibration call it."""
-SHOWN = 640
+SHOWN = 2048
 """Longest side of a picture that a case keeps, in pixels."""
 NO_LETTER = "none"
 """Among votes: a sample that chose no single option."""
 
 DICOM_MODALITIES = {
-    "CT": "CT", "MR": "MRI", "US": "Ultrasound", "CR": "X-Ray", "DX": "X-Ray", "DR": "X-Ray", "OPT": "OCT",
-    "SM": "Microscopy", "GM": "Microscopy", "DMS": "Dermoscopy",
+    "CT": "CT", "MR": "MRI", "US": "Ultrasound", "IVUS": "Ultrasound", "CR": "X-Ray", "DX": "X-Ray", "DR": "X-Ray",
+    "MG": "X-Ray", "RF": "X-Ray", "RG": "X-Ray", "XA": "X-Ray", "IO": "X-Ray", "PX": "X-Ray",
+    "OP": "Fundus Photography", "OPT": "OCT", "OCT": "OCT", "SM": "Microscopy", "GM": "Microscopy", "DMS": "Dermoscopy",
 }  # fmt: skip
-"""DICOM's Modality (PS3.3 C.7.3.1.1.1) as one of MODALITIES; what is not here may be several."""
+"""DICOM's Modality (PS3.3 C.7.3.1.1.1) as one of MODALITIES; what is not here may be several or none."""
 
 SAME_PROBABILITY = 0.1
 """The image barely matters where blanking it leaves the option and moves its probability by less than this."""
@@ -52,6 +54,8 @@ MIN_SIDE, MAX_ASPECT = 64, 4.0
 """An image with a shorter side below this (pixels), or a longer side above so many shorter ones, is warned about."""
 MIN_CONTRAST = 2.0
 """An image whose grey values (0 to 255) spread less than this (standard deviation) counts as blank."""
+BLANK = "is blank or nearly so"
+PAINTED = "painted over in its mean colour"
 MIN_SHARPNESS = 8.0
 """A `sharpness` below this counts as blurred."""
 
@@ -87,6 +91,12 @@ class Case:
     seed: int
     pictures: tuple[Image.Image, ...]
     """What the model was shown, RGB, shrunk to SHOWN pixels or fewer a side."""
+    captions: tuple[str, ...] = ()
+    """Of each picture: which slice or frame it is and how its greys were chosen, in plain words."""
+    modality: str | None = None
+    """One of MODALITIES, as stated, or as the headers of DICOM files say."""
+    modality_from: str | None = None
+    """"stated" or "DICOM header"."""
     calibration: Calibration | None = None
     reply: str = ""
     """Raw text, greedy, as far as it is written."""
@@ -103,6 +113,8 @@ class Case:
     """Letters (or NO_LETTER) of `num_samples` replies drawn at temperature 1."""
     warnings: tuple[str, ...] | None = None
     """Sentences; () where the checks found nothing."""
+    voided: tuple[str, ...] = ()
+    """Those of the warnings by which the answer means nothing, whatever its probability."""
     heatmaps: tuple[Image.Image, ...] | None = None
     """Each picture under its map of what speaks for the answer."""
 
@@ -123,6 +135,11 @@ class Case:
             return False
         return abstains(self.confidence, self.calibration.threshold)
 
+    @property
+    def ignores_image(self) -> bool:
+        """Whether the answer stays as it is with its images painted over."""
+        return any(PAINTED in warning for warning in self.voided)
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON, without pictures and without names of files."""
         by_letter = dict(zip(self.record.letters, self.probabilities, strict=True)) if self.probabilities else None
@@ -130,6 +147,9 @@ class Case:
             "model": self.model,
             "fingerprint": self.fingerprint,
             "mode": self.mode,
+            "modality": self.modality,
+            "modality_from": self.modality_from,
+            "shown": self.captions,
             "reply": self.reply,
             "outcome": self.outcome,
             "letter": self.letter,
@@ -139,6 +159,7 @@ class Case:
             "votes": self.votes,
             "abstained": self.abstained if self.calibration else None,
             "warnings": self.warnings,
+            "means_nothing": None if self.warnings is None else bool(self.voided),
         }
 
 
@@ -216,6 +237,7 @@ def ask(
         )
     readings = [read_image(path) for path in record.images]
     images = [reading.image for reading in readings]
+    from_header = modality_of(readings)
     case = Case(
         model=vlm.name,
         fingerprint=respondent.fingerprint,
@@ -225,6 +247,9 @@ def ask(
         num_samples=num_samples if record.options else 0,
         seed=seed,
         pictures=tuple(map(shrunk, images)),
+        captions=tuple(map(caption, readings)),
+        modality=record.modality or from_header,
+        modality_from="stated" if record.modality else "DICOM header" if from_header else None,
         calibration=calibration,
     )
 
@@ -249,14 +274,11 @@ def ask(
     if case.num_samples:
         drawn = sample(vlm, prompts, num_completions=num_samples, **settings).texts
         update(votes=dict(Counter(extract_answer(text, record.options).letter or NO_LETTER for text in drawn)))
-    update(
-        warnings=(
-            *_about_training(respondent, record.modality or _modality_of(readings)),
-            *_about_images(readings),
-            *_about_votes(case),
-            *_about_evidence(case, vlm, images, settings),
-        )
-    )
+    training, evidence = [*_about_training(respondent)], [*_about_evidence(case, vlm, images, settings)]
+    blank = [warning for warning in _about_images(readings) if BLANK in warning]
+    voided = (*training, *blank, *(warning for warning in evidence if warning.startswith("The image ")))
+    others = (*_about_modality(respondent, case, from_header), *_about_images(readings), *_about_votes(case), *evidence)
+    update(warnings=(*voided, *(warning for warning in others if warning not in voided)), voided=voided)
     if heatmap and images and case.letter:
         from medr1.trust.explain import occlusion, overlay
 
@@ -279,16 +301,24 @@ def _probabilities(case: Case, vlm: VLM, prompts: PromptBatch, reply: str) -> tu
 # -- what speaks against trusting an answer, in sentences -----------------------------------------------------
 
 
-def _about_training(respondent: Respondent, modality: str | None) -> Iterator[str]:
+def _about_training(respondent: Respondent) -> Iterator[str]:
+    """That it was trained on nothing that its answer could come from."""
     training = respondent.training
     if training is None and respondent.vlm.name == "tiny":
         yield "This model knows drawn phantoms only: it has never seen a medical image."
-    elif training is None:
-        yield "What this model was trained on is not recorded beside it."
-    elif training.data.path == "phantoms":
+    elif training is not None and training.data.path == "phantoms":
         yield "This model was trained on drawn phantoms, not on medical images."
-    elif (trained := training.data.modalities) and modality not in trained:
-        said = f"this image is {modality}" if modality else "which modality this image is was not stated"
+
+
+def _about_modality(respondent: Respondent, case: Case, from_header: str | None) -> Iterator[str]:
+    if from_header and case.modality != from_header:
+        yield f"You stated {case.modality}; the header of the file says {from_header}."
+    training = respondent.training
+    if training is None:
+        if respondent.vlm.name != "tiny":
+            yield "What this model was trained on is not recorded beside it."
+    elif (trained := training.data.modalities) and training.data.path != "phantoms" and case.modality not in trained:
+        said = f"this image is {case.modality}" if case.modality else "which modality this image is was not stated"
         yield f"This model was trained on {', '.join(trained)} only; {said}."
 
 
@@ -319,13 +349,13 @@ def _about_evidence(case: Case, vlm: VLM, images: Sequence[Image.Image], setting
     answers = [_said(reply, each) for reply, (each, _) in zip(replies, asked, strict=True)]
     if images and normalise_answer(answers[0] or "") == normalise_answer(said):
         if case.confidence is None:
-            yield f"The image may not matter: painted over in its mean colour, the answer stays “{said}”."
+            yield f"The image may not matter: {PAINTED}, the answer stays “{said}”."
         else:
             blank = _probabilities(case, vlm, prompts.select([0]), replies[0])
             without = blank[LETTERS.index(case.letter or "")]
             if abs(without - case.confidence) < SAME_PROBABILITY:
                 yield (
-                    f"The image barely matters: painted over in its mean colour, the answer stays {case.letter} with"
+                    f"The image barely matters: {PAINTED}, the answer stays {case.letter} with"
                     f" {100 * without:.0f} % ({100 * case.confidence:.0f} % with the image)."
                 )
     if record.options and normalise_answer(answers[-1] or "") != normalise_answer(said):
@@ -339,10 +369,45 @@ def _said(reply: str, record: Record) -> str | None:
     return record.options[LETTERS.index(answer.letter)] if answer.letter else answer.text
 
 
-def _modality_of(readings: Sequence[Reading]) -> str | None:
+def modality_of(readings: Sequence[Reading]) -> str | None:
     """What the headers of DICOM files say, if it is one of MODALITIES and the same in all."""
-    said = {DICOM_MODALITIES.get(reading.decisions.get("modality", "")) for reading in readings}
+    said = {DICOM_MODALITIES.get(reading.decisions.get("modality") or "") for reading in readings}
     return said.pop() if len(said) == 1 else None
+
+
+def caption(reading: Reading) -> str:
+    """What a picture shows of its file, in the words of those who read images and not of those who decode them."""
+    told, said = reading.decisions, []
+    if modality := told.get("modality"):
+        known = DICOM_MODALITIES.get(modality)
+        said.append(
+            f"{known or modality} by the DICOM header" + (f" ({modality})" if known != modality and known else "")
+        )
+    for key in ("slice", "frame", "level"):
+        if key in told and not str(told[key]).endswith(" of 1"):
+            said.append(f"{key} {told[key]}" if key != "slice" or told[key][0].isdigit() else f"slice: {told[key]}")
+    if "window" in told:
+        said.append(_greys(str(told["window"])))
+    if str(told.get("polarity", "")).startswith("inverted"):
+        said.append("black and white exchanged as the file asks")
+    if "redacted" in told:
+        said.append("parts blackened")
+    said.append(f"{reading.image.width} x {reading.image.height} pixels")
+    text = "; ".join(said)
+    return text[0].upper() + text[1:]
+
+
+def _greys(window: str) -> str:
+    """How greys were chosen (`Reading.decisions["window"]`), in plain words."""
+    if found := re.match(r"(?:(\w+): )?centre (-?[\d.]+), width ([\d.]+)(.*)", window):
+        centre, width = float(found[2]), float(found[3])
+        name = f"{found[1]} window" if found[1] else "window of the file" if found[4] else "window as you set it"
+        return f"{name}: black at {centre - width / 2:g}, white at {centre + width / 2:g}".replace(" -", " −")
+    if window.startswith("VOI LUT"):
+        return "greys by the table in the file"
+    if found := re.search(r"(-?[\d.e+]+) to (-?[\d.e+]+)", window):
+        return f"no window in the file: black at {found[1]}, white at {found[2]}".replace(" -", " −")
+    return f"window: {window}"
 
 
 def shrunk(image: Image.Image) -> Image.Image:
@@ -359,7 +424,7 @@ def image_faults(image: Image.Image) -> list[str]:
     if long > MAX_ASPECT * short:
         faults.append(f"is a strip: {image.width} x {image.height} pixels")
     if np.asarray(image.convert("L")).std() < MIN_CONTRAST:
-        faults.append("is blank or nearly so")
+        faults.append(BLANK)
     elif (sharp := sharpness(image)) < MIN_SHARPNESS:
         faults.append(f"looks blurred: sharpness {sharp:.1f}, below {MIN_SHARPNESS:g}")
     return faults

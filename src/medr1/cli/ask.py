@@ -42,7 +42,9 @@ command = partial(app.command, cls=Command, rich_help_panel="Start here")
     )
 )
 def ask(
-    image: Annotated[list[Path], typer.Argument(help="image file(s), then the question")],
+    image: Annotated[
+        list[Path], typer.Argument(help="image file(s) or the folder of a DICOM series, then the question")
+    ],
     question: Annotated[str, typer.Argument(help="the question")],
     option: Annotated[
         list[str] | None,
@@ -82,9 +84,16 @@ def ask(
     """Ask one question about an image: reasoning, answer, its probability, and what speaks against trusting it."""
     from medr1.ask.ask import ask as run
     from medr1.ask.ask import load_respondent, question_about
-    from medr1.ask.case import write_case, write_heatmaps
+    from medr1.ask.case import png_file, write_case, write_heatmaps
+    from medr1.data.images import expand_reference
+    from medr1.report.pages import html_file
 
-    record = question_about(image, question, option or [], modality)
+    if out:
+        html_file(out)
+    if heatmap:
+        png_file(heatmap)
+    images = [one for each in image for one in expand_reference(each)]
+    record = question_about(images, question, option or [], modality)
     settings: dict[str, Any] = {"mode": mode, "num_samples": samples, "max_new_tokens": max_new_tokens}
     models = [load_respondent(model, calibration), *map(load_respondent, compare or [])]
     cases = [run(each, record, heatmap=bool(heatmap), **settings) for each in models]
@@ -103,10 +112,19 @@ def ask(
 
 
 def _print_case(case: "Case") -> None:
+    from medr1.ask.case import votes_apart
+
     said = Console(highlight=False, markup=False, soft_wrap=True)
     said.print(f"{case.model}\n{case.reply}\n")
+    for number, caption in enumerate(case.captions, start=1):
+        said.print(f"image {number}: {caption}", style="dim")
+    if case.voided:
+        said.print("THIS ANSWER MEANS NOTHING FOR A PATIENT:", style="bold yellow")
+    for warning in case.warnings or ():
+        said.print(f"! {warning}", style="bold yellow" if warning in case.voided else "yellow")
     answer = f"{case.letter}) {case.answer}" if case.letter else case.answer
-    said.print(f"answer: {answer}" if answer else f"no answer: {case.outcome}", style="bold")
+    style = "dim" if case.voided else "bold"
+    said.print(f"answer: {answer}" if answer else f"no answer: {case.outcome}", style=style)
     if case.abstained and case.calibration:
         said.print(f"but it abstains: less sure than {percent(case.calibration.threshold)} %", style="bold yellow")
     table = Table()
@@ -119,8 +137,8 @@ def _print_case(case: "Case") -> None:
         table.add_row(Text(f"{letter}) {text}"), f"{percent(probability)} %", *votes)
     if case.record.options:
         said.print(table)
-    for warning in case.warnings or ():
-        said.print(f"! {warning}", style="yellow")
+    if case.votes:
+        said.print(votes_apart(case), style="dim")
 
 
 @command("app", epilog=examples("medr1 app", "medr1 app --model runs/demo/train --compare tiny"))

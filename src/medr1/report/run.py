@@ -24,7 +24,7 @@ from medr1.evaluation.calibration import Calibration, read_calibration
 from medr1.evaluation.controls import CONDITIONS, text_only_prior
 from medr1.evaluation.metrics import OPEN_SCORES, Row, compare, summarise, untrained
 from medr1.evaluation.rows import check_pair, differing, read_rows, record_of, said
-from medr1.report.pages import environment, label, package_versions, percent, points, span_points, thumbnail
+from medr1.report.pages import environment, html_file, label, package_versions, percent, points, span_points, thumbnail
 from medr1.report.plots import AFTER, BEFORE, CHANCE, CONTROL, change_plot, learning_curves, story_plot
 from medr1.report.trust import calibration_section, faithfulness_section
 from medr1.trust.faithfulness import read_faithfulness
@@ -145,6 +145,7 @@ def write_report(data: ReportData, out: Path, *, max_samples: int = MAX_SAMPLES)
     Raises:
         MedR1Error: the two evaluations differ in their records, or the file cannot be written.
     """
+    html_file(out)
     if not data.base:
         raise MedR1Error(f"{out}: no rows to report; evaluate some records first")
     trained = summarise(data.trained)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medr1.data.records import Record, write_atomic
-from medr1.report.pages import environment, thumbnail
+from medr1.report.pages import environment, html_file, thumbnail
 
 
 def write_samples(
@@ -27,6 +27,7 @@ def write_samples(
     Raises:
         MedR1Error: the file cannot be written.
     """
+    html_file(out)
     drawn = random.Random(seed).sample(list(records), min(num, len(records)))
     samples = [(record, [thumbnail(image) for image in record.images]) for record in drawn]
     page = (

@@ -224,15 +224,16 @@ METHODS = {"occlusion": occlusion, "gradient": gradient}
 
 
 def overlay(image: Image.Image, heatmap: Heatmap) -> Image.Image:
-    """The image, grey, under its map: orange speaks for the answer, blue against it, the strongest cell most.
+    """The image, grey, under its map: orange speaks for the answer, blue against it.
 
-    Cells stay squares: a smooth map would show detail that was never measured.
+    The scale is the same for all maps: without a cell of score s the answer has e^-s of its probability, and the cell
+    is as deep as the share 1 - e^-|s| that goes. A map of cells that hardly matter is faint. Cells stay squares: a
+    smooth map would show detail that was never measured.
     """
-    strongest = np.abs(heatmap.scores).max() or 1.0
-    strength = heatmap.scores / strongest
-    cells_RC4 = np.zeros((*strength.shape, 4))
-    cells_RC4[..., :3] = np.where(strength[..., None] > 0, (255, 110, 0), (0, 110, 255))
-    cells_RC4[..., 3] = 190 * np.abs(strength)
+    share_RC = 1 - np.exp(-np.abs(heatmap.scores))
+    cells_RC4 = np.zeros((*share_RC.shape, 4))
+    cells_RC4[..., :3] = np.where(heatmap.scores[..., None] > 0, (255, 110, 0), (0, 110, 255))
+    cells_RC4[..., 3] = 190 * share_RC
     tint = Image.fromarray(cells_RC4.round().astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST)
     return Image.alpha_composite(image.convert("L").convert("RGBA"), tint).convert("RGB")
 

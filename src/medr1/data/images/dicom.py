@@ -12,6 +12,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -130,6 +131,40 @@ def identifiers(path: Path) -> dict[str, str]:
             "patient": str(header.get("PatientID") or "").strip(),
             "study": str(header.get("StudyInstanceUID") or "").strip(),
         }
+
+
+@dataclass(frozen=True)
+class SliceHeader:
+    """Where an image belongs. The series is only to be compared, never told."""
+
+    series: str
+    number: int | None
+    """InstanceNumber."""
+    normal: tuple[float, ...] | None
+    """Unit vector across the slice, to three decimals."""
+    along: float | None
+    """Place along this normal, in mm."""
+
+
+def slice_header(path: Path) -> SliceHeader | None:
+    """Series, number and place of an image; None of a DICOM file that holds no image or cannot be read."""
+    reference = Reference(path)
+    tags = ["SeriesInstanceUID", "InstanceNumber", "ImagePositionPatient", "ImageOrientationPatient", "Rows"]
+    try:
+        with _nothing_told(reference):
+            header = _header(reference, tags)
+            if not header.get("Rows"):
+                return None
+            number, position = header.get("InstanceNumber"), header.get("ImagePositionPatient") or ()
+            normal, along = None, None
+            if len(position) == 3 and len(directions := header.get("ImageOrientationPatient") or ()) == 6:
+                across = np.cross(*np.array(directions, dtype=float).reshape(2, 3))
+                normal = tuple(float(one) + 0.0 for one in np.round(across, 3))
+                along = round(float(across @ np.array(position, dtype=float)), 3)
+            series = str(header.get("SeriesInstanceUID") or "")
+            return SliceHeader(series, None if number is None else int(number), normal, along)
+    except MedR1Error:
+        return None  # the one that is asked for is refused by name; others are no business of the user's
 
 
 @contextmanager

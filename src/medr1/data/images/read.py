@@ -37,9 +37,10 @@ class Reading:
 
 
 def read_image(reference: Path | str) -> Reading:
-    """Decode one image: a file, or what a selector picks in it.
+    """Decode one image: a file, or what a selector picks in it or in a folder of one DICOM series.
 
     Selectors, see `Reference`; frames and slices count from 1:
+        folder: slice (middle), and what its DICOM files take
         picture: frame
         DICOM: frame (middle), window (a CT preset, the number of one in the file, or CENTRE,WIDTH)
         NIfTI: axis (axial, coronal, sagittal), slice (middle), window (a CT preset or CENTRE,WIDTH)
@@ -50,6 +51,14 @@ def read_image(reference: Path | str) -> Reading:
         MedR1Error: the file is missing, empty, cut off, of no known format, too large or too narrow, or the selector
             is wrong.
     """
+    parsed = Reference.parse(reference)
+    if parsed.path.is_dir():
+        from medr1.data.images.series import pick
+
+        chosen, place, warnings = pick(parsed)
+        reading = read_image(str(chosen))
+        told = {"slice": place, "warnings": [*warnings, *reading.decisions["warnings"]]}
+        return Reading(reading.image, reading.decisions | told)
     parsed = _existing(reference)
     try:
         match kind_of(parsed.path):
@@ -92,7 +101,8 @@ def load_image(reference: Path | str) -> Image.Image:
 
 
 def expand_reference(reference: Path | str) -> list[Path]:
-    """The references that `slices=N` (NIfTI) or `frames=N` (others) stands for, evenly spaced; else the one given.
+    """The references that `slices=N` (NIfTI, folder of a DICOM series) or `frames=N` (others) stands for, evenly
+    spaced; else the one given.
 
     N = 1 gives the middle. The other keys stay.
 
@@ -103,17 +113,21 @@ def expand_reference(reference: Path | str) -> list[Path]:
     many = [key for key in ("slices", "frames") if key in parsed.selector]
     if not many:
         return [Path(reference)]
-    parsed, (key, *_) = _existing(reference), many
-    kind = kind_of(parsed.path)
-    if kind == "nifti":
+    key, *_ = many
+    kind = "series" if parsed.path.is_dir() else kind_of(_existing(reference).path)
+    if kind == "series":
+        from medr1.data.images.series import num_slices as count
+    elif kind == "nifti":
         from medr1.data.images.nifti import num_slices as count
     elif kind == "dicom":
         from medr1.data.images.dicom import num_frames as count
     else:
         count = num_pages
     one = {"slices": "slice", "frames": "frame"}[key]
-    if kind == "slide" or (key == "slices") != (kind == "nifti") or len(many) > 1 or one in parsed.selector:
-        raise MedR1Error(f"{parsed}: give slices=N for NIfTI or frames=N for DICOM and pictures, and no {one}")
+    if kind == "slide" or (key == "slices") != (kind in ("nifti", "series")) or len(many) > 1 or one in parsed.selector:
+        raise MedR1Error(
+            f"{parsed}: give slices=N for NIfTI or a folder, or frames=N for DICOM and pictures, and no {one}"
+        )
     others = {name: value for name, value in parsed.selector.items() if name != key}
     total = count(Reference(parsed.path, others))
     number = parsed.whole(key, 1, 1, total)

@@ -1,0 +1,102 @@
+"""A folder of DICOM files as one series: the order of its slices, what is taken of it, and that it says so."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from medr1.ask.ask import DICOM_MODALITIES, caption
+from medr1.data.images import expand_reference, read_image
+from medr1.data.records import MODALITIES
+from medr1.errors import MedR1Error
+
+pydicom = pytest.importorskip("pydicom", reason="needs the extra medr1[images]")
+
+DIRECTIONS = [1, 0, 0, 0, 1, 0]
+
+
+def write_slice(path: Path, grey: int, **fields: Any) -> None:
+    """A CT slice of 8 x 8 pixels, all of one grey value but for one."""
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, CTImageStorage
+    meta.MediaStorageSOPInstanceUID = "1.2.3"
+    made = Dataset()
+    made.file_meta = meta
+    made.SOPClassUID, made.SOPInstanceUID = CTImageStorage, "1.2.3"
+    made.PatientName, made.Modality = "Doe^Jane", "CT"
+    made.Rows = made.Columns = 8
+    made.SamplesPerPixel, made.PhotometricInterpretation, made.PixelRepresentation = 1, "MONOCHROME2", 0
+    made.BitsAllocated, made.BitsStored, made.HighBit = 16, 16, 15
+    made.RescaleSlope, made.RescaleIntercept = 1, 0
+    made.WindowCenter, made.WindowWidth = 50, 100
+    pixels = np.full((8, 8), grey, "<u2")
+    pixels[0, 0] = 0
+    made.PixelData = pixels.tobytes()
+    for name, value in {"SeriesInstanceUID": "1.2.3.4", **fields}.items():
+        setattr(made, name, value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made.save_as(path, enforce_file_format=True)
+
+
+def greys(folder: Path, num: int) -> list[int]:
+    """The grey of each slice, as the reader orders them."""
+    found = [read_image(f"{folder}#slice={place}").image.getpixel((4, 4))[0] for place in range(1, num + 1)]
+    return [round(value * 99 / 255) for value in found]  # the window is from 0 to 99
+
+
+def test_slices_lie_as_in_the_body(tmp_path: Path) -> None:
+    """By place where all state one, whatever names and numbers say; else by number; else by name."""
+    for number, z in enumerate((30.0, -10.0, 10.0)):
+        common = {"InstanceNumber": number, "ImageOrientationPatient": DIRECTIONS}
+        write_slice(tmp_path / "placed" / f"{number}.dcm", 20 + number, ImagePositionPatient=[5, 5, z], **common)
+        write_slice(tmp_path / "numbered" / f"{9 - number}.dcm", 20 + number, InstanceNumber=number + 1)
+        write_slice(tmp_path / "named" / "below" / f"{9 - number}.dcm", 20 + number)
+    assert greys(tmp_path / "placed", 3) == [21, 22, 20]
+    assert greys(tmp_path / "numbered", 3) == [20, 21, 22]
+    assert greys(tmp_path / "named", 3) == [22, 21, 20]  # also in a folder below
+    warned = {name: read_image(tmp_path / name).decisions["warnings"] for name in ("placed", "numbered", "named")}
+    assert warned["placed"] == [] and "order of their numbers" in warned["numbered"][0]
+    assert "order of their file names" in warned["named"][0]
+
+
+def test_the_middle_or_n_slices_of_the_largest_series(tmp_path: Path) -> None:
+    for number in range(8):
+        write_slice(tmp_path / f"{number}.dcm", 20 + number, InstanceNumber=number, ImageOrientationPatient=DIRECTIONS,
+                    ImagePositionPatient=[0, 0, number])  # fmt: skip
+    for number in range(2):
+        write_slice(tmp_path / f"scout{number}.dcm", 90, SeriesInstanceUID="1.2.9", InstanceNumber=number)
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "cut.dcm").write_bytes(bytes(128) + b"DICM" + bytes(20))
+    reading = read_image(tmp_path)
+    assert reading.decisions["slice"] == "5 of 8"
+    assert reading.decisions["warnings"] == ["its folder holds 2 series; this is of the largest, not of the other 2"]
+    assert caption(reading) == (
+        "CT by the DICOM header; slice 5 of 8; window of the file: black at 0, white at 100; 8 x 8 pixels"
+    )
+    windowed = read_image(f"{tmp_path}#slice=1&window=brain")
+    assert "slice 1 of 8; brain window: black at 0, white at 80" in caption(windowed)
+    names = [str(each) for each in expand_reference(f"{tmp_path}#slices=4&window=brain")]
+    assert [name.removeprefix(str(tmp_path)) for name in names] == [
+        f"#window=brain&slice={place}" for place in (2, 4, 6, 8)
+    ]  # the middles of four equal parts
+    for reference, remedy in ((f"{tmp_path}#slice=9", "from 1 to 8"), (f"{tmp_path}#slices=9", "from 1 to 8")):
+        with pytest.raises(MedR1Error, match=remedy):
+            read_image(expand_reference(reference)[0])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MedR1Error, match="holds no DICOM image; name an image file, or the folder"):
+        read_image(tmp_path / "empty")
+
+
+def test_a_changed_folder_is_read_anew(tmp_path: Path) -> None:
+    write_slice(tmp_path / "a.dcm", 20, InstanceNumber=1)
+    assert "slice" not in caption(read_image(tmp_path))  # one alone needs no number
+    write_slice(tmp_path / "b.dcm", 30, InstanceNumber=2)
+    assert read_image(tmp_path).decisions["slice"] == "2 of 2"
+
+
+def test_modalities_of_headers_are_ours() -> None:
+    assert set(DICOM_MODALITIES.values()) <= set(MODALITIES)
