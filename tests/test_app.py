@@ -86,7 +86,7 @@ def test_upload_ask_stream_compare_heatmap_save(page: Any, tmp_path: Path) -> No
     assert cards.count() == 2
     assert cards.first.inner_text() == cards.last.inner_text()  # one model twice: all of it is deterministic
     assert "<b>X</b>-Ray" in cards.first.inner_text()
-    assert "phantoms only" in cards.first.locator(".warnings").inner_text()
+    assert "phantoms only" in cards.first.locator(".void").inner_text()
     percents = re.findall(r"([\d.]+) %", cards.first.locator(".bars").inner_text())
     assert len(percents) == 3 and sum(map(float, percents)) == pytest.approx(100, abs=0.2)
     votes = cards.first.locator(".bars tbody td:last-child").all_inner_texts()
@@ -122,8 +122,8 @@ def test_everything_can_be_reached_and_is_named(page: Any) -> None:
     assert (
         page.evaluate("[...document.images].filter(each => each.offsetParent && !each.hasAttribute('alt')).length") == 0
     )
-    colours = page.evaluate("""() => ["#notice p", "#title p", "#said p", ".case h3", ".case .muted",
-        ".case .warnings li",
+    colours = page.evaluate("""() => ["#notice p", "#title p", "#said p", ".case h2", ".case .muted",
+        ".case .void li",
         ".case .answer", ".case .bars thead th", ".case .said"].map(query => {
           const element = document.querySelector(query);
           let behind = element;

@@ -147,8 +147,13 @@ class SliceHeader:
 
 
 def slice_header(path: Path) -> SliceHeader | None:
-    """Series, number and place of an image; None of a DICOM file that holds no image or cannot be read."""
+    """Series, number and place of an image; None of a DICOM file that holds no image or cannot be read.
+
+    Raises:
+        MedR1Error: pydicom is not installed.
+    """
     reference = Reference(path)
+    extra("pydicom", reference)
     tags = ["SeriesInstanceUID", "InstanceNumber", "ImagePositionPatient", "ImageOrientationPatient", "Rows"]
     try:
         with _nothing_told(reference):
@@ -162,7 +167,7 @@ def slice_header(path: Path) -> SliceHeader | None:
                 normal = tuple(float(one) + 0.0 for one in np.round(across, 3))
                 along = round(float(across @ np.array(position, dtype=float)), 3)
             series = str(header.get("SeriesInstanceUID") or "")
-            return SliceHeader(series, None if number is None else int(number), normal, along)
+            return SliceHeader(series, None if number in (None, "") else int(number), normal, along)
     except MedR1Error:
         return None  # the one that is asked for is refused by name; others are no business of the user's
 

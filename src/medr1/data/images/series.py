@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,18 @@ class Series:
 
 
 def in_series(paths: Iterable[Path]) -> list[Series]:
-    """The series among files, the largest first, then that of the first file; what is no DICOM image is left out."""
+    """The series among files, the largest first, then that of the first file; what is no DICOM image is left out.
+
+    Raises:
+        MedR1Error: a file may not be read, or pydicom is not installed.
+    """
     found: dict[str, list[tuple[Path, SliceHeader]]] = defaultdict(list)
     for path in paths:
-        if is_dicom(path) and (header := slice_header(path)):
+        try:
+            header = slice_header(path) if is_dicom(path) else None
+        except OSError as error:
+            raise MedR1Error(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+        if header:
             found[header.series].append((path, header))
     return sorted((_ordered(slices) for slices in found.values()), key=lambda series: -len(series.files))
 
@@ -71,9 +80,10 @@ def num_slices(reference: Reference) -> int:
 
 def _series_of(reference: Reference) -> list[Series]:
     folder = reference.path
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size]
-    if len(files) > MAX_FILES:
+    inside = list(islice(folder.rglob("*"), MAX_FILES + 1))
+    if len(inside) > MAX_FILES:
         raise MedR1Error(f"{folder}: holds more than {MAX_FILES:,} files; name the folder of one series")
+    files = [path for path in sorted(inside) if path.is_file() and path.stat().st_size]
     found = _known_series(tuple((path, path.stat().st_mtime_ns) for path in files))
     if not found:
         raise MedR1Error(f"{folder}: holds no DICOM image; name an image file, or the folder of a DICOM series")
