@@ -27,7 +27,8 @@ function replyBox(title, reply) {
   const mark = reply.correct ? "✓ " : "✗ ";
   const letter = reply.letter ? reply.letter + ", " : "";
   head.append(element("span", reply.correct ? "right" : "wrong", mark + letter + verdict(reply)));
-  head.append(element("span", "muted", reply.tokens + " tokens" + (reply.finish === "length" ? ", cut at the limit" : "")));
+  const told = [reply.tokens == null ? "" : reply.tokens + " tokens", reply.finish === "length" ? "cut at the limit" : ""];
+  head.append(element("span", "muted", told.filter(Boolean).join(", ")));
   const text = element("pre");
   for (const part of reply.reply.split(/(<\/?(?:think|answer)>)/i))
     if (part) text.append(/^<\/?(think|answer)>$/i.test(part) ? element("span", "tag", part) : part);
