@@ -20,7 +20,7 @@ from medr1.data.phantoms import write_phantoms
 from medr1.data.records import Record, read_jsonl
 from medr1.errors import MedR1Error
 from medr1.evaluation.metrics import compare, summarise
-from medr1.training.base import write_recipe
+from medr1.training.folder import write_recipe
 
 SMALL = ("--steps", "1", "--mode", "no-think", "--set", "rollout.num_completions=2")
 SMALL = (*SMALL, "--set", "rollout.max_new_tokens=4", "--set", "optimizer.prompts_per_step=2")
@@ -47,7 +47,7 @@ def make_run(folder: Path, data: Path, **overrides: Any) -> RunSplit:
     """A run's folder without a model."""
     config = load_config(overrides={"data.path": str(data), "data.test_fraction": 0.3} | overrides)
     train, test = load_parts(config.data)
-    write_recipe(folder, config)
+    write_recipe(config, folder)
     write_split(folder, train, test, config.model.name)
     run = split_of(folder / "model")
     assert run is not None

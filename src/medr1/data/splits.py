@@ -100,10 +100,15 @@ def links_of(records: Sequence[Record]) -> list[frozenset[Link]]:
     return [frozenset(links) for links in _found(records)]
 
 
-def joined(records: Sequence[Record]) -> list[Record]:
-    """The same records, in their order, `group` naming the whole cluster: the smallest of its records' groups."""
+def joined(records: Sequence[Record], *, by_content: bool = True) -> list[Record]:
+    """The same records, in their order, `group` naming the whole cluster: the smallest of its records' groups.
+
+    Args:
+        by_content: without it groups alone join, and no image is looked at.
+    """
     named = list(records)
-    for cluster in _clusters(records, _found(records)):
+    groups = [{("group", group) for group in (record.group, *record.groups)} for record in records]
+    for cluster in _clusters(records, _found(records) if by_content else groups):
         name = min(records[number].group for number in cluster)
         for number in cluster:
             if named[number].group != name:

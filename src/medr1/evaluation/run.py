@@ -31,7 +31,6 @@ from medr1.data.images import content_digest, load_image
 from medr1.data.parts import skipped_list
 from medr1.data.prompts import build_messages
 from medr1.data.records import LETTERS, Record, append_jsonl, read_jsonl, write_jsonl
-from medr1.data.splits import joined
 from medr1.errors import MedR1Error
 from medr1.evaluation.calibration import with_confidence
 from medr1.evaluation.confidence import option_logprobs, reasoning_of, voted
@@ -310,7 +309,6 @@ def open_evaluation(
     ids = Counter(record.id for record in records)
     if len(ids) < len(records):
         raise MedR1Error(f"record {ids.most_common(1)[0][0]} is there twice; give each record its own id")
-    records = joined(records)
     seen = dict(zip(ids, split.seen(records), strict=True)) if split else {}
     shown = as_shown(records, condition, seed, donors)
 

@@ -17,6 +17,7 @@ from medr1.data.datasets.rows import ImageFolder, canonical_modality, canonical_
 from medr1.data.datasets.tables import SUFFIXES, Table, by_column, read_table
 from medr1.data.images import contents_of, file_of, name_of_content
 from medr1.data.records import Record
+from medr1.data.splits import joined
 from medr1.errors import MedR1Error
 
 
@@ -57,11 +58,11 @@ def load_records(
             rows are read; the first bad one is named with the number of all), a filter is unknown or keeps nothing,
             or an image is missing.
     """
-    records = _read(str(path), None if image_root is None else Path(image_root), language, refused)
+    records = _grouped(_read(str(path), None if image_root is None else Path(image_root), language, refused))
     records = select_records(records, modalities=modalities, question_types=question_types, sources=sources)
     if check_images:
         require_images(records)
-    return _with_owners(records)
+    return records
 
 
 def select_records(
@@ -176,9 +177,9 @@ def _read(path: str, image_root: Path | None, language: str, refused: list[str] 
     return records
 
 
-def _with_owners(records: list[Record]) -> list[Record]:
+def _grouped(records: list[Record]) -> list[Record]:
     """Each record with the patients and studies of its DICOM files among its groups; a group without a name gets that
-    of the first of them, or of its first image's content.
+    of the first of them, or of its first image's content. Records that share a group get one name for it.
     """
     contents = contents_of((image for record in records for image in record.images), decode=False)
     told = []
@@ -191,7 +192,7 @@ def _with_owners(records: list[Record]) -> list[Record]:
             group = record.group or (groups[0] if groups else content)
             record = record.model_copy(update={"group": group, "groups": groups})
         told.append(record)
-    return told
+    return joined(told, by_content=False)
 
 
 def _read_tables(
