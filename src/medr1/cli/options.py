@@ -82,6 +82,14 @@ ImageRootOption = Annotated[
 LanguageOption = Annotated[str, typer.Option("--language", help="of rows that say theirs (SLAKE); 'all' keeps each")]
 
 
+TWICE = {
+    "--data": ": lay tables of questions into one folder, which is read as one data set",
+    "--trained": ": write a report for each; `medr1 study` sets many models side by side",
+    "--model": ": --compare, where there is one, names another",
+}
+"""What to do in place of giving an option twice."""
+
+
 class Command(TyperCommand):
     """A command that refuses an option given twice, of which the parser would drop the first without a word."""
 
@@ -89,7 +97,8 @@ class Command(TyperCommand):
         given = Counter(self.make_parser(ctx).parse_args(args=list(args))[2])
         for parameter, count in given.items():
             if count > 1 and isinstance(parameter, TyperOption) and not (parameter.multiple or parameter.is_flag):
-                ctx.fail(f"{parameter.opts[0]} is given {count} times, and takes one value")
+                name = parameter.opts[0]
+                ctx.fail(f"{name} is given {count} times, and takes one value{TWICE.get(name, '')}")
         return super().parse_args(ctx, args)
 
 

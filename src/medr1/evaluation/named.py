@@ -101,7 +101,7 @@ def evaluate_named(
     return {**summarise(rows), "answered": judged}
 
 
-def evaluate_checkpoints(run: Path, config: Config, out: Path, **settings: Any) -> list[dict[str, Any]]:
+def evaluate_checkpoints(folder: Path, config: Config, out: Path, **settings: Any) -> list[dict[str, Any]]:
     """Ask the base, every checkpoint and the model of a run the same questions; rows go to files in the folder `out`.
 
     Args:
@@ -112,20 +112,20 @@ def evaluate_checkpoints(run: Path, config: Config, out: Path, **settings: Any) 
         state of a run are models all the same.
 
     Raises:
-        MedR1Error: `run` is no run, or has no checkpoint and no model.
+        MedR1Error: `folder` is no run's, or has no checkpoint and no model.
     """
-    recipe = recipe_of(str(run))
-    if recipe is None or not (run / RECIPE).is_file():
-        raise MedR1Error(f"{run}: no folder of a run (it holds no {RECIPE}); --checkpoints needs one")
-    kept = [(place.name, step_of(place), str(place)) for place in checkpoints(run)]
-    model = run / "model"
+    recipe = recipe_of(str(folder))
+    if recipe is None or not (folder / RECIPE).is_file():
+        raise MedR1Error(f"{folder}: no folder of a run (it holds no {RECIPE}); --checkpoints needs one")
+    kept = [(place.name, step_of(place), str(place)) for place in checkpoints(folder)]
+    model = folder / "model"
     last = kept[-1][1] if kept else 0
-    if model.is_dir() and (result := run / "result.json").is_file():
+    if model.is_dir() and (result := folder / "result.json").is_file():
         last = json.loads(result.read_text(encoding="utf-8"))["steps"]
     if model.is_dir():
         kept = [place for place in kept if place[1] != last] + [("model", last, str(model))]
     if not kept:
-        raise MedR1Error(f"{run}: a run without a checkpoint yet; let `medr1 train` go on first")
+        raise MedR1Error(f"{folder}: a run without a checkpoint yet; let `medr1 train` go on first")
     return [
         {"name": name, "step": step, **evaluate_named(place, config, out / f"{name}.jsonl", **settings)}
         for name, step, place in [("base", 0, recipe.model.name), *kept]

@@ -36,7 +36,8 @@ TRACKER_FOLDERS = {
     "trackio": ("TRACKIO_DIR", "trackio"),
 }
 """Tracker to the variable that says where it writes, and the place in a run's folder where that is not set."""
-_SET_BY_USER = {variable for variable, _ in TRACKER_FOLDERS.values() if variable in os.environ}
+_placed: dict[str, str] = {}
+"""What was set here, for the run before; anything else in a variable is the user's."""
 
 
 def finished(config: Config, out: Path) -> dict[str, Any] | None:
@@ -130,7 +131,7 @@ def place_trackers(names: tuple[str, ...], out: Path) -> dict[str, str]:
         if name not in TRACKER_FOLDERS:
             continue
         variable, folder = TRACKER_FOLDERS[name]
-        if variable not in _SET_BY_USER:
-            os.environ[variable] = str((out / folder).resolve())
+        if os.environ.get(variable) in (None, _placed.get(variable)):
+            os.environ[variable] = _placed[variable] = str((out / folder).resolve())
         places[name] = os.environ[variable]
     return places
