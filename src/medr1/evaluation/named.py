@@ -71,6 +71,10 @@ def evaluate_named(
     train_records, test_records = load_parts(config.data, run)
     asked = {"test": test_records, "train": train_records, "all": train_records + test_records}[part]
     records = limited(asked, limit, config)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MedR1Error(f"{out}: its folder cannot be made ({error.strerror}); choose another --out") from error
     if config.data.skip_unreadable:
         records = leave_out_unreadable(records, out)
     settings: dict[str, Any] = {
