@@ -367,7 +367,8 @@ def test_ctrl_c_while_training_on_a_terminal(phantoms: Path, tmp_path: Path) -> 
     os.close(terminal)
     shown = b""
     while b"2/1000" not in shown:
-        shown += os.read(screen, 4096)
+        shown += (more := os.read(screen, 4096))
+        assert more and process.poll() is None, shown
     process.send_signal(signal.SIGINT)
     with contextlib.suppress(OSError):  # what Linux says once nobody writes
         while more := os.read(screen, 4096):

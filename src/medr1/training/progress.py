@@ -10,7 +10,9 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
 from transformers import TrainerCallback
 
 from medr1.processes import is_first
@@ -47,12 +49,15 @@ class TrainingProgress(TrainerCallback):
         self.began, self.first_step = time.monotonic(), state.global_step
         if not is_first() or not self.console.is_terminal:
             return
+
+        def kept() -> Column:  # what stays whole where a terminal is narrow
+            return Column(no_wrap=True)
+
         columns = (
-            TextColumn("training"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
+            BarColumn(bar_width=10, table_column=kept()),
+            MofNCompleteColumn(table_column=kept()),
+            _Numbers(),
+            TimeRemainingColumn(table_column=kept()),
         )
         self.bar = Progress(*columns, console=Console(file=sys.stderr), transient=True)
         self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step, numbers="")
@@ -101,6 +106,13 @@ class TrainingProgress(TrainerCallback):
             return ""
         seconds = (time.monotonic() - self.began) / done
         return f"  {seconds:.2g} s a step, {duration(seconds * to_do)} left"
+
+
+class _Numbers(ProgressColumn):
+    """The newest numbers, cut at the end where the terminal is narrow."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["numbers"], no_wrap=True, overflow="ellipsis")
 
 
 def _between(steps: int) -> int:
