@@ -137,6 +137,14 @@ def evaluate_command(
         ),
     ] = 0,
     calibration: CalibrationOption = None,
+    reader: Annotated[
+        str | None,
+        typer.Option(
+            "--reader",
+            help="openai:MODEL@URL: reads again what is unparsed or ambiguous; told apart from the accuracy",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
     skip_unreadable: SkipOption = False,
     checkpoints: Annotated[
         bool,
@@ -178,12 +186,14 @@ def evaluate_command(
         "batch_size": batch_size,
         "score_options": score_options,
         "num_samples": samples,
+        "reader": reader,
     }
     if checkpoints:
         summaries = evaluate_checkpoints(Path(model), resolved, out, **how)
         print_checkpoints(summaries, as_json, cut_at=cut_at, out=out)
         return
-    summary = evaluate_named(model, resolved, out, concurrency=concurrency, calibration=calibration, **how)
+    how |= {"concurrency": concurrency, "calibration": calibration}
+    summary = evaluate_named(model, resolved, out, **how)
     then = f"medr1 report --base BASE.jsonl --trained {shown(out)}" if condition == "image" else None
     print_summary(summary, as_json, cut_at=cut_at, made={"rows": out}, then=then)
 

@@ -122,6 +122,12 @@ def print_summary(
         console.print(", ".join(counts), highlight=False)
     if cell := summary.get("answered"):
         print_answered(cell)
+    if cell := summary.get("reader"):
+        console.print(
+            f"with the reader {cell['model']}: {percent(cell['accuracy'])} ({interval(cell)}), {cell['read']} read,"
+            f" {cell['settled']} of them settled; not in the accuracy above",
+            highlight=False,
+        )
     finish(summary, as_json, said=outcome_lines(summary, cut_at), made=made, then=then)
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
-from medr1.data.option_texts import CJK, YES_NO, OptionTexts, option_texts
+from medr1.data.option_texts import CJK, OptionTexts, option_texts
 from medr1.data.prompts import check_mode
 from medr1.data.records import LETTERS, Record, normalise_answer, normalise_option
 from medr1.data.sentences import BOX, END_BOX, read, refuses
@@ -79,6 +79,10 @@ def _read(text: str, options: Sequence[str]) -> Answer:
     if same and (len(text.strip()) > 1 or text.strip().upper() not in texts.letters):
         return Answer("letter", min(same))
     said, meaning = read(_BOXED.sub(f" {BOX}\\1{END_BOX} ", text), texts)
+    if said == "unparsed" and (words := _first_yes_or_no(text)):
+        word = min(words)
+        meaning = texts.plain.get(word) or texts.plain.get(f"{word}.", frozenset())
+        said = "letter" if meaning else said
     return Answer("letter", min(meaning)) if said == "letter" else Answer(said)
 
 
@@ -237,10 +241,14 @@ def _answer_spans(text: str) -> tuple[str | None, str | None]:
 
 # -- open questions -----------------------------------------------------------------------------
 
+_YES_NO = {
+    "yes": ("ja", "oui", "sí", "si", "sim", "да", "是", "是的", "はい", "네", "예"),
+    "no": ("nein", "non", "não", "нет", "否", "不是", "いいえ", "아니요", "아니오"),
+}
 _YES = re.compile(r"(?<![\w/-])yes(?![\w/]|-\w)", re.IGNORECASE)
 _NO = re.compile(r"(?<![\w/-])no(?![\w/]|-\w)(?!\s+(?:doubt|question|wonder)\b)", re.IGNORECASE)
 _FIRST_WORD = re.compile(
-    rf"\W*(?:答案|答え|正解|정답)?[是は은:\s]*(是的?|不是|否|はい|いいえ|네|예|아니요|아니오|[^\W\d_{CJK}]+)"
+    rf"\W*(?:答案|答え|正解|정답)?[是は은:\s]*(是的?|不是|否|はい|いいえ|(?:네|예|아니요|아니오)(?![가-힣])|[^\W\d_{CJK}]+)"
 )
 _CLAUSE_END = re.compile(r"[;!?。！？；\n]|\.(?!\d)|,?\s*\b(?:because|since)\b", re.IGNORECASE)
 _DECLARATION = re.compile(
@@ -261,10 +269,12 @@ def _yes_and_no(text: str) -> set[str]:
     Of another language the first word counts alone, as "no" may be something else in it.
     """
     said = {word for word, pattern in (("yes", _YES), ("no", _NO)) if pattern.search(text)}
+    return said or _first_yes_or_no(text)
+
+
+def _first_yes_or_no(text: str) -> set[str]:
     first = _FIRST_WORD.match(text)
-    if not said and first:
-        said = {word for word, others in YES_NO.items() if first[1].casefold() in others}
-    return said
+    return {word for word, others in _YES_NO.items() if first and first[1].casefold() in others}
 
 
 def _open_span(span: str) -> Answer:

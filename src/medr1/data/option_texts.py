@@ -78,10 +78,6 @@ _UNITS |= {"week", "weeks", "day", "days", "hour", "hours", "minute", "minutes",
 _COMMON_WORDS = frozenset(
     "us it or is as he am an on no so in at do be we me my who all can may are was has for and but".split()  # noqa: SIM905
 )
-YES_NO = {
-    "yes": ("ja", "oui", "sí", "si", "sim", "да", "是", "是的", "はい", "네", "예"),
-    "no": ("nein", "non", "não", "нет", "否", "不是", "いいえ", "아니요", "아니오"),
-}
 
 
 class Token(NamedTuple):
@@ -374,7 +370,7 @@ def _unsigned(key: tuple[str, ...], exact: dict[tuple[str, ...], set[str]]) -> b
 def _weak_variants(
     key: tuple[str, ...], keys: list[tuple[str, ...]], texts: Sequence[str]
 ) -> Iterator[tuple[str, ...]]:
-    """What tells an option from all others, where they begin or end alike; yes and no in other languages."""
+    """What tells an option from all others, where they begin or end alike."""
     start = next((place for place, column in enumerate(zip(*keys, strict=False)) if len(set(column)) > 1), 0)
     backward = [one[::-1] for one in keys]
     end = next((place for place, column in enumerate(zip(*backward, strict=False)) if len(set(column)) > 1), 0)
@@ -385,5 +381,3 @@ def _weak_variants(
             for roman, number in _ROMAN.items():
                 if number == core[0]:
                     yield (roman,)
-    for word in YES_NO.get(key[0], ()) if len(key) == 1 else ():
-        yield tuple(token.value for token in tokens_of(word, False))

@@ -16,7 +16,7 @@ from medr1.errors import MedR1Error
 from medr1.evaluation.calibration import answered, applied, calibrating, read_calibration
 from medr1.evaluation.controls import SHUFFLED
 from medr1.evaluation.metrics import summarise
-from medr1.evaluation.run import evaluate, leave_out_too_long
+from medr1.evaluation.run import Row, evaluate, leave_out_too_long
 from medr1.policy.names import checkpoints, step_of
 from medr1.policy.vlm import load_vlm
 from medr1.processes import alone
@@ -42,6 +42,7 @@ def evaluate_named(
     score_options: bool = False,
     num_samples: int = 0,
     calibration: Path | None = None,
+    reader: str | None = None,
 ) -> dict[str, Any]:
     """Ask a model, by name, a part of the recipe's data in the recipe's mode; rows go to `out`.
 
@@ -52,10 +53,11 @@ def evaluate_named(
         limit: so many records, drawn by the split seed; 0: all.
         score_options, num_samples: weigh the options, or let so many sampled replies vote; see `evaluate`.
         calibration: what `medr1 calibrate` wrote; rows then say `abstained`.
+        reader: openai:MODEL@URL, which reads again what is unparsed or ambiguous (see `medr1.evaluation.reader`).
 
     Returns:
-        `summarise` of the rows; from a server its tokens too (`token_totals`), and with `calibration` under
-        "answered" what is answered of the groups that it was not fitted on.
+        `summarise` of the rows; from a server its tokens too (`token_totals`), with `calibration` under "answered" what
+        is answered of the groups that it was not fitted on, and with `reader` under "reader" what `with_reader` counts.
 
     Raises:
         MedR1Error: settings that exclude each other, bad data, or what the evaluation raises.
@@ -67,6 +69,10 @@ def evaluate_named(
         raise MedR1Error("--calibration needs options that are weighed; add --score-options or --samples")
     if model.startswith(REMOTE) and weighed:
         raise MedR1Error(f"{model}: a server's options cannot be weighed; use a local model")
+    if reader:
+        from medr1.evaluation.remote import parse_name
+
+        parse_name(reader, "--reader")  # before the model is asked anything
     thresholds = read_calibration(calibration) if calibration else None
     train_records, test_records = load_parts(config.data, run)
     asked = {"test": test_records, "train": train_records, "all": train_records + test_records}[part]
@@ -88,7 +94,7 @@ def evaluate_named(
         from medr1.evaluation.remote import evaluate_remote, token_totals  # its client is an extra
 
         rows = evaluate_remote(model, records, concurrency=concurrency, **settings)
-        return summarise(rows) | token_totals(rows)
+        return summarise(rows) | token_totals(rows) | _read_again(reader, rows, out, concurrency)
     if split := split_of(model):
         tell_seen(split, split.seen(records), "they are counted apart")
     vlm = load_vlm(model, **config.model.loading)
@@ -97,12 +103,23 @@ def evaluate_named(
     scoring = "votes" if num_samples else "options" if score_options else "reply"
     rows = evaluate(vlm, records, batch_size=batch_size, scoring=scoring, num_samples=num_samples, **settings)
     if thresholds is None:
-        return summarise(rows)
+        return summarise(rows) | _read_again(reader, rows, out, concurrency)
     rows = applied(rows, thresholds)
     with alone(out):
         write_jsonl(out, rows)
     judged = answered(calibrating(rows, thresholds.share, thresholds.seed)[1])
-    return {**summarise(rows), "answered": judged}
+    return {**summarise(rows), "answered": judged, **_read_again(reader, rows, out, concurrency)}
+
+
+def _read_again(reader: str | None, rows: Sequence[Row], out: Path, concurrency: int) -> dict[str, Any]:
+    """Under "reader" what a second reading gives; nothing without a reader."""
+    if reader is None:
+        return {}
+    from medr1.evaluation.reader import read_again, with_reader  # its client is an extra
+
+    with alone(out):
+        read = read_again(reader, rows, out, concurrency=concurrency)
+    return {"reader": with_reader(read)}
 
 
 def evaluate_checkpoints(folder: Path, config: Config, out: Path, **settings: Any) -> list[dict[str, Any]]:

@@ -75,7 +75,7 @@ def evaluate_remote(
             refuses a record, fails or stays silent. No record is left out. Rows written until then are whole and
             used again.
     """
-    model, url = _parse(name)
+    model, url = parse_name(name)
     key = api_key()
     with open_evaluation(
         records,
@@ -88,7 +88,7 @@ def evaluate_remote(
         seed=seed,
         donors=donors,
     ) as evaluation:
-        server = _Server(model, url, key, max_new_tokens)
+        server = Server(model, url, key, max_new_tokens)
         try:
             asyncio.run(server.answer(evaluation, concurrency))
         except ExceptionGroup as failures:  # of the workers; the first says enough
@@ -113,7 +113,9 @@ def token_totals(rows: Sequence[Row]) -> dict[str, int | None]:
 
 
 @dataclass(frozen=True)
-class _Server:
+class Server:
+    """A model behind a server, asked many questions at a time."""
+
     model: str
     url: str
     key: str
@@ -126,22 +128,19 @@ class _Server:
         server that answers others: one that answers nobody is told of at the third such record, or at the end.
         """
         questions = iter(evaluation.pending)
-        timeout = openai.Timeout(TIMEOUT, connect=10.0)
         silent: list[tuple[str, Record, NoCompletion]] = []
 
         def answers_others() -> bool:
             return any(row["finish"] != EMPTY for row in evaluation.rows.values())
 
-        async with openai.AsyncOpenAI(
-            api_key=self.key, base_url=self.url, timeout=timeout, max_retries=MAX_RETRIES
-        ) as client:
+        async with self.client() as client:
 
             async def work() -> None:
                 for key, record in questions:
                     messages = await asyncio.to_thread(_messages, evaluation, record)
                     started = time.perf_counter()
                     try:
-                        reply = await self._reply(client, messages, record)
+                        reply = await self.reply(client, messages, record)
                     except NoCompletion as error:
                         silent.append((key, record, error))
                         if len(silent) > 2 and not answers_others():
@@ -158,7 +157,12 @@ class _Server:
             raise self._error(f"answers nothing at record {record.id} ({error})", "look into the server's log")
         evaluation.add((key, _row(Completion("", EMPTY, None, None, None, str(error)))) for key, _, error in silent)
 
-    async def _reply(self, client: openai.AsyncOpenAI, messages: Any, record: Record) -> Row:
+    def client(self) -> openai.AsyncOpenAI:
+        """The client of this server, to be used in `async with`."""
+        timeout = openai.Timeout(TIMEOUT, connect=10.0)
+        return openai.AsyncOpenAI(api_key=self.key, base_url=self.url, timeout=timeout, max_retries=MAX_RETRIES)
+
+    async def reply(self, client: openai.AsyncOpenAI, messages: Any, record: Record) -> Row:
         """What a row says of the reply.
 
         Raises:
@@ -231,8 +235,12 @@ def _row(completion: Completion) -> Row:
     }
 
 
-def _parse(name: str) -> tuple[str, str]:
-    """Model and URL of openai:MODEL@URL."""
+def parse_name(name: str, option: str = "--model") -> tuple[str, str]:
+    """Model and URL of openai:MODEL@URL.
+
+    Raises:
+        MedR1Error: it is something else, or the URL holds a password or a query.
+    """
     match = re.fullmatch(r"openai:(.+?)@(https?://\S+)", name)
     try:
         url = HttpUrl(match[2]) if match else None
@@ -240,9 +248,9 @@ def _parse(name: str) -> tuple[str, str]:
         url = None
     if match is None or url is None:
         example = "openai:Qwen/Qwen2-VL-72B-Instruct@http://localhost:8000/v1"
-        raise MedR1Error(f"--model {name}: is not openai:MODEL@URL; write it like {example}")
+        raise MedR1Error(f"{option} {name}: is not openai:MODEL@URL; write it like {example}")
     if url.username or url.password or url.query or url.fragment:
-        raise MedR1Error(f"--model openai:{match[1]}@…: name the URL without password or query; set OPENAI_API_KEY")
+        raise MedR1Error(f"{option} openai:{match[1]}@…: name the URL without password or query; set OPENAI_API_KEY")
     return match[1], match[2]
 
 
