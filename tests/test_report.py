@@ -191,6 +191,29 @@ def test_the_story_is_no_better_than_the_numbers(made: dict, worth: list[str], w
     assert words in " ".join(sentence for _, sentence in story)
 
 
+def test_no_number_is_minus_zero():
+    from medr1.report.pages import decimal, percent, points, span, span_points
+
+    tiny = -1e-9
+    said = [decimal(tiny), decimal(-0.0, 1), percent(tiny), points(tiny), span([tiny, tiny]), span_points([tiny, -0.0])]
+    assert said == ["0.000", "0.0", "0.0 %", "+0.0", "0.0–0.0", "+0.0 to +0.0"]
+    assert decimal(-1.25, 1) == "−1.2" and decimal(None) == "–"
+
+
+def test_a_page_says_when_and_how_it_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The command as it was given, but for folders of this machine; on every day the same where a date is given."""
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
+    monkeypatch.setattr(
+        "sys.argv", ["/opt/bin/medr1", "report", "--control", "blank=/home/jane/b.jsonl", "--out", "a b.html"]
+    )
+    write_report(make_data(tmp_path), tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert '<time datetime="1970-01-02">' in page and "jane" not in page
+    assert "medr1 report --control &#39;blank=…/b.jsonl&#39; --out &#39;a b.html&#39;" in page
+    with pytest.raises(MedR1Error, match=r"report\.pdf: pages are HTML; name it report\.html"):
+        write_report(make_data(tmp_path), tmp_path / "report.pdf")
+
+
 def test_learning_curves_show_what_the_log_holds():
     assert learning_curves([]) == []
     assert [title for title, _ in learning_curves(LOG)] == ["Sampled in training"]

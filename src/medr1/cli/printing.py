@@ -215,7 +215,7 @@ def megabytes(size: int) -> str:
 
 
 def numbers_span(ci: list[float] | None) -> str:
-    return "–" if ci is None else f"{ci[0]:.3f} to {ci[1]:.3f}"
+    return "–" if ci is None else " to ".join(f"{round(limit, 3) + 0.0:.3f}" for limit in ci)  # + 0.0: no -0.000
 
 
 def percent(value: float | None) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from medr1.data.records import write_atomic
 from medr1.data.regions import ABOUT_REGION
 from medr1.evaluation.metrics import MIN_N, Row
-from medr1.report.pages import environment, span_points, thumbnail, with_span
+from medr1.report.pages import decimal, environment, span_points, thumbnail, with_span
 from medr1.report.plots import AFTER, CHANCE, CONTROL, dot_plot, hiding_plot
 from medr1.trust.explain import NOT_CAUSAL
 
@@ -103,7 +103,7 @@ def _weights(numbers: dict[str, Any]) -> list[tuple[str, str]]:
     if alike["ci95"] is None:
         return [("open", "Too few maps to compare with those of the same model with shuffled weights.")]
     low, high = alike["ci95"]
-    rho, from_rho, to_rho = (f"{value:.2f}".replace("-", "−") for value in (alike["value"], low, high))
+    rho, from_rho, to_rho = (decimal(value, 2) for value in (alike["value"], low, high))
     said = f"Maps of the same model with its weights shuffled correlate by {rho} ({from_rho} to {to_rho})"
     if high < ALIKE:
         return [("good", f"{said}: what the maps show depends on what the model has learned.")]
@@ -117,7 +117,7 @@ def _hiding(numbers: dict[str, Any]) -> list[tuple[str, str]]:
         ("insertion_gain", "Showing the hottest cells first restores the answer sooner than a random order"),
     ):
         gain = numbers[key]
-        by = f"{100 * gain['value']:.1f} points of area, 95 % interval {span_points(gain['ci95'])}"
+        by = f"{decimal(100 * gain['value'], 1)} points of area, 95 % interval {span_points(gain['ci95'])}"
         if _above(gain):
             story.append(("good", f"{what} ({by})."))
         else:

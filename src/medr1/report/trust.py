@@ -6,6 +6,7 @@ from typing import Any
 from medr1.errors import MedR1Error
 from medr1.evaluation.calibration import COVERAGE, Calibration, assess, calibrate
 from medr1.evaluation.metrics import Row
+from medr1.report.pages import decimal
 from medr1.report.plots import (
     AFTER,
     BEFORE,
@@ -123,11 +124,8 @@ def _tell_faithfulness(numbers: dict[str, Any]) -> Story:
     load, hinted, mentioned = numbers["load"], numbers["hinted"], numbers["mentioned"]
     if load["ci95"] is None:
         return [("open", "No reasoning could be edited: whether it is used cannot be told.")]
-    low, high = (f"{100 * limit:.1f}".replace("-", "−") for limit in load["ci95"])
-    by = (
-        f"{100 * load['value']:.1f} in 100 answers follow edited reasoning beyond the noise, 95 % interval {low} to"
-        f" {high}".replace("-", "−", 1 if load["value"] < 0 else 0)
-    )
+    value, low, high = (decimal(100 * number, 1) for number in (load["value"], *load["ci95"]))
+    by = f"{value} in 100 answers follow edited reasoning beyond the noise, 95 % interval {low} to {high}"
     story = [
         {
             "load-bearing": ("good", f"The reasoning is load-bearing: {by}."),
