@@ -16,7 +16,7 @@ from medr1.data.answers import extract_answer
 from medr1.data.records import write_jsonl
 from medr1.evaluation.metrics import accuracy_table, by_kind, untrained
 from medr1.evaluation.remote import Server, parse_name
-from medr1.evaluation.run import Row, record_of
+from medr1.evaluation.rows import Row, record_of
 from medr1.policy.client import NoCompletion, api_key
 
 UNSETTLED = ("unparsed", "ambiguous")

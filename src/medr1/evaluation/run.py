@@ -366,22 +366,6 @@ def score(rows: Iterable[Row]) -> list[Row]:
     return scored
 
 
-def record_of(row: Row) -> Record:
-    """The question of a row as the model was asked it, without its images."""
-    return Record(
-        id=row["id"],
-        images=(),
-        question=row["question"],
-        options=tuple(row["options"]),
-        answer=row["gold"],
-        modality=row["modality"],
-        question_type=row["question_type"],
-        source=row["source"],
-        group=row["group"],
-        alternatives=tuple(row.get("alternatives", ())),
-    )
-
-
 def _is_filtered(row: Row) -> bool:
     """Whether a service's filter took the whole reply."""
     return row.get("finish") == "content_filter" and not row["reply"].strip()
