@@ -257,15 +257,17 @@ class Prefill:
 
 
 class Decoding:
-    """One new token for each of N rows, over the prompts' cache (B, K, P, D) and each row's own static cache.
+    """New tokens for each of N rows, over the prompts' cache (B, K, P, D) and each row's own static cache.
 
-    Scores against the prompt are one batched product a prompt, scores against the row's own tokens another;
-    one softmax over both. So a group reads its prompt's keys once instead of G times, and no mask is built.
+    A call holds M tokens, each a sequence of its own to the model: of each row the newest token, and after it tokens
+    that it may go on with (`drafts`), as many as the caller likes; rows need not be equally long. Scores against the
+    prompt are one batched product a prompt, scores against the row's own tokens another; one softmax over both. So a
+    group reads its prompt's keys once instead of G times. Inside attention a row has C places, as many as the call's
+    longest row has tokens.
     """
 
     def __init__(self, prefill: Prefill, num_completions: int, max_new_tokens: int) -> None:
         self.num_completions = num_completions
-        self.step = 0
         self.prompt_keys = {layer: key.detach().transpose(2, 3).contiguous() for layer, key in prefill.keys.items()}
         self.prompt_values = {layer: value.detach().contiguous() for layer, value in prefill.values.items()}
         self.prompt_bias: Tensor | None = None  # (B, 1, 1, P), -inf at padding
@@ -276,39 +278,64 @@ class Decoding:
             self.prompt_bias = bias.masked_fill(~mask.bool(), -torch.inf)[:, None, None, :]
         num_prompts, kv_heads, _, size = first.shape
         rows = (num_prompts * num_completions, kv_heads)
-        # Keys with the head dimension first: products with one query a row are twice as fast on a CPU.
-        self.keys = {layer: first.new_empty(*rows, size, max_new_tokens) for layer in prefill.keys}
-        self.values = {layer: first.new_empty(*rows, max_new_tokens, size) for layer in prefill.keys}
+        # Keys with the head dimension first: products with one query a row are twice as fast on a CPU. Zeros, since
+        # places that a row has not reached are masked, and masking does not undo a NaN.
+        self.keys = {layer: first.new_zeros(*rows, size, max_new_tokens) for layer in prefill.keys}
+        self.values = {layer: first.new_zeros(*rows, max_new_tokens, size) for layer in prefill.keys}
+
+    def expect(self, counts: list[int], cached: list[int]) -> None:
+        """Lay out the next call: tokens of each row in it (at least 1), and tokens that its cache holds already."""
+        device = self.keys[0].device
+        counts_N, cached_N = torch.tensor(counts, device=device), torch.tensor(cached, device=device)
+        self.width, self.end = max(counts), max(map(sum, zip(counts, cached, strict=True)))
+        offsets = torch.arange(self.width, device=device)
+        self.row_M, offset_M = (offsets < counts_N[:, None]).nonzero(as_tuple=True)
+        self.place_M = cached_N[self.row_M] + offset_M
+        self.slot_M: Tensor | None = (
+            None if len(self.row_M) == self.width * len(counts) else (self.row_M * self.width + offset_M)
+        )
+        self.own_bias: Tensor | None = None  # (N, 1, C, end), -inf at what a token may not see
+        if self.width > 1 or min(cached) + 1 < self.end:
+            hidden = torch.arange(self.end, device=device) > (cached_N[:, None] + offsets)[..., None]
+            zeros = torch.zeros(hidden.shape, dtype=self.keys[0].dtype, device=device)
+            self.own_bias = zeros.masked_fill(hidden, -torch.inf)[:, None]
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float, **kwargs: Any
     ) -> Tensor:
+        """For query (M, H, 1, D) and key, value (M, K, 1, D) of the call that `expect` laid out."""
         layer: int = module.layer_idx  # type: ignore[assignment]
-        end = self.step + 1
         own_keys, own_values = self.keys[layer], self.values[layer]
-        own_keys[..., self.step] = key[:, :, 0]
-        own_values[:, :, self.step] = value[:, :, 0]
-        num_rows, heads, _, size = query.shape
-        kv_heads = own_keys.shape[1]
-        prompts, groups = num_rows // self.num_completions, (self.num_completions, heads // kv_heads)
+        own_keys[self.row_M, :, :, self.place_M] = key[:, :, 0]
+        own_values[self.row_M, :, self.place_M] = value[:, :, 0]
+        num_rows, kv_heads, size, _ = own_keys.shape
+        heads, end = query.shape[1], self.end
+        prompts, groups = num_rows // self.num_completions, (self.num_completions, heads // kv_heads * self.width)
 
-        def by_prompt(states: Tensor) -> Tensor:  # (N, K, R, …) -> (B, K, G*R, …): a prompt's rows side by side
+        def by_prompt(states: Tensor) -> Tensor:  # (N, K, R*C, …) -> (B, K, G*R*C, …): a prompt's rows side by side
             return states.unflatten(0, (prompts, -1)).transpose(1, 2).flatten(2, 3)
 
         def by_row(states: Tensor) -> Tensor:  # and back
             return states.unflatten(2, groups).transpose(1, 2).flatten(0, 1)
 
-        query = (query * scaling).reshape(num_rows, kv_heads, -1, size)
+        query = query[:, :, 0] * scaling
+        if self.slot_M is not None:  # a place for each of a row's C tokens, empty where it has fewer
+            query = query.new_zeros(num_rows * self.width, heads, size).index_copy_(0, self.slot_M, query)
+        # (N, C, K, R, D) -> (N, K, R*C, D)
+        query = query.view(num_rows, self.width, kv_heads, -1, size).permute(0, 2, 3, 1, 4).flatten(2, 3)
         prompt_scores = by_prompt(query) @ self.prompt_keys[layer]
         if self.prompt_bias is not None:
             prompt_scores += self.prompt_bias
-        own_scores = by_prompt(query @ own_keys[..., :end])
-        scores = torch.cat([prompt_scores, own_scores], dim=-1)
+        own_scores = query @ own_keys[..., :end]
+        if self.own_bias is not None:
+            own_scores = (own_scores.unflatten(2, (-1, self.width)) + self.own_bias[:, :, None]).flatten(2, 3)
+        scores = torch.cat([prompt_scores, by_prompt(own_scores)], dim=-1)
         weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
         prompt_weights, own_weights = weights.tensor_split([weights.shape[-1] - end], dim=-1)
         out = by_row(prompt_weights @ self.prompt_values[layer])
         out += by_row(own_weights) @ own_values[:, :, :end]
-        return out.reshape(num_rows, 1, heads, size)
+        out = out.unflatten(2, (-1, self.width)).permute(0, 3, 1, 2, 4).reshape(-1, heads, size)
+        return (out if self.slot_M is None else out[self.slot_M])[:, None]
 
     def keep(self, prompts: Tensor, rows: Tensor, num_completions: int) -> None:
         """Keep only these prompts and rows, by their present indices; num_completions rows a prompt."""

@@ -1,20 +1,26 @@
-"""Sampling G completions a prompt: the prompt is read once, then one token a step for all rows.
+"""Sampling G completions a prompt: the prompt is read once, then each call decodes a token of every row, or several.
 
 Sampling is from softmax(logits / temperature) itself: no top-k, no top-p, no repetition penalty, whatever the model's
 generation_config says (Qwen2-VL's top_k = 1 would make all completions of a group equal), and never an image, video
 or vision-boundary token. So the log-probabilities kept here are those of `shared_prefix.completion_logprobs`.
 
-Shapes: B prompts, G completions each, N = B*G rows in prompt-major order, T completion tokens, V vocabulary.
+Draws are fixed beforehand by row and place. Tokens that a row is likely to go on with (`drafts`) are decoded in the
+same call as its newest one, and stay as long as each is the token that the draw takes: the completions are those of
+decoding token by token, up to rounding, in fewer calls.
+
+Shapes: B prompts, G completions each, N = B*G rows in prompt-major order, T completion tokens, V vocabulary, M tokens
+of one call.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from medr1.errors import NotFiniteError
 from medr1.policy.attention import Decoding, Prefill
+from medr1.policy.drafts import Drafts, GroupDrafts, Guess, Kind
 from medr1.policy.encoding import PromptBatch
 from medr1.policy.shared_prefix import restrict
 from medr1.policy.vlm import VLM, evaluating
@@ -37,6 +43,10 @@ class Rollout:
     """Whether the completion ended with a stop token; False means it ran into max_new_tokens."""
     texts: list[str]
     """Without special tokens; tags such as <think> are text and stay."""
+    num_calls: int = 0
+    """Calls of the model that decoded them, the prompts' own not counted."""
+    guesses: list[tuple[Kind, bool]] = field(default_factory=list)
+    """Kind of each guess that was checked, and whether it was right; for `Drafts.learn`."""
     prefill: Prefill | None = None
     """The prompts' keys, values and first logits with gradient, where `sample` was asked to keep them."""
 
@@ -52,6 +62,7 @@ def sample(
     seed: int | Sequence[int],
     part: tuple[int, int] = (0, 1),
     keep_prefill: bool = False,
+    drafts: Drafts | None = None,
     on_step: Callable[[Tensor], None] | None = None,
 ) -> Rollout:
     """Sample completions from the policy, or take its most likely token at each step (greedy).
@@ -67,8 +78,9 @@ def sample(
         keep_prefill: read the prompts with gradient, so that `completion_logprobs` need not read them again. One
             backward pass only, before the weights change. Each is read by itself, so that this pass goes through those
             alone that are selected for it.
-        on_step: called after each token with all ids so far (N, T), padding after a stop token; what it raises ends
-            the call.
+        drafts: what to guess the next tokens from; it is read, and learns only by `Drafts.learn`. None guesses none.
+        on_step: called after each call of the model with all ids so far (N, T), padding after a row's newest token;
+            what it raises ends the call.
 
     Raises:
         NotFiniteError: the policy gives NaN for a token.
@@ -81,55 +93,98 @@ def sample(
         uniform = _uniform(seed, max_new_tokens, parts * num_rows)[:, index * num_rows :][:, :num_rows].to(device)
     else:
         uniform = torch.cat([_uniform(of_prompt, max_new_tokens, num_completions) for of_prompt in seed], 1).to(device)
-    stops = torch.tensor(vlm.stop_token_ids, device=device)
-    ids = torch.full((num_rows, max_new_tokens), vlm.pad_token_id, device=device)
-    mask = torch.zeros(num_rows, max_new_tokens, dtype=torch.bool, device=device)
-    finished = torch.zeros(num_rows, dtype=torch.bool, device=device)
+    stops = set(vlm.stop_token_ids)
+    written: list[list[int]] = [[] for _ in range(num_rows)]
+    ended = [False] * num_rows
+    group = None if drafts is None else GroupDrafts(drafts, len(prompts), num_completions)
+    num_calls = 0
 
     with evaluating(vlm.model):
         with torch.set_grad_enabled(keep_prefill):
             prefill = Prefill.joined(_read_each(vlm, prompts)) if keep_prefill else _read(vlm, prompts)
         assert prefill.logits_BV is not None
-        logits = prefill.logits_BV.repeat_interleave(num_completions, dim=0)
-        decoding = Decoding(prefill, num_completions, max_new_tokens)
-        positions = prompts.next_position_B.repeat_interleave(num_completions)
-        axes = len(prompts.position_ids_ABP)
-        rows = torch.arange(num_rows, device=device)  # of the completions still in the decoder
-        logp = torch.zeros(num_rows, max_new_tokens, dtype=torch.promote_types(logits.dtype, torch.float32))
+        logits_MV = prefill.logits_BV.repeat_interleave(num_completions, dim=0)
+        logp = torch.zeros(num_rows, max_new_tokens, dtype=torch.promote_types(logits_MV.dtype, torch.float32))
         logp = logp.to(device)
-        for step in range(max_new_tokens):
-            logits = restrict(logits, temperature, vlm.banned_token_ids)
-            tokens, chosen = _greedy(logits) if greedy else _draw(logits, uniform[step, rows])
-            alive = ~finished[rows]
-            now = rows[alive]
-            ids[now, step] = tokens[alive]
-            mask[now, step] = True
-            logp[now, step] = chosen[alive]
-            finished[now] = torch.isin(tokens[alive], stops)
+        decoding = Decoding(prefill, num_completions, max_new_tokens)
+        next_position_N = prompts.next_position_B.repeat_interleave(num_completions)
+        axes = len(prompts.position_ids_ABP)
+        rows = list(range(num_rows))  # of the completions still in the decoder
+        guesses: list[list[Guess]] = [[] for _ in rows]  # for each of them, in the call that made logits_MV
+        while True:
+            row_M = [row for row, guessed in zip(rows, guesses, strict=True) for _ in range(1 + len(guessed))]
+            place_M = [
+                min(len(written[row]) + further, max_new_tokens - 1)  # an ended row is filler, and its draw is not used
+                for row, guessed in zip(rows, guesses, strict=True)
+                for further in range(1 + len(guessed))
+            ]
+            logits_MV = restrict(logits_MV, temperature, vlm.banned_token_ids)
+            tokens_M, logp_M = _greedy(logits_MV) if greedy else _draw(logits_MV, uniform[place_M, row_M])
+            drawn, start = tokens_M.tolist(), 0
+            taken: list[int] = []
+            for row, guessed in zip(rows, guesses, strict=True):
+                stop = start + 1 + len(guessed)
+                if not ended[row]:
+                    new = drawn[start:stop]
+                    new = new[: next((place for place, token in enumerate(new, 1) if token in stops), None)]
+                    if group is not None:
+                        new = new[: 1 + group.check(guessed, new)]
+                        group.add(row, new)
+                    written[row] += new
+                    taken += range(start, start + len(new))
+                    ended[row] = new[-1] in stops or len(written[row]) == max_new_tokens
+                start = stop
+            logp[[row_M[place] for place in taken], [place_M[place] for place in taken]] = logp_M[taken]
             if on_step is not None:
-                on_step(ids[:, : step + 1])
-            if step + 1 == max_new_tokens or bool(finished.all()):
+                on_step(_padded(written, vlm.pad_token_id, device))
+            if all(ended):
                 break
-            kept = _compact(decoding, finished[rows])
-            if kept is not None:
-                rows, tokens, positions = rows[kept], tokens[kept], positions[kept]
-            logits = vlm.model(
-                input_ids=tokens[:, None],
-                position_ids=_axes(positions.expand(axes, -1)[:, :, None]),
+            kept = _compact(decoding, [ended[row] for row in rows])
+            rows = rows if kept is None else [rows[place] for place in kept]
+            num_alive = sum(not ended[row] for row in rows)
+            guesses = [
+                []
+                if group is None or ended[row]
+                else group.guess(row, num_alive, limit=max_new_tokens - len(written[row]) - 1)
+                for row in rows
+            ]
+            reached = max(len(written[row]) for row in rows) - 1
+            cached = [reached if ended[row] else len(written[row]) - 1 for row in rows]
+            decoding.expect([1 + len(guessed) for guessed in guesses], cached)
+            inputs = [
+                [written[row][-1], *(guess.token for guess in guessed)]
+                for row, guessed in zip(rows, guesses, strict=True)
+            ]
+            positions_M = next_position_N[torch.tensor(rows, device=device)][decoding.row_M] + decoding.place_M
+            logits_MV = vlm.model(
+                input_ids=torch.tensor([token for row in inputs for token in row], device=device)[:, None],
+                position_ids=_axes(positions_M.expand(axes, -1)[:, :, None]),
                 shared_prefix=decoding,
                 use_cache=False,
             ).logits[:, -1]
-            positions = positions + 1
-            decoding.step += 1
+            num_calls += 1
 
-    length = int(mask.sum(1).max())
-    ids, mask, logp = ids[:, :length], mask[:, :length], logp[:, :length]
     if not bool(logp.isfinite().all()):
         raise NotFiniteError(f"{vlm.name}: the probabilities of its next token are not finite numbers")
-    texts = vlm.tokenizer.batch_decode(
-        [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)], skip_special_tokens=True
+    lengths = torch.tensor([len(row) for row in written], device=device)
+    ids = _padded(written, vlm.pad_token_id, device)
+    mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+    return Rollout(
+        completion_ids_NT=ids,
+        mask_NT=mask,
+        logp_NT=logp[:, : ids.shape[1]],
+        finished_N=torch.tensor([row[-1] in stops for row in written], device=device),
+        texts=vlm.tokenizer.batch_decode(written, skip_special_tokens=True),
+        num_calls=num_calls,
+        guesses=[] if group is None else group.outcomes,
+        prefill=prefill if keep_prefill else None,
     )
-    return Rollout(ids, mask, logp, finished, texts, prefill if keep_prefill else None)
+
+
+def _padded(sequences: list[list[int]], pad: int, device: torch.device) -> Tensor:
+    """Token ids as one tensor, right-padded to the longest."""
+    longest = max(map(len, sequences))
+    return torch.tensor([[*tokens, *[pad] * (longest - len(tokens))] for tokens in sequences], device=device)
 
 
 def _uniform(seed: int, num_steps: int, num_rows: int) -> Tensor:
@@ -201,19 +256,20 @@ def _draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     return tokens[:, 0], (shifted.gather(-1, tokens) - total.log())[:, 0].to(logits.dtype)
 
 
-def _compact(decoding: Decoding, finished: Tensor) -> Tensor | None:
-    """Drop finished rows from the decoder when enough have finished; the indices of the rows that stay, or None.
+def _compact(decoding: Decoding, ended: list[bool]) -> list[int] | None:
+    """Drop ended rows from the decoder when enough have ended; the indices of the rows that stay, or None.
 
     The decoder needs the same number of rows a prompt, so the slowest group decides, and shorter groups keep some
-    finished rows as filler. Prompts without unfinished rows go entirely.
+    ended rows as filler. Prompts without other rows go entirely.
     """
-    grouped = finished.view(-1, decoding.num_completions)
-    unfinished = (~grouped).sum(1)
-    prompts = unfinished.nonzero()[:, 0]
-    num_completions = int(unfinished.max())
+    grouped = torch.tensor(ended).view(-1, decoding.num_completions)
+    going_on = (~grouped).sum(1)
+    prompts = going_on.nonzero()[:, 0]
+    num_completions = int(going_on.max())
     if len(prompts) * num_completions > COMPACT_BELOW * grouped.numel():
         return None
     order = grouped[prompts].to(torch.uint8).argsort(dim=1, stable=True)[:, :num_completions]
     rows = (prompts[:, None] * decoding.num_completions + order).flatten()
-    decoding.keep(prompts, rows, num_completions)
-    return rows
+    device = decoding.keys[0].device
+    decoding.keep(prompts.to(device), rows.to(device), num_completions)
+    return rows.tolist()
