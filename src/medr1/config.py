@@ -80,6 +80,11 @@ class RolloutConfig(_Section):
     num_completions: int = Field(8, ge=1, description="G, completions a prompt; at least 2 for GRPO")
     max_new_tokens: int = Field(256, ge=1, description="a completion is cut here and counted as truncated")
     temperature: float = Field(1.0, gt=0, description="sampling temperature; the scored policy has the same")
+    drafts: bool = Field(
+        True,
+        description="guess tokens from what was written and decode several a call; the completions stay the same"
+        " (local engine)",
+    )
     engine: Literal["local", "vllm"] = Field("local", description="who samples: this process, or a vLLM server")
     vllm_url: str = Field("http://127.0.0.1:8000/v1", description="that server, up to and with /v1")
 

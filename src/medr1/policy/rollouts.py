@@ -50,6 +50,11 @@ class Rollout:
     prefill: Prefill | None = None
     """The prompts' keys, values and first logits with gradient, where `sample` was asked to keep them."""
 
+    @property
+    def tokens(self) -> list[list[int]]:
+        """The token ids of each completion."""
+        return [ids[kept].tolist() for ids, kept in zip(self.completion_ids_NT, self.mask_NT, strict=True)]
+
 
 def sample(
     vlm: VLM,

@@ -382,6 +382,13 @@ class RecordTrainer(Trainer):
             core = self.vlm.core
             core.load_state_dict(type(core).from_pretrained(checkpoint, dtype=core.dtype).state_dict())
         self.sums_before = json.loads((Path(checkpoint) / SUMS).read_text(encoding="utf-8"))
+        self.load_more(Path(checkpoint))
+
+    def save_more(self, folder: Path) -> None:
+        """Write into a checkpoint what a method has to keep beside weights and optimizer; process 0 alone."""
+
+    def load_more(self, folder: Path) -> None:
+        """Take up again what `save_more` wrote."""
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """`run` has done it."""
@@ -422,6 +429,7 @@ class RecordTrainer(Trainer):
                     torch.save(self._schedule.state_dict(), staging / SCHEDULER_NAME)
                     self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
                     write_atomic(staging / SUMS, to_json(sums))
+                    self.save_more(staging)
                 self._save_rng_state(str(staging))
 
         def put_in_place() -> None:

@@ -10,6 +10,7 @@ their forward and backward are skipped, and they are counted.
 
 import contextlib
 import copy
+import json
 import math
 import shutil
 import time
@@ -26,8 +27,9 @@ from torch import Tensor, nn
 
 from medr1.config import Config
 from medr1.data.answers import format_ok, read_answer
-from medr1.data.records import Record, read_jsonl, write_atomic
+from medr1.data.records import Record, read_jsonl, to_json, write_atomic
 from medr1.errors import MedR1Error
+from medr1.policy.drafts import Drafts
 from medr1.policy.encoding import FeatureCache, PromptBatch, with_vision_features
 from medr1.policy.rollouts import Rollout, sample
 from medr1.policy.shared_prefix import completion_logprobs
@@ -48,6 +50,9 @@ if TYPE_CHECKING:
     from medr1.policy.rollouts_vllm import VLLMServer
 
 COMPLETIONS = "completions.jsonl"
+DRAFTS = "drafts.json"
+"""In a checkpoint: what next tokens are guessed from. Without it a resumed run would make other calls, whose rounding
+could draw another token."""
 TRACEBACK = "reward-error.txt"
 """What a reward of the user's own raised."""
 DIFFERENCE = "rollout_difference"
@@ -121,6 +126,7 @@ class GRPOTrainer(RecordTrainer):
         self.reads_prompts_once = self.repeats == 1 and whole and alone and not dropout
         self.server = self._connect() if config.rollout.engine == "vllm" else None
         self.reads_prompts_once &= self.server is None
+        self.drafts = Drafts() if config.rollout.drafts and self.server is None else None
 
     def _connect(self) -> "VLLMServer":
         from medr1.policy.rollouts_vllm import VLLMServer  # needs the openai client
@@ -157,10 +163,22 @@ class GRPOTrainer(RecordTrainer):
             agree(lambda: server.push(step, load=self.is_world_process_zero()))
         with self.whole_weights():
             experience, rows = agree(lambda: self._sample(records))
+        if self.drafts is not None:
+            rollout = experience.rollout
+            for tokens, guesses in gather((rollout.tokens, rollout.guesses)):
+                self.drafts.learn(tokens, guesses)
         self.completions = [row for part in gather(rows) for row in part]
         self._tell_unscored()
         self.first_appends(COMPLETIONS, self.completions)
         return experience
+
+    def save_more(self, folder: Path) -> None:
+        if self.drafts is not None:
+            write_atomic(folder / DRAFTS, to_json(self.drafts.state()))
+
+    def load_more(self, folder: Path) -> None:
+        if self.drafts is not None:
+            self.drafts.load(json.loads((folder / DRAFTS).read_text(encoding="utf-8")))
 
     def _tell_unscored(self) -> None:
         """Say once that no reward applied to a reply, which may be meant and may be a mistake in them."""
@@ -188,7 +206,9 @@ class GRPOTrainer(RecordTrainer):
         if self.server is None:
             # Autocast around all of it, so that each weight is cast once, not for each token.
             with self.naming_step(self.state.global_step + 1, records), self.accelerator.autocast():
-                rollout = sample(self.vlm, prompts, keep_prefill=self.reads_prompts_once, **settings)
+                rollout = sample(
+                    self.vlm, prompts, keep_prefill=self.reads_prompts_once, drafts=self.drafts, **settings
+                )
         else:
             rollout = self.server.sample(records, prompts, **settings)
         owners = [record for record in records for _ in range(num_completions)]
