@@ -306,8 +306,8 @@ class Decoding:
         """For query (M, H, 1, D) and key, value (M, K, 1, D) of the call that `expect` laid out."""
         layer: int = module.layer_idx  # type: ignore[assignment]
         own_keys, own_values = self.keys[layer], self.values[layer]
-        own_keys[self.row_M, :, :, self.place_M] = key[:, :, 0]
-        own_values[self.row_M, :, self.place_M] = value[:, :, 0]
+        own_keys[self.row_M, :, :, self.place_M] = key[:, :, 0].to(own_keys.dtype)
+        own_values[self.row_M, :, self.place_M] = value[:, :, 0].to(own_values.dtype)
         num_rows, kv_heads, size, _ = own_keys.shape
         heads, end = query.shape[1], self.end
         prompts, groups = num_rows // self.num_completions, (self.num_completions, heads // kv_heads * self.width)
