@@ -36,6 +36,7 @@ from medr1.evaluation.calibration import with_confidence
 from medr1.evaluation.confidence import option_logprobs, reasoning_of, voted
 from medr1.evaluation.controls import as_shown, blank_image
 from medr1.evaluation.rows import Row, record_of
+from medr1.policy.drafts import Drafts
 from medr1.policy.encoding import PromptBatch, check_lengths, encode_prompts, text_too_long
 from medr1.policy.rollouts import sample
 from medr1.policy.vlm import VLM, evaluating
@@ -118,6 +119,7 @@ def evaluate(
     ) as evaluation:
         ordered = _reading_order(list(evaluation.records.items()), mode)
         pending = [(key, record) for key, record in ordered if key not in evaluation.rows]
+        drafts = Drafts()
         for start in range(0, len(pending), batch_size):
             batch = pending[start : start + batch_size]
             started = time.perf_counter()
@@ -137,6 +139,7 @@ def evaluate(
                 scoring=scoring,
                 num_samples=num_samples,
                 seeds=[int(_digest([seed, key])[:12], 16) for key, _ in batch],
+                drafts=drafts,
             )
             seconds = round((time.perf_counter() - started) / len(batch), 4)
             evaluation.add(
@@ -182,6 +185,7 @@ def _answer(
     scoring: str,
     num_samples: int,
     seeds: list[int],
+    drafts: Drafts,
 ) -> list[Row]:
     """What a row says of the reply: reply, finish, tokens; where options are weighed scoring and option_probs too."""
     if scoring == "options" and mode == "no-think":
@@ -195,7 +199,9 @@ def _answer(
             max_new_tokens=max_new_tokens,
             greedy=not votes,
             seed=seeds,
+            drafts=drafts,
         )
+        drafts.learn(rollout.tokens, rollout.guesses)
         replies = [
             {"reply": text, "finish": "stop" if finished else "length", "tokens": tokens}
             for text, finished, tokens in zip(
