@@ -62,6 +62,7 @@ def run_recipe(config: Config, out: Path, *, limit: int = 0, batch_size: int = 6
     """
     if found := completed(config, out, limit=limit):
         return found
+    from medr1.data.heldout import split_of
     from medr1.data.parts import load_parts  # torch and all the rest, which a complete run does not need
     from medr1.evaluation.controls import text_only_prior
     from medr1.evaluation.metrics import compare, summarise
@@ -78,7 +79,7 @@ def run_recipe(config: Config, out: Path, *, limit: int = 0, batch_size: int = 6
         )
     began = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
-    train_records, held_out = load_parts(config.data)
+    train_records, held_out = load_parts(config.data, split_of(out / "train"))  # gone on with: by its own list
     records = limited(held_out, limit, config)
     settings: dict[str, Any] = {
         "mode": config.rollout.mode,
