@@ -35,7 +35,7 @@ def test_tensorboard(run: Path) -> None:
     from tensorboard.util.tensor_util import make_ndarray
 
     log = train(run, "tensorboard")
-    folder = next((run / "runs").iterdir())
+    folder = run / "tensorboard"
     events = EventAccumulator(str(folder), size_guidance={"tensors": 0, "images": 0, "scalars": 0})
     events.Reload()
     for name in ("reward", "reward_test_training:letters_reward", "kl", "loss"):
@@ -115,7 +115,7 @@ def test_trackio(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_supervised_runs_send_numbers(run: Path) -> None:
     pytest.importorskip("tensorboard")
     train(run, "tensorboard", method="sft", **{"rollout.mode": "no-think"})
-    assert list((run / "runs").rglob("events.*"))
+    assert list((run / "tensorboard").rglob("events.*"))
 
 
 def test_what_is_missing_is_named_before_training(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,10 +32,11 @@ STATELESS = "constant_with_warmup"
 TRACKER_FOLDERS = {
     "tensorboard": ("TENSORBOARD_LOGGING_DIR", "tensorboard"),
     "wandb": ("WANDB_DIR", "."),
-    "mlflow": ("MLFLOW_TRACKING_URI", "mlruns"),
     "trackio": ("TRACKIO_DIR", "trackio"),
 }
-"""Tracker to the variable that says where it writes, and the place in a run's folder where that is not set."""
+"""Tracker to the variable that says where it writes, and the place in a run's folder where that is not set. MLflow's is
+the address of a store, which it chooses itself.
+"""
 _placed: dict[str, str] = {}
 """What was set here, for the run before; anything else in a variable is the user's."""
 
