@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from medr1.config import Config
+from medr1.config import RECIPE, Config
 from medr1.data.parts import leave_out_unreadable, load_parts
 from medr1.data.records import write_atomic
 from medr1.errors import MedR1Error
@@ -57,7 +57,7 @@ def _prepare(config: Config, out: Path, device: Any, extend: bool) -> RecordTrai
         test_records = [record for record in test_records if record.id in left]
     # Full fine-tuning keeps float32 weights, since bfloat16 would round small updates away; see `RecordTrainer`.
     dtype = config.model.dtype if config.model.lora_rank else "float32"
-    vlm = load_vlm(config.model.name, dtype=dtype, device=device)
+    vlm = load_vlm(config.model.name, **config.model.loading | {"dtype": dtype}, device=device)
     asked: dict[str, Any] = {"mode": config.rollout.mode, "max_new_tokens": config.rollout.max_new_tokens}
     if config.data.skip_unreadable:
         train_records, test_records = (
@@ -66,6 +66,12 @@ def _prepare(config: Config, out: Path, device: Any, extend: bool) -> RecordTrai
     for record in train_records:
         if reason := too_long(vlm, record, **asked):
             raise MedR1Error(reason)
+    new = not (out / RECIPE).exists()
     if is_first():
         write_recipe(config, out, extend=extend)
-    return METHODS[config.method](vlm, config, train_records, test_records, out)
+    try:
+        return METHODS[config.method](vlm, config, train_records, test_records, out)
+    except MedR1Error:
+        if new and is_first():  # a recipe that is refused keeps no folder from the next one
+            (out / RECIPE).unlink(missing_ok=True)
+        raise
