@@ -57,6 +57,8 @@ EVALUATION: dict[str, dict[str, Any]] = {
 }
 EVALUATIONS_EACH = 3
 MAX_KILLS = 3
+SAID = Path(tempfile.gettempdir()) / f"medr1-kills-{os.getpid()}.log"
+"""What the last process said."""
 TIMES = re.compile("second|runtime|flos|total_flos")
 
 
@@ -81,9 +83,9 @@ def recipe(data: Path, kind: str) -> Config:
 
 def silently(work: Callable[[], object]) -> None:
     """What a process does that may be killed."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
-    os.dup2(null, 2)
+    said = os.open(SAID, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
     torch.set_num_threads(1)
     work()
 
@@ -99,7 +101,7 @@ def once(work: Callable[[], object], kill_after: float | None = None) -> tuple[b
         process.kill()
         process.join()
     elif process.exitcode != 0:
-        raise SystemExit(f"a run ended with status {process.exitcode}")
+        raise SystemExit(f"a run ended with status {process.exitcode}:\n{SAID.read_text()[-2000:]}")
     return killed, time.monotonic() - began
 
 
@@ -207,6 +209,7 @@ def main() -> None:
             "seed": args.seed,
             "runs": rows,
         }
+    SAID.unlink(missing_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({name: {key: result[name][key] for key in ("equal", "kills", "seed")} for name in found}))
     sys.exit(not all(row["equal"] for rows in found.values() for row in rows))
