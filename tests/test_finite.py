@@ -593,11 +593,15 @@ def test_groups_without_a_difference_are_neither_read_nor_passed_through(
 def test_json_lines_are_json_whatever_numbers_they_hold(tmp_path: Path) -> None:
     row = {"a": math.nan, "b": [1.0, -math.inf, {"c": (math.inf, 2)}], "d": "NaN", "e": True, "f": None, "g": 0.1 + 0.2}
     expected = {"a": None, "b": [1.0, None, {"c": [None, 2]}], "d": "NaN", "e": True, "f": None, "g": 0.1 + 0.2}
-    append_jsonl(tmp_path / "a.jsonl", [row])
+    append_jsonl(tmp_path / "new" / "a.jsonl", [row])
     write_jsonl(tmp_path / "b.jsonl", [row])
 
     def refuse(token: str) -> None:
         raise AssertionError(token)
 
-    for text in ((tmp_path / "a.jsonl").read_text(), (tmp_path / "b.jsonl").read_text(), to_json(row, indent=1)):
+    for text in (
+        (tmp_path / "new" / "a.jsonl").read_text(),
+        (tmp_path / "b.jsonl").read_text(),
+        to_json(row, indent=1),
+    ):
         assert json.loads(text, parse_constant=refuse) == expected

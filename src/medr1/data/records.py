@@ -235,6 +235,7 @@ def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     text = "".join(to_json(row) + "\n" for row in rows)
     size = path.stat().st_size if path.exists() else 0
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.write(text)
             file.flush()
