@@ -74,6 +74,8 @@ class Stub:
             texts=[f"<answer>{letter}</answer>" for letter in letters],
             finished_N=torch.tensor([letter == "A" for letter in letters]),
             mask_NT=torch.ones(len(prompts), 3),
+            tokens=[],
+            guesses=[],
         )
 
 

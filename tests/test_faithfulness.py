@@ -81,7 +81,12 @@ class Stub:
         named = [FINDINGS[self.known(text)] for text in prompts.texts]
         texts = [f"<think>I see it here. There is a {name.lower()}.</think><answer>{name}</answer>" for name in named]
         return SimpleNamespace(
-            texts=texts, finished_N=torch.ones(len(texts)), mask_NT=torch.ones(len(texts), 3), completion_ids_NT=None
+            texts=texts,
+            finished_N=torch.ones(len(texts)),
+            mask_NT=torch.ones(len(texts), 3),
+            completion_ids_NT=None,
+            tokens=[],
+            guesses=[],
         )
 
     def option_logprobs(
