@@ -26,7 +26,7 @@ def small_demo(seed: int) -> Config:
     """The demo's recipe with two steps on few phantoms."""
     recipe = DEMO(seed)
     sections = {
-        "data": {"num_phantoms": 160},
+        "data": {"num_phantoms": 640},
         "rollout": {"max_new_tokens": 8},
         "optimizer": {"steps": 2, "prompts_per_step": 2},
         "log": {"eval_records": 8},

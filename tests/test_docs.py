@@ -30,13 +30,13 @@ BLOCK = re.compile(r"(?:<!-- not run: (?P<why>[^>]+) -->\n)?^```(?P<language>\w+
 SHELL = ("bash", "sh")
 
 TRAIN = (
-    "--model tiny --steps 1 --set data.num_phantoms=160 --set optimizer.prompts_per_step=2"
+    "--model tiny --steps 1 --set data.num_phantoms=640 --set optimizer.prompts_per_step=2"
     " --set optimizer.prompts_per_forward=0 --set rollout.num_completions=2 --set rollout.max_new_tokens=8"
 )
 SMALL = {
     "train": TRAIN,
     "run": TRAIN,
-    "eval": "--max-new-tokens 8 --set data.num_phantoms=160",
+    "eval": "--max-new-tokens 8 --set data.num_phantoms=640",
     "explain": "--limit 2 --set rollout.max_new_tokens=8",
     "faithfulness": "--limit 2 --max-new-tokens 8",
     "plan": "--model tiny",
