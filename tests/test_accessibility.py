@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from test_report import LOG, make_data, weighed
+from test_several import page_of
 from test_study_report import planted
 
 from medr1.ask.ask import Case, load_respondent, question_about
@@ -42,6 +43,11 @@ def run_page(folder: Path, phantoms: Path) -> Path:
     trained[0]["reply"] = LONG
     write_report(make_data(folder, base=base, trained=trained, log=LOG), folder / "report.html")
     return folder / "report.html"
+
+
+def several_page(folder: Path, phantoms: Path) -> Path:
+    page_of(folder, "weak", "strong", "worse")
+    return folder / "page.html"
 
 
 def study_page(folder: Path, phantoms: Path) -> Path:
@@ -91,6 +97,7 @@ def case_page(folder: Path, phantoms: Path) -> Path:
 
 PAGES: tuple[Callable[[Path, Path], Path], ...] = (
     run_page,
+    several_page,
     study_page,
     check_page,
     explain_page,
@@ -129,7 +136,7 @@ def test_nothing_serious_is_found_on_a_page(browser: Any, tmp_path: Path, phanto
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
     page.goto(path.as_uri())
-    if make in (run_page, study_page):
+    if make in (run_page, several_page, study_page):
         page.wait_for_selector("#samples > *")
     page.evaluate(AXE)
     page.evaluate("document.querySelectorAll('details:not(.zoom)').forEach(each => { each.open = true; })")

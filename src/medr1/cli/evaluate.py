@@ -215,6 +215,7 @@ def score_command(
     "report",
     epilog=examples(
         "medr1 report --base base.jsonl --trained trained.jsonl --run runs/ct --control blank=blank.jsonl",
+        "medr1 report --base base.jsonl --trained sft=sft.jsonl --trained grpo=grpo.jsonl --out models.html",
     ),
 )
 def report_command(
@@ -222,13 +223,18 @@ def report_command(
         Path, typer.Option("--base", help="answers of the base model (.jsonl)", rich_help_panel="What is shown")
     ],
     trained: Annotated[
-        Path, typer.Option("--trained", help="answers of the trained model (.jsonl)", rich_help_panel="What is shown")
+        list[str],
+        typer.Option(
+            "--trained",
+            help="answers of the trained model (.jsonl), or NAME=FILE; repeated: several models in one page",
+            rich_help_panel="What is shown",
+        ),
     ],
     run: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(
             "--run",
-            help="folder of the training run: curve, recipe, text-only prior",
+            help="folder of the training run: curve, recipe, text-only prior; of several models one each",
             rich_help_panel="What stands beside it",
         ),
     ] = None,
@@ -236,7 +242,8 @@ def report_command(
         list[str] | None,
         typer.Option(
             "--control",
-            help="NAME=FILE with the trained model's answers, e.g. blank=blank.jsonl; may be repeated",
+            help="NAME=FILE with the trained model's answers, e.g. blank=blank.jsonl; may be repeated: a file is of the"
+            " model that its rows state",
             rich_help_panel="What stands beside it",
         ),
     ] = None,
@@ -262,22 +269,52 @@ def report_command(
     as_json: JsonOption = False,
 ) -> None:
     """Write one self-contained HTML page from stored answers: before, after, controls, curve, every sample."""
-    from medr1.report.run import report_from_files
+    named = [_named(given) for given in trained]
+    if len(named) > 1:
+        if only_one := next(filter(None, (calibration, faithfulness)), None):
+            raise MedR1Error(f"{only_one}: is of one model; leave it out, or write a report of that model alone")
+        from medr1.report.several import VERDICTS, several_from_files
 
-    result = report_from_files(
-        base,
-        trained,
-        run=run,
-        controls=controls or [],
-        calibration=calibration,
-        faithfulness=faithfulness,
-        out=out,
-    )
-    gain = result["gain_points"]
-    story = f"before {percent(result['base_macro'])} %, after {percent(result['trained_macro'])} %"
-    if gain is not None:
-        story += f": {gain:+.1f} points"
-    finish(result, as_json, said=[story], made={"page": out}, then="open the page in a browser; it needs no network")
+        result = several_from_files(base, named, runs=run or [], controls=controls or [], out=out)
+        said = [f"base {percent(result['base_macro'])} % on {result['n']:,} questions"]
+        for name, model in result["models"].items():
+            change = model["change"]
+            said.append(
+                f"{name} {percent(model['macro'])} %: {100 * change['difference']:+.1f} points,"
+                f" {VERDICTS[model['verdict']]}"
+            )
+    else:
+        if run and len(run) > 1:
+            raise MedR1Error(f"--run is given {len(run)} times for one model; give its own")
+        from medr1.report.run import report_from_files
+
+        ((name, path),) = named
+        result = report_from_files(
+            base,
+            path,
+            run=run[0] if run else None,
+            controls=controls or [],
+            calibration=calibration,
+            faithfulness=faithfulness,
+            name=name,
+            out=out,
+        )
+        gain = result["gain_points"]
+        story = f"before {percent(result['base_macro'])} %, after {percent(result['trained_macro'])} %"
+        if gain is not None:
+            story += f": {gain:+.1f} points"
+        said = [story]
+    finish(result, as_json, said=said, made={"page": out}, then="open the page in a browser; it needs no network")
+
+
+def _named(given: str) -> tuple[str | None, Path]:
+    """FILE or NAME=FILE; what is there as a whole is a FILE, whatever its folders are called."""
+    name, equals, file = given.partition("=")
+    if not equals or Path(given).exists():
+        return None, Path(given)
+    if not name or not file:
+        raise MedR1Error(f"--trained {given}: write FILE or NAME=FILE, for example sft=sft.jsonl")
+    return name, Path(file)
 
 
 @command("calibrate", epilog=examples("medr1 calibrate scored.jsonl --coverage 0.8 --out calibration.json"))

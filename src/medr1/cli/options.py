@@ -84,7 +84,6 @@ LanguageOption = Annotated[str, typer.Option("--language", help="of rows that sa
 
 TWICE = {
     "--data": ": lay tables of questions into one folder, which is read as one data set",
-    "--trained": ": write a report for each; `medr1 study` sets many models side by side",
     "--model": ": --compare, where there is one, names another",
 }
 """What to do in place of giving an option twice."""

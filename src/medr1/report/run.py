@@ -55,6 +55,8 @@ class ReportData:
     """Of the trained model; None fits one where the rows have option_probs."""
     faithfulness: dict[str, Any] | None = None
     """What `faithfulness.conclude` returned for the trained model."""
+    name: str | None = None
+    """Of the trained model; None: as its rows say."""
     versions: Mapping[str, str] = field(default_factory=lambda: package_versions())
     """Package to version; by default of this process."""
 
@@ -68,6 +70,7 @@ def report_from_files(
     controls: Sequence[str] = (),
     calibration: Path | None = None,
     faithfulness: Path | None = None,
+    name: str | None = None,
 ) -> dict[str, Any]:
     """Write a report from files that `medr1 eval` and `medr1 train` made.
 
@@ -84,6 +87,7 @@ def report_from_files(
             (.json) that `text_only_prior` gave for these questions.
         calibration: what `medr1 calibrate` wrote for the trained model.
         faithfulness: folder that `medr1 faithfulness` wrote for the trained model.
+        name: what the page calls the trained model; None: as its rows do.
 
     Returns:
         What `write_report` returns.
@@ -92,7 +96,7 @@ def report_from_files(
         MedR1Error: a file is missing or not what it should be, or two of them are not alike.
     """
     config = load_config(run / RECIPE) if run else None
-    before, after = _rows(base, "image"), _rows(trained, "image")
+    before, after = condition_rows(base, "image"), condition_rows(trained, "image")
     check_pair(after, trained, before, base, ALIKE)
     tables: dict[str, dict[str, Any]] = {}
     if config:
@@ -100,16 +104,12 @@ def report_from_files(
         learned = load_parts(config.data, split_of(run))[0]
         tables["text_only"] = text_only_prior(learned, [record_of(row) for row in untrained(after)])
     for control in controls:
-        name, equals, file = control.partition("=")
-        if not equals:
-            raise MedR1Error(f"--control {control}: write NAME=FILE, for example blank=blank.jsonl")
-        if name not in CONTROLS:
-            raise MedR1Error(f"--control {control}: {name} is no control; choose {', '.join(CONTROLS)}")
+        name, file = named_control(control)
         if name == "text_only":
-            tables[name] = _text_table(Path(file), untrained(after))
+            tables[name] = text_table(file, untrained(after))
         else:
-            rows = _rows(Path(file), name)
-            check_pair(rows, Path(file), after, trained, ("model", *ALIKE))
+            rows = condition_rows(file, name)
+            check_pair(rows, file, after, trained, ("model", *ALIKE))
             tables[name] = summarise(rows)
     of_trained: list[tuple[Path, Mapping[str, Any]]] = []
     found = read_calibration(calibration) if calibration else None
@@ -131,6 +131,7 @@ def report_from_files(
         config=config,
         calibration=found,
         faithfulness=edits,
+        name=name,
     )
     return write_report(data, out)
 
@@ -152,12 +153,14 @@ def write_report(data: ReportData, out: Path, *, max_samples: int = MAX_SAMPLES)
     known = {row["id"] for row in data.trained} - {row["id"] for row in untrained(data.trained)}
     base = summarise([row for row in data.base if row["id"] not in known])
     change = compare(data.base, data.trained)
-    samples, thumbnails = _samples(data, max_samples)
+    samples, thumbnails = viewer_samples((data.base, data.trained), data.image_root, max_samples)
+    for sample in samples:
+        sample["before"], sample["after"] = sample.pop("replies")
     scores = {
-        "base": _overall(base),
-        "trained": _overall(trained),
-        "change": _overall(change),
-        "controls": {name: _overall(table) for name, table in data.controls.items()},
+        "base": overall(base),
+        "trained": overall(trained),
+        "change": overall(change),
+        "controls": {name: overall(table) for name, table in data.controls.items()},
     }
     recipe = to_toml(data.config) if data.config else ""
     page = (
@@ -169,9 +172,9 @@ def write_report(data: ReportData, out: Path, *, max_samples: int = MAX_SAMPLES)
             trained=trained,
             change=change,
             scores=scores,
-            models=(data.base[0]["model"], data.trained[0]["model"]),
+            models=(data.base[0]["model"], data.name or data.trained[0]["model"]),
             table=_table(base, trained, change, data.controls),
-            open_table=_open_table(base, trained),
+            open_table=open_table((base, trained)),
             story=tell(scores, trained),
             story_plot=story_plot(_story_lines(scores)),
             modality_plot=_change_plot(base, trained, "by_modality"),
@@ -179,7 +182,7 @@ def write_report(data: ReportData, out: Path, *, max_samples: int = MAX_SAMPLES)
             curves=learning_curves(data.log),
             calibration=calibration_section(data.base, data.trained, data.calibration),
             faithfulness=faithfulness_section(data.faithfulness) if data.faithfulness else None,
-            how=_how(data),
+            how=how_trained(data.config, data.log),
             recipe=recipe,
             recipe_hash=hashlib.sha256(recipe.encode()).hexdigest()[:16],
             samples=samples,
@@ -219,7 +222,7 @@ def tell(scores: dict[str, Any], trained: dict[str, Any]) -> list[tuple[str, str
 
     if blank := scores["controls"].get("blank"):
         seen = f"With the image blanked the trained model scores {percent(blank['accuracy'])}"
-        if _above(after, blank):
+        if above(after, blank):
             story.append(("good", f"{seen}: it looks at the image."))
         else:
             story.append(("bad", f"{seen}: nothing here shows that it looks at the image."))
@@ -232,7 +235,7 @@ def tell(scores: dict[str, Any], trained: dict[str, Any]) -> list[tuple[str, str
         guessing = f"guessing {percent(text['chance'])}"
         if not text["ci95"] or text["ci95"][0] <= text["chance"]:
             story.append(("good", f"{alone}, no better than {guessing}: they give nothing away."))
-        elif _above(after, text):
+        elif above(after, text):
             story.append(("open", f"{alone} ({guessing}): they give some answers away."))
         else:
             story.append(
@@ -246,12 +249,11 @@ def tell(scores: dict[str, Any], trained: dict[str, Any]) -> list[tuple[str, str
     return story
 
 
-def _how(data: ReportData) -> str:
+def how_trained(config: Config | None, log: Sequence[dict[str, Any]]) -> str:
     """What was trained, in a line."""
-    if data.config is None:
+    if config is None:
         return ""
-    config = data.config
-    steps = max((line["step"] for line in data.log), default=config.optimizer.steps)
+    steps = max((line["step"] for line in log), default=config.optimizer.steps)
     batch = f"{config.optimizer.prompts_per_step} prompts"
     if config.method == "grpo":
         batch += f" × {config.rollout.num_completions} completions"
@@ -266,7 +268,12 @@ ALIKE = ("mode", "max_new_tokens", "scoring")
 """What evaluations must agree in to be set side by side."""
 
 
-def _rows(path: Path, condition: str) -> list[Row]:
+def condition_rows(path: Path, condition: str) -> list[Row]:
+    """The rows of a file, which are of this condition.
+
+    Raises:
+        MedR1Error: they are of another, or what `read_rows` raises.
+    """
     rows = read_rows(path)
     if rows[0]["condition"] != condition:
         raise MedR1Error(
@@ -274,6 +281,20 @@ def _rows(path: Path, condition: str) -> list[Row]:
             f" --condition {condition}`"
         )
     return rows
+
+
+def named_control(control: str) -> tuple[str, Path]:
+    """NAME=FILE of --control as the two.
+
+    Raises:
+        MedR1Error: it is not of this form, or NAME none of CONTROLS.
+    """
+    name, equals, file = control.partition("=")
+    if not equals:
+        raise MedR1Error(f"--control {control}: write NAME=FILE, for example blank=blank.jsonl")
+    if name not in CONTROLS:
+        raise MedR1Error(f"--control {control}: {name} is no control; choose {', '.join(CONTROLS)}")
+    return name, Path(file)
 
 
 def _check_run(run: Path | None, model: Path, rows: Path) -> None:
@@ -287,7 +308,12 @@ def _check_run(run: Path | None, model: Path, rows: Path) -> None:
         raise MedR1Error(f"{run}: is not the run of {model}, whose answers {rows} holds; give --run that model's run")
 
 
-def _text_table(path: Path, rows: Sequence[Row]) -> dict[str, Any]:
+def text_table(path: Path, rows: Sequence[Row]) -> dict[str, Any]:
+    """The table of the option texts alone, which is of the questions of these rows.
+
+    Raises:
+        MedR1Error: the file is none, or of other questions.
+    """
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -305,7 +331,7 @@ def _text_table(path: Path, rows: Sequence[Row]) -> dict[str, Any]:
     return table
 
 
-def _overall(table: dict[str, Any]) -> dict[str, Any]:
+def overall(table: dict[str, Any]) -> dict[str, Any]:
     """The headline cell: the average over modalities, or over rows where no file states a modality; of open questions
     where there are no others.
     """
@@ -314,7 +340,7 @@ def _overall(table: dict[str, Any]) -> dict[str, Any]:
     return table if table["n"] else table.get("open") or table
 
 
-def _above(cell: dict[str, Any], other: dict[str, Any]) -> bool:
+def above(cell: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether the two intervals part: stricter than a test of the difference, and needs no pairing."""
     return bool(cell["ci95"] and other["ci95"] and cell["ci95"][0] > other["ci95"][1])
 
@@ -367,12 +393,12 @@ def _table(
     return [*parts, ("Together", together)]
 
 
-def _open_table(base: dict[str, Any], trained: dict[str, Any]) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """(score, cell before, cell after) of open questions; none where there are none."""
-    if not (base["open"] and trained["open"]):
+def open_table(tables: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """(score, a cell for each of these summaries) of open questions; none where there are none."""
+    if not all(table["open"] for table in tables):
         return []
-    cells = [(name, base["open"][part], trained["open"][part]) for name, part in OPEN_SCORES.items()]
-    return [line for line in cells if line[1]["n"]]
+    lines = [(name, [table["open"][part] for table in tables]) for name, part in OPEN_SCORES.items()]
+    return [line for line in lines if line[1][0]["n"]]
 
 
 def _inside(table: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
@@ -381,22 +407,28 @@ def _inside(table: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
     return table
 
 
-def _samples(data: ReportData, max_samples: int) -> tuple[list[dict[str, Any]], list[str | None]]:
-    """The viewer's samples, naming images by index, and the images as data URIs (None for a lost file)."""
-    before = random.Random(0).sample(list(data.base), min(max_samples, len(data.base)))
-    after = {row["id"]: row for row in data.trained}
-    paths = {path: index for index, path in enumerate(dict.fromkeys(p for row in before for p in row["images"]))}
+def viewer_samples(
+    evaluations: Sequence[Sequence[Row]], image_root: Path, max_samples: int
+) -> tuple[list[dict[str, Any]], list[str | None]]:
+    """The viewer's samples, naming images by index, and the images as data URIs (None for a lost file).
+
+    Args:
+        evaluations: rows of the same records each; a sample's "replies" are in this order.
+    """
+    first, *others = evaluations
+    drawn = random.Random(0).sample(list(first), min(max_samples, len(first)))
+    by_id = [{row["id"]: row for row in rows} for rows in others]
+    paths = {path: index for index, path in enumerate(dict.fromkeys(p for row in drawn for p in row["images"]))}
     shown = ("id", "modality", "question_type", "source", "question", "options", "gold")
     samples = [
         {
             **{name: row[name] for name in shown},
             "images": [paths[path] for path in row["images"]],
-            "before": _reply(row),
-            "after": _reply(after[row["id"]]),
+            "replies": [_reply(row), *(_reply(rows[row["id"]]) for rows in by_id)],
         }
-        for row in before
+        for row in drawn
     ]
-    return samples, [thumbnail(data.image_root / path) for path in paths]
+    return samples, [thumbnail(image_root / path) for path in paths]
 
 
 def _reply(row: Row) -> dict[str, Any]:

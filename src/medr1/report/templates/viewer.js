@@ -73,7 +73,7 @@ function card(s) {
     options.append(item);
   }
   const replies = element("div", "replies");
-  replies.append(replyBox("Before", s.before), replyBox("After", s.after));
+  for (const [title, reply] of s.shown ?? [["Before", s.before], ["After", s.after]]) replies.append(replyBox(title, reply));
   body.append(options, replies);
   box.append(pictures, body);
   return box;
