@@ -84,6 +84,10 @@ def test_no_winner_within_the_noise(tmp_path: Path) -> None:
     told = " ".join(story_of(page_of(tmp_path, "strong", "other", "weak")[1]))
     assert "No model is best beyond the noise: strong scores highest, and other cannot be told from it." in told
     assert "above every other" not in told
+    twin = [(name, write(tmp_path, name, rows_of("strong"))) for name in ("one", "two")]
+    several_from_files(tmp_path / "base.jsonl", twin, out=tmp_path / "twins.html")
+    told = " ".join(story_of((tmp_path / "twins.html").read_text(encoding="utf-8")))
+    assert "No model is best beyond the noise: one and two score highest." in told
     base = write(tmp_path, "few", rows_of("base")[:20])
     few = [(name, write(tmp_path, name, rows_of(name)[:20])) for name in ("strong", "worse")]
     result = several_from_files(base, few, out=tmp_path / "few.html")

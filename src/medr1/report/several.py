@@ -358,11 +358,11 @@ def _tell_best(models: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]]
     }
     unparted = [line["name"] for line in models if line["name"] not in below | {top["name"]}]
     if unparted:
-        return (
-            "open",
-            f"No model is best beyond the noise: {top['name']} scores highest, and {_listed(unparted)} cannot be told"
-            " from it.",
-        )
+        highest = [line["name"] for line in models if line["cell"]["accuracy"] == top["cell"]["accuracy"]]
+        told = f"{_listed(highest)} score{'s' if len(highest) == 1 else ''} highest"
+        if rest := [name for name in unparted if name not in highest]:
+            told += f", and {_listed(rest)} cannot be told from {'it' if len(highest) == 1 else top['name']}"
+        return "open", f"No model is best beyond the noise: {told}."
     worth = "good" if top["verdict"] == "better" else "open"
     return worth, f"{top['name']} is above every other model here, beyond the noise."
 
