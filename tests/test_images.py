@@ -104,7 +104,20 @@ def error_of(path: Path) -> str:
 
 def test_broken_files(tmp_path: Path) -> None:
     assert "no such image file" in error_of(tmp_path / "a.png")
-    assert "no such image file" in error_of(tmp_path)
+    assert "holds no DICOM image" in error_of(tmp_path)
+    for content, remedy in {
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n": "pointer of Git LFS and not the image",
+        b"\n<!DOCTYPE html><html>404</html>": "a page or drawing in HTML",
+        b"\x1f\x8b\x08" + bytes(20): "packed by gzip); unpack it",
+        b"PK\3\4" + bytes(20): "a zip archive); unpack it",
+        b"%PDF-1.7": "a PDF); save the picture",
+        b"\0\0\0\x18ftypheic" + bytes(20): "convert it to PNG",
+        b"NRRD0004\n": "convert it to NIfTI",
+        b'{"error": "x"}': "(cannot identify image file); fetch it again",
+    }.items():
+        (tmp_path / "a.jpg").write_bytes(content)
+        told = error_of(tmp_path / "a.jpg")
+        assert remedy in told and told.count("a.jpg") == 1
     path = tmp_path / "b.png"
     path.write_bytes(b"")
     assert "is empty" in error_of(path)

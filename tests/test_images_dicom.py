@@ -109,7 +109,7 @@ NO_IMAGE = ("rtplan", "rtstruct", "reportsi", "test-SR", "waveform", "priv_SQ", 
 BROKEN = {
     "MR_truncated": "it is cut off",
     "JPEG2000-embedded-sequence-delimiter": "differ in size",  # its code stream says 3,722,445,056 columns
-    "SC_rgb_jpeg": "ValueError",  # its compressed pixels begin with no item
+    "SC_rgb_jpeg": "its PixelData is not compressed",  # its length is defined
     "badVR": "NumberOfFrames is not one number",  # a number of frames that is none
     "nested_priv_SQ": "its header lacks Rows",
     "no_meta": "cannot identify image file",  # a stray byte before the first element
@@ -565,6 +565,59 @@ def test_an_impossible_element_is_named(tmp_path: Path, keyword: str, kind: str,
     told = error_of(path)
     assert (keyword if keyword != "SamplesPerPixel" else "header tells of") in told
     assert "Error" not in told
+
+
+@pytest.mark.parametrize("blank", [np.nan, np.inf])
+@pytest.mark.parametrize(("keyword", "kind"), [("FloatPixelData", np.float32), ("DoubleFloatPixelData", np.float64)])
+def test_float_pixels_that_are_no_numbers(tmp_path: Path, keyword: str, kind: type, blank: float) -> None:
+    """Some are told, through a window too; nothing else is one line."""
+    values = np.linspace(0, 1, 64, dtype=kind).reshape(8, 8)
+    path = dicom(tmp_path / "a.dcm", np.zeros((8, 8), dtype=np.uint16))
+    dataset = pydicom.dcmread(path)
+    del dataset.PixelData, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation
+    dataset.BitsAllocated = 8 * values.itemsize
+    for number in (0, 1, 64):
+        values.flat[:number] = blank
+        setattr(dataset, keyword, values.tobytes())
+        dataset.save_as(path)
+        for reference in (path, f"{path}#window=5,10"):
+            if number == 64:
+                assert "a.dcm" in error_of(reference) and "every value is undefined" in error_of(reference)
+            else:
+                told = read_image(reference).decisions["warnings"]
+                assert ("undefined or infinite values are black or white" in told) == bool(number), reference
+
+
+def test_what_a_broken_element_is_called(tmp_path: Path) -> None:
+    """The element and not a kind of error of Python's."""
+    whole = dicom(tmp_path / "a.dcm", np.arange(64, dtype=np.uint8).reshape(8, 8), bits=8)
+    dataset = pydicom.dcmread(whole)
+    dataset.PhotometricInterpretation = "PALETTE COLOR"
+    dataset.save_as(tmp_path / "b.dcm")
+    assert "its header lacks RedPaletteColorLookupTableDescriptor" in error_of(tmp_path / "b.dcm")
+    table = Dataset()
+    table.add_new("LUTDescriptor", "US", [64, 0, 16])
+    table.add_new("LUTData", "US", [1, 2, 3])
+    dataset = pydicom.dcmread(whole)
+    dataset.VOILUTSequence = [table]
+    dataset.save_as(tmp_path / "c.dcm")
+    assert "LUTData is missing or has a value that it cannot have" in error_of(tmp_path / "c.dcm")
+    content = whole.read_bytes()
+    (tmp_path / "d.dcm").write_bytes(content[: content.index(b"\x28\x00\x10\x00")])  # within the header of an image
+    assert "no PixelData (CT Image Storage); fetch it again" in error_of(tmp_path / "d.dcm")
+
+
+def test_a_palette_of_12_bits_in_entries_of_16(tmp_path: Path) -> None:
+    tables = {f"{name}PaletteColorLookupTableDescriptor": [4, 0, 16] for name in ("Red", "Green", "Blue")}
+    for entries, shown, warned in (([0, 1000, 2000, 4080], 255, True), ([0, 257, 514, 3855], 15, False)):
+        data = np.array(entries, "<u2").tobytes()
+        tables |= {f"{name}PaletteColorLookupTableData": data for name in ("Red", "Green", "Blue")}
+        stored = np.array([[0, 1, 2, 3]], dtype=np.uint8)
+        reading = read_image(
+            dicom(tmp_path / "a.dcm", stored, bits=8, PhotometricInterpretation="PALETTE COLOR", **tables)
+        )
+        assert reading.image.getpixel((3, 0)) == (shown,) * 3
+        assert ("taken as 12 bits" in str(reading.decisions["warnings"])) == warned
 
 
 def test_compressed_pixels_that_lie_about_their_size(tmp_path: Path) -> None:

@@ -215,6 +215,19 @@ def test_a_flat_image_is_the_slice_that_it_is(shared: Path, tmp_path: Path) -> N
     assert deep.decisions["volume"] == "1 of 6" and deep.decisions["warnings"] == ["all of it is one colour"]
 
 
+def test_voxels_that_begin_inside_the_header(tmp_path: Path) -> None:
+    """nibabel reads the header's bytes as voxels."""
+    content = nifti(tmp_path / "a.nii", np.arange(1000, dtype=np.int16).reshape(10, 10, 10)).read_bytes()
+    for start in (0, 100):
+        (tmp_path / "b.nii").write_bytes(content[:108] + struct.pack("<f", start) + content[112:])
+        told = error_of(tmp_path / "b.nii")
+        assert "inside the header of 352: mend vox_offset" in told or "vox offset 100 too low" in told
+    (tmp_path / "c.nii").write_bytes(content[:42] + struct.pack("<h", -10) + content[44:])
+    assert "no picture: -10 x 10 x 10 values" in error_of(tmp_path / "c.nii")
+    (tmp_path / "d.nii").write_bytes(content[:-1])
+    assert "it is cut off: its header tells of more voxels" in error_of(tmp_path / "d.nii")
+
+
 def test_coloured_and_complex_voxels(tmp_path: Path) -> None:
     for parts in ("RGB", "RGBA"):
         values = np.zeros((3, 2, 1), dtype=[(part, np.uint8) for part in parts])
@@ -562,6 +575,28 @@ def test_12_bits_in_words_of_16_are_seen(shared: Path, tmp_path: Path) -> None:
     assert (np.asarray(load_image(tmp_path / "e.png")) == full >> 8).all()
     tifffile.imwrite(tmp_path / "f.tif", values, photometric="rgb", extrasamples=["unassalpha"])
     assert (np.asarray(load_image(tmp_path / "f.tif")) == np.asarray(load_image(tmp_path / "b.png"))).all()
+
+
+def test_12_bits_in_palettes_and_netpbm(tmp_path: Path) -> None:
+    """Also where Pillow takes the upper 8 of 16; 8 bits that were drawn out to 16 stay as dark as they are."""
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    for step, brightest, warned in ((16, 255, True), (1, 255, False), (257, 255, False)):
+        table = np.stack([np.arange(256) * step] * 3).astype(np.uint16)
+        tifffile.imwrite(tmp_path / "a.tif", values, photometric="palette", colormap=table)
+        reading = read_image(tmp_path / "a.tif")
+        assert max(reading.image.getextrema()[0]) == brightest
+        assert ("taken as 12 bits" in str(reading.decisions["warnings"])) == warned
+    dark = np.stack([np.arange(256) // 16 * 257] * 3).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", values, photometric="palette", colormap=dark)
+    assert max(load_image(tmp_path / "a.tif").getextrema()[0]) == 15
+    colours = np.random.default_rng(0).integers(0, 4096, (9, 7, 3))
+    for largest in (4095, 65535):
+        (tmp_path / "b.ppm").write_bytes(b"P6\n7 9\n%d\n" % largest + colours.astype(">u2").tobytes())
+        reading = read_image(tmp_path / "b.ppm")
+        assert np.abs(np.asarray(reading.image) - colours * (255 / 4095)).max() <= 1
+        assert ("taken as 12 bits" in str(reading.decisions["warnings"])) == (largest == 65535)
+    (tmp_path / "b.ppm").write_bytes((tmp_path / "b.ppm").read_bytes()[:-50])
+    assert "b.ppm: cannot be decoded as an image" in error_of(tmp_path / "b.ppm")
 
 
 def test_a_jpeg_of_12_bits(tmp_path: Path) -> None:

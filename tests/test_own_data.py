@@ -303,6 +303,23 @@ def test_none_is_an_option_and_an_answer(tmp_path: Path) -> None:
         ("1:30|2:30", None),
         ("A|B", None),
         ("A. fumigatus|C. albicans", None),
+        ("A. fumigatus|B. dermatitidis", None),
+        ("B. fragilis|A. baumannii|C. difficile", None),
+        ("A. lumbricoides|B. malayi|C. parvum hominis", None),
+        ("A. naevus|B. melanoma", "naevus|melanoma"),
+        ("a. naevus|b. melanoma", "naevus|melanoma"),
+        ("A) fumigatus|B) dermatitidis", "fumigatus|dermatitidis"),
+        ("a. fumigatus|b. dermatitidis", "fumigatus|dermatitidis"),
+        ("A. Aspergillus fumigatus|B. Candida albicans", "Aspergillus fumigatus|Candida albicans"),
+        ("A. A. fumigatus|B. B. dermatitidis", "A. fumigatus|B. dermatitidis"),
+        ("A、痣|B、黑色素瘤", "痣|黑色素瘤"),
+        ("Ａ．Naevus|Ｂ．Melanoma", "Naevus|Melanoma"),
+        ("（A）Naevus|（B）Melanoma", "Naevus|Melanoma"),
+        ("A – Naevus|B – Melanoma", "Naevus|Melanoma"),
+        ("A] Naevus|B] Melanoma", "Naevus|Melanoma"),
+        ("Option A: Naevus|Option B: Melanoma", "Naevus|Melanoma"),
+        ("Option A|Option B", None),
+        ("1、Naevus|2、Melanoma", "Naevus|Melanoma"),
         ("A. Naevus|Melanoma", None),
         ("A. Naevus|A. Melanoma", None),
         ("B. Naevus|C. Melanoma", None),
@@ -330,6 +347,40 @@ def test_letters_of_the_options_own_are_taken_off(tmp_path: Path, options: str, 
                 table(tmp_path, json.dumps([{**row, "options": given, "answer": letter}, row | cells]), "own.json")
             )
             assert "the options' own letters are B, A" in line
+
+
+def test_numbers_that_are_none_and_images_that_are_no_files(tmp_path: Path) -> None:
+    """JSON of Python's holds Infinity; each is one line with its field, and no text called "inf"."""
+    pictures(tmp_path, "a.png")
+    row = {"image": "a.png", "question": "What?", "options": ["x", "y"], "answer": "A"}
+    infinite = float("inf")
+    for name, value, words in (
+        ("options", ["x", infinite], "'options' is inf"),
+        ("answer", -infinite, "'answer' is -inf"),
+        ("group", infinite, "'group' is inf"),
+        ("id", infinite, "'id' is inf"),
+        ("options", [None, float("nan")], "'options' lists no value"),
+        ("options", {"A": "x"}, "neither a list nor a text but {'A': 'x'}; write a list"),
+        ("options", "['x', 'y']", "write it with json.dumps"),
+        ("image", "https://example.org/a.png", "begins with https: and names no file"),
+        ("image", "data:image/png;base64,AAAA", "begins with data: and names no file"),
+        ("image", {"path": None, "bytes": None}, "neither a path nor a picture"),
+    ):
+        records, (line,) = load(table(tmp_path, json.dumps([row | {name: value}, row]), "own.json"))
+        assert len(records) == 1 and "row 1: " in line and words in line, name
+    unloaded = row | {"image": {"path": "a.png", "bytes": None}}  # as datasets gives an image that it did not decode
+    (record,), refused = load(table(tmp_path, json.dumps([unloaded]), "own.json"))
+    assert record.images == (tmp_path / "a.png",) and not refused
+
+
+def test_a_patient_of_pandas_floats_is_one(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png", "b.png", "c.png")
+    rows = [{"image": name, "question": "What?", "answer": "x"} for name in ("a.png", "b.png", "c.png")]
+    groups = [{"group": 12}, {"group": 12.0}, {"group": "12.0"}]
+    records, refused = load(
+        table(tmp_path, json.dumps([row | group for row, group in zip(rows, groups, strict=True)]), "own.json")
+    )
+    assert {record.group for record in records} == {"12"} and not refused
 
 
 def test_an_answer_with_another_options_letter_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from medr1.errors import MedR1Error
 from medr1.evaluation.metrics import summarise
 from medr1.evaluation.remote import evaluate_remote, token_totals
 from medr1.evaluation.run import score
-from medr1.policy.client import read_completion
+from medr1.policy.client import NoCompletion, read_completion
 
 MODEL = "org/big@72b"
 Fault = tuple[int, Any, dict[str, str]]
@@ -415,6 +416,8 @@ def test_replies_as_servers_give_them(server: Server, records: list[Record], tmp
         ({"content": "<think>dark</think>B", "reasoning_content": "dark"}, "stop", "<think>dark</think>B"),
         ({"content": None, "reasoning_content": "dark and"}, "length", "<think>dark and"),
         ({"content": None, "tool_calls": [{"function": {"name": "look", "arguments": "{}"}}]}, "tool_calls", ""),
+        ({"content": {"type": "text", "text": "B"}}, "stop", "B"),
+        ({"content": [{"type": "text", "text": {"value": "B"}}]}, "stop", "B"),
         ({"content": None}, "stop", ""),
         ({}, None, ""),
     ],
@@ -423,6 +426,50 @@ def test_a_reply_in_every_dialect(message: dict[str, Any], finish: str | None, r
     body = {"choices": [{"message": {"role": "assistant", **message}, "finish_reason": finish}], "model": 7}
     completion = read_completion(json.dumps(body))
     assert (completion.text, completion.finish, completion.model) == (reply, finish, None)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("[" * 100_000, "no chat completion"),
+        ("", "no chat completion but nothing"),
+        ("[]", "no chat completion but []"),
+        ("null", "no chat completion but null"),
+        ("<html>sign in</html>", "sign in"),
+        (": ping\n\ndata: {}", "streams"),
+        ("event: x\ndata: {}", "streams"),
+        ('{"detail": "Not Found"}', "Not Found"),
+        ('{"message": "model is loading"}', "model is loading"),
+        ('{"choices": null, "base_resp": {"status_msg": "login fails"}}', "login fails"),
+        ('{"choices": {"message": {}}}', "no chat completion"),
+        ('{"choices": [{"message": {"content": {"answer": "B"}}}]}', '"answer": "B"'),
+        ('{"choices": [{"message": {"content": 5}}]}', "no chat completion"),
+        ('{"object": "error", "message": "context too long", "code": 400}', "context too long"),
+    ],
+)
+def test_a_body_without_a_reply_is_quoted(body: str, words: str):
+    with pytest.raises(NoCompletion, match=re.escape(words)) as raised:
+        read_completion(body)
+    assert not raised.value.passing
+
+
+def test_what_a_server_says_beside_a_reply():
+    def read(choice: dict[str, Any]) -> Any:
+        return read_completion(json.dumps({"choices": [{"message": {"content": "B"}, **choice}]}))
+
+    assert read({"finish_reason": {"type": "length", "length": 5}}).finish == "length"
+    for finish in ("error", "abort"):
+        for message in ({"content": None}, {"content": "B"}):
+            with pytest.raises(NoCompletion, match=f"ended by {finish}") as raised:
+                read({"finish_reason": finish, "message": message})
+            assert raised.value.passing and raised.value.empty
+    called = read({"message": {"content": None, "tool_calls": [{"function": {"name": "look"}}]}})
+    assert "called a tool" in called.said and "look" in called.said
+    for code in ("server_overloaded", 503, "429"):
+        with pytest.raises(NoCompletion, match="busy") as raised:
+            read_completion(json.dumps({"error": {"message": "busy", "code": code}}))
+        assert raised.value.passing
+    assert read_completion("\ufeff" + json.dumps({"choices": [{"message": {"content": "B"}}]})).text == "B"
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,6 @@ def test_the_middle_or_n_slices_of_the_largest_series(tmp_path: Path) -> None:
     for number in range(2):
         write_slice(tmp_path / f"scout{number}.dcm", 90, SeriesInstanceUID="1.2.9", InstanceNumber=number)
     (tmp_path / "notes.txt").write_text("no image")
-    (tmp_path / "cut.dcm").write_bytes(bytes(128) + b"DICM" + bytes(20))
     reading = read_image(tmp_path)
     assert reading.decisions["slice"] == "5 of 8"
     assert reading.decisions["warnings"] == ["its folder holds 2 series; this is of the largest, not of the other 2"]
@@ -89,6 +88,40 @@ def test_the_middle_or_n_slices_of_the_largest_series(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(MedR1Error, match="holds no DICOM image; name an image file, or the folder"):
         read_image(tmp_path / "empty")
+
+
+def test_slices_that_cannot_be_read_are_counted_and_listed(tmp_path: Path) -> None:
+    """Whatever is left of them; what was never an image is none of them."""
+    for number in range(4):
+        write_slice(tmp_path / f"{number}.dcm", 20 + number, InstanceNumber=number, ImageOrientationPatient=DIRECTIONS,
+                    ImagePositionPatient=[0, 0, number])  # fmt: skip
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "index.html").write_text("<html>")
+    write_slice(tmp_path / "report.dcm", 0, SOPClassUID="1.2.840.10008.5.1.4.1.1.88.11")
+    report = pydicom.dcmread(tmp_path / "report.dcm")
+    del report.Rows, report.Columns, report.PixelData
+    report.save_as(tmp_path / "report.dcm")
+    reading = read_image(tmp_path)
+    assert (reading.decisions["left_out"], reading.decisions["warnings"]) == ([], [])
+    whole = (tmp_path / "0.dcm").read_bytes()
+    (tmp_path / "below").mkdir()
+    for name, content in {
+        "cut.dcm": bytes(128) + b"DICM" + bytes(20),
+        "below/cut": whole[: whole.index(b"\x28\x00\x10\x00")],
+        "empty.dcm": b"",
+        "page.ima": b"<html>",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        left_out = read_image(tmp_path).decisions["left_out"]
+        assert name in left_out
+    assert left_out == ["below/cut", "cut.dcm", "empty.dcm", "page.ima"]
+    reading = read_image(f"{tmp_path}#slice=1")
+    assert reading.decisions["slice"] == "1 of 4"
+    assert reading.decisions["warnings"] == ["4 files of its folder cannot be read and are left out"]
+    for number in range(4):
+        (tmp_path / f"{number}.dcm").unlink()
+    with pytest.raises(MedR1Error, match=r"holds no DICOM image that can be read \(4 cannot\)"):
+        read_image(tmp_path)
 
 
 def test_a_changed_folder_is_read_anew(tmp_path: Path) -> None:

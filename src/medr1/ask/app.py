@@ -425,7 +425,7 @@ def _series(paths: Sequence[Path]) -> Iterator[Path]:
     if len(paths) < 2 or not all(path.is_file() and path.stat().st_size for path in paths):
         return
     try:
-        found = in_series(paths)
+        found = in_series(paths).series
     except MedR1Error:
         return  # no pydicom: said when an image is read
     if [len(series.files) for series in found] == [len(paths)]:

@@ -97,6 +97,8 @@ class Case:
     """One of MODALITIES, as stated, or as the headers of DICOM files say."""
     modality_from: str | None = None
     """"stated" or "DICOM header"."""
+    left_out: tuple[str, ...] = ()
+    """Files of a series' folder that cannot be read, for whoever asked: neither page nor `as_dict` names one."""
     calibration: Calibration | None = None
     reply: str = ""
     """Raw text, greedy, as far as it is written."""
@@ -248,6 +250,7 @@ def ask(
         seed=seed,
         pictures=tuple(map(shrunk, images)),
         captions=tuple(map(caption, readings)),
+        left_out=tuple(dict.fromkeys(name for reading in readings for name in reading.decisions.get("left_out", ()))),
         modality=record.modality or from_header,
         modality_from="stated" if record.modality else "DICOM header" if from_header else None,
         calibration=calibration,

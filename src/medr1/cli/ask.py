@@ -26,7 +26,7 @@ from medr1.cli.options import (
     examples,
     known_model,
 )
-from medr1.cli.printing import console, finish, percent, shown
+from medr1.cli.printing import LISTED, console, finish, percent, shown
 
 if TYPE_CHECKING:
     from medr1.ask.ask import Case
@@ -108,7 +108,8 @@ def ask(
             _print_case(case)
     first, *others = (case.as_dict() for case in cases)
     then = None if out else f"the same with --out case.html for a page, or medr1 app --model {shown(model)}"
-    finish(first | ({"compared": others} if others else {}), as_json, made=made, then=then)
+    first |= {"left_out": cases[0].left_out} | ({"compared": others} if others else {})
+    finish(first, as_json, made=made, then=then)
 
 
 def _print_case(case: "Case") -> None:
@@ -122,6 +123,10 @@ def _print_case(case: "Case") -> None:
         said.print("THIS ANSWER MEANS NOTHING FOR A PATIENT:", style="bold yellow")
     for warning in case.warnings or ():
         said.print(f"! {warning}", style="bold yellow" if warning in case.voided else "yellow")
+    for name in case.left_out[:LISTED]:
+        said.print(f"left out: {name} cannot be read", style="yellow")
+    if (more := len(case.left_out) - LISTED) > 0:
+        said.print(f"left out: {more:,} more; --json lists all", style="yellow")
     answer = f"{case.letter}) {case.answer}" if case.letter else case.answer
     style = "dim" if case.voided else "bold"
     said.print(f"answer: {answer}" if answer else f"no answer: {case.outcome}", style=style)

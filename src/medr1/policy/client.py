@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,18 +103,18 @@ def read_completion(body: str) -> Completion:
         NoCompletion: there is none.
     """
     try:
-        reply = json.loads(body)
-    except ValueError:
-        if body.lstrip().startswith("data:"):
+        reply = json.loads(body.lstrip("\ufeff"))
+    except (ValueError, RecursionError):
+        if re.match(r"\s*(data|event|id|retry)?:", body):  # a comment has no name before the colon
             raise NoCompletion("it streams its replies, though asked not to") from None
         raise NoCompletion(f"its reply is no chat completion but {quoted(body) or 'nothing'}") from None
     if not isinstance(reply, dict):
         raise NoCompletion(f"its reply is no chat completion but {quoted(reply)}")
     choices = reply.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
-    if error := reply.get("error") or choice.get("error"):
+    if error := reply.get("error") or choice.get("error") or (reply if reply.get("object") == "error" else None):
         code = str(error.get("code")) if isinstance(error, dict) else ""
-        passing = code.isdecimal() and (int(code) in (408, 409, 429) or int(code) >= 500)
+        passing = bool(re.fullmatch(r"408|409|429|5\d\d", code)) or _is_passing(error)
         words = error.get("message") if isinstance(error, dict) else error
         if is_filter(error):
             return Completion("", "content_filter", None, None, None, quoted(words or error))
@@ -123,18 +124,26 @@ def read_completion(body: str) -> Completion:
     message = choice.get("message") or {}
     if not isinstance(message, dict) or not ("message" in choice or "text" in choice):
         raise NoCompletion(f"its reply is no chat completion but {quoted(reply)}")
+    content = message.get("content")
+    if not (content is None or isinstance(content, str | list) or (isinstance(content, dict) and "text" in content)):
+        raise NoCompletion(f"its reply is no chat completion but {quoted(reply)}")
     finish = choice.get("finish_reason")
+    finish = finish.get("type") if isinstance(finish, dict) else finish
+    if finish in ("error", "abort"):
+        raise NoCompletion(f"ended by {finish}, {quoted(reply)}", passing=True, empty=True)
     finish = str(finish).casefold() if finish is not None else None
     finish = next((name for name, others in _FINISHES.items() if finish in others), finish)
     usage = reply.get("usage")
     counts = usage if isinstance(usage, dict) else {}
     model = reply.get("model")
-    reasoning, text = _parts(message.get("content"))
+    reasoning, text = _parts(content)
     reasoning = reasoning or "".join(_parts(message.get("reasoning_content") or message.get("reasoning")))
     text = text or _parts(message.get("refusal"))[1] or _parts(choice.get("text"))[1]
     if reasoning and "<think>" not in text:
         text = f"<think>{reasoning}" + (f"</think>{text}" if text or finish != "length" else "")
     said = quoted(choice.get("content_filter_results") or "") if finish == "content_filter" else ""
+    if not text and (calls := message.get("tool_calls") or message.get("function_call")):
+        said = f"called a tool, {quoted(calls)}"
     return Completion(
         text=text,
         finish=finish,
@@ -143,6 +152,12 @@ def read_completion(body: str) -> Completion:
         model=model if isinstance(model, str) else None,
         said=said,
     )
+
+
+def _is_passing(error: object) -> bool:
+    """Whether an error without a number says that it may be gone at the next attempt."""
+    named = " ".join(str(error.get(name)) for name in ("code", "type")) if isinstance(error, dict) else ""
+    return bool(re.search(r"overload|rate_?limit|time_?out|unavailable|server_?error", named, re.IGNORECASE))
 
 
 def is_filter(error: object) -> bool:
@@ -164,7 +179,8 @@ def _parts(content: object) -> tuple[str, str]:
         elif isinstance(part, dict):
             thought = part.get("thinking") or part.get("reasoning")
             reasoning += "".join(_parts(thought)) if thought else ""
-            text += part["text"] if isinstance(part.get("text"), str) else ""
+            said = part.get("text")
+            text += said if isinstance(said, str) else _parts(said.get("value"))[1] if isinstance(said, dict) else ""
     return reasoning, text
 
 

@@ -14,6 +14,7 @@ PathVQA as republished in Parquet, with images inside the rows.
 """
 
 import json
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -93,6 +94,8 @@ def said(row: Row, name: str) -> str:
     value = row.get(name)
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name!r} is {value}, which is no number; write it as a text or leave it out")
     return str(value) if isinstance(value, int | float) else text_field(row, name)
 
 
@@ -101,7 +104,10 @@ def _options(row: Row) -> tuple[str, ...]:
     if named and "options" in row:
         raise ValueError(f"options stand in 'options' and in {named[0]!r}; keep one")
     if "options" in row:
-        return _listed(row["options"], "options")
+        options = _listed(row["options"], "options")
+        if row["options"] and not options:
+            raise ValueError("'options' lists no value; fill them in, or take it out where the question is open")
+        return options
     named = named[: len(without_missing([row[name] for name in named], "options"))]
     if named != [f"option {letter.lower()}" for letter in LETTERS[: len(named)]]:
         raise ValueError(f"option columns {', '.join(named)} are not a, b, … without a gap")
@@ -113,7 +119,7 @@ def _listed(value: Any, name: str) -> tuple[str, ...]:
     if isinstance(value, str):
         value = _json_list(value, name) if value.lstrip().startswith("[") else value.split(";")
     if not isinstance(value, list):
-        raise ValueError(f"{name!r} is neither a list nor a text but {value!r:.40}")
+        raise ValueError(f"{name!r} is neither a list nor a text but {value!r:.40}; write a list")
     kept = value if name in ("image", "images") else without_missing(value, name)  # a path that lacks is a mistake
     return tuple(said({name: item}, name) for item in kept)
 
@@ -122,7 +128,7 @@ def _json_list(text: str, name: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{name!r} begins like a JSON list and is none ({error})") from error
+        raise ValueError(f"{name!r} begins like a JSON list and is none ({error}); write it with json.dumps") from error
 
 
 def _groups(row: Row, num_images: int) -> tuple[str, ...]:
@@ -131,6 +137,8 @@ def _groups(row: Row, num_images: int) -> tuple[str, ...]:
     value = row[name]
     several = isinstance(value, str) and (value.lstrip().startswith("[") or (num_images > 1 and ";" in value))
     named = _listed(value, name) if several or isinstance(value, list) else (said(row, name),)
+    # pandas writes the whole numbers of a column in which one is missing as floats
+    named = tuple(one[:-2] if re.fullmatch(r"\d+\.0", one) else one for one in named)
     if not all(named):
         raise ValueError(f"{name!r} holds an empty name in {value!r:.40}; leave it out")
     return named
@@ -145,11 +153,15 @@ def _images(row: Row, place: Place) -> tuple[tuple[Path, ...], str, tuple[str, .
     if given is None:
         raise ValueError(f"{name!r} is missing; write [] where a question has no image")
     if isinstance(given, str):
+        if elsewhere := re.match(r"\s*(https?:|data:)", given, re.IGNORECASE):
+            raise ValueError(f"{name!r} begins with {elsewhere[1]} and names no file; save the image and give its path")
         whole = place.folder.root is not None and os.path.isfile(place.folder.root / given)  # a name with ";" in it
         given = [given] if whole else list(_listed(given, name))
     images: list[Path] = []
     names: list[str] = []
     for image in given if isinstance(given, list) else [given]:
+        if isinstance(image, dict) and image.get("bytes", b"") is None:  # as datasets gives what it did not load
+            image = image.get("path", image)
         if isinstance(image, str):
             images += place.folder.expand(image.strip())
             names.append(image.strip())

@@ -8,6 +8,7 @@ import csv
 import io
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,26 +99,52 @@ def letter_of(gold: str, options: Sequence[str]) -> str:
 
 
 _OWN_LETTER = re.compile(
-    r"""\s* (?: [(\[] ([A-Za-z]|\d{1,2}) [)\]] [.:]?   # (A) x, [1] x
-          | ([A-Za-z]) [.):]                          # A. x, A)x, a: x
-          | (\d{1,2}) [.):] (?=\s)                    # 1. x, but not 1.5
-          | ([A-Za-z]) \s+ - (?=\s)                   # A - x, but not A-mode
+    r"""\s* (?: (?:option|choice) \s+ )?
+        (?: [(\[（] ([A-Za-zＡ-Ｚａ-ｚ]|\d{1,2}) [)\]）] [.:]?   # (A) x, [1] x
+          | ([A-Za-zＡ-Ｚａ-ｚ]) [.)\]:、．）：]                # A. x, A)x, a: x, A、x
+          | (\d{1,2}) (?: [.)\]:] (?=\s) | [、．）：])        # 1. x, but not 1.5
+          | ([A-Za-z]) \s+ [-–—] (?=\s)                     # A - x, but not A-mode
         ) \s* (?=\S)""",
-    re.VERBOSE,
+    re.VERBOSE | re.IGNORECASE,
 )
+
+_SPECIES = re.compile(r"\s*[A-Z]\. ?([a-z]{3,})( [a-z.]+)?\s*")
+"""What reads as a species with its genus shortened, such as "A. fumigatus"; "A. naevus" does too."""
+_EPITHETS = frozenset(
+    re.findall(
+        r"\w+",
+        """
+        abortus aegypti aeruginosa africanum albicans albopictus anthracis aureus auris baumannii botulinum
+        braziliensis burgdorferi burnetii capsulatum castellanii cayetanensis cepacia cereus chaffeensis cloacae
+        coli dermatitidis difficile diphtheriae ducreyi duodenale epidermidis faecalis faecium flavus floccosum
+        folliculorum fragilis freundii fumigatus gambiae gattii glabrata granulosus haematobium henselae
+        hepatica histolytica hominis hydrophila immitis influenzae israelii jejuni krusei lamblia latum
+        lumbricoides malayi medinensis melitensis microti monocytogenes multilocularis necrophorum neoformans
+        nidulans niger nucleatum parapsilosis parvum pedrosoi perfringens pertussis phagocytophilum pneumoniae
+        posadasii pseudomallei psittaci pylori quintana recurrentis solani subtilis terreus tetani trachomatis
+        tropicalis tularensis vaginalis vermicularis
+        """,
+    )
+)
+"""Second halves of the names of germs and parasites that medicine asks about, of genera from A on."""
 
 
 def plain_options(given: Sequence[str]) -> tuple[tuple[str, ...], str]:
     """Options without letters or numbers of their own, which a prompt gives them anew; and these letters.
 
     They are taken off only where all options carry one, and these are A, B, … (or 1, 2, …) of as many, in any order:
-    "A. fumigatus" among other names stays whole. "" where none were taken off.
+    "A. fumigatus" among other names stays whole. So it does beside "B. dermatitidis", where genera shortened to a
+    letter happen to be these letters: where all options read as species and one is known to be one. "" where none
+    were taken off.
 
     Example:
         plain_options(["A. Naevus", "B. Melanoma"]) == (("Naevus", "Melanoma"), "AB")
     """
+    species = [_SPECIES.fullmatch(option) for option in given]
+    if all(species) and any(one[1] in _EPITHETS for one in species if one):
+        return tuple(given), ""
     marks = [_OWN_LETTER.match(option) for option in given]
-    found = [next(filter(None, mark.groups())).upper() for mark in marks if mark]
+    found = [_letter(mark) for mark in marks if mark]
     if all(one.isdigit() for one in found):
         found = [LETTERS[int(one) - 1] if 0 < int(one) <= len(LETTERS) else "" for one in found]
     if not given or "".join(sorted(found)) != LETTERS[: len(given)]:
@@ -125,6 +152,11 @@ def plain_options(given: Sequence[str]) -> tuple[tuple[str, ...], str]:
     return tuple(option[mark.end() :].strip() for option, mark in zip(given, marks, strict=True) if mark), "".join(
         found
     )
+
+
+def _letter(mark: re.Match[str]) -> str:
+    """The letter or number of a match of _OWN_LETTER, as A to Z or in digits."""
+    return unicodedata.normalize("NFKC", next(filter(None, mark.groups()))).upper()
 
 
 def options_in_order(given: Sequence[str]) -> tuple[str, ...]:
@@ -181,7 +213,7 @@ def answer_letter(answer: str, options: tuple[str, ...]) -> str:
     mark = _OWN_LETTER.match(answer)
     if normalise_option(answer) in texts or mark is None or normalise_option(answer[mark.end() :]) not in texts:
         return letter_of(answer, options)
-    own = next(filter(None, mark.groups())).upper()
+    own = _letter(mark)
     if own.isdigit():
         own = LETTERS[int(own) - 1] if 0 < int(own) <= len(options) else ""
     if own not in LETTERS[: len(options)] or texts[LETTERS.index(own)] != normalise_option(answer[mark.end() :]):

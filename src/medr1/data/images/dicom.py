@@ -24,9 +24,11 @@ from PIL import Image
 from medr1.data.images.codestream import declared
 from medr1.data.images.display import (
     CT_WINDOWS,
+    UNDEFINED,
     Grey,
     Values,
     by_table,
+    eight_bit_colours,
     finite_values,
     given_window,
     robust_range,
@@ -147,29 +149,38 @@ class SliceHeader:
 
 
 def slice_header(path: Path) -> SliceHeader | None:
-    """Series, number and place of an image; None of a DICOM file that holds no image or cannot be read.
+    """Series, number and place of an image; None of a DICOM file that holds none, such as a report.
 
     Raises:
-        MedR1Error: pydicom is not installed.
+        MedR1Error: the header cannot be read, or is cut off before it says how large the image is; or pydicom is not
+            installed.
     """
     reference = Reference(path)
     extra("pydicom", reference)
     tags = ["SeriesInstanceUID", "InstanceNumber", "ImagePositionPatient", "ImageOrientationPatient", "Rows"]
-    try:
-        with _nothing_told(reference):
-            header = _header(reference, tags)
-            if not header.get("Rows"):
-                return None
-            number, position = header.get("InstanceNumber"), header.get("ImagePositionPatient") or ()
-            normal, along = None, None
-            if len(position) == 3 and len(directions := header.get("ImageOrientationPatient") or ()) == 6:
-                across = np.cross(*np.array(directions, dtype=float).reshape(2, 3))
-                normal = tuple(float(one) + 0.0 for one in np.round(across, 3))
-                along = round(float(across @ np.array(position, dtype=float)), 3)
-            series = str(header.get("SeriesInstanceUID") or "")
-            return SliceHeader(series, None if number in (None, "") else int(number), normal, along)
-    except MedR1Error:
-        return None  # the one that is asked for is refused by name; others are no business of the user's
+    with _nothing_told(reference):
+        header = _header(reference, [*tags, "SOPClassUID"])
+        if not header.get("Rows"):
+            kind = _kind_name(header)
+            if kind is None or "Image Storage" in kind:
+                raise _undecodable(reference, "its header lacks Rows")
+            return None
+        number, position = header.get("InstanceNumber"), header.get("ImagePositionPatient") or ()
+        normal, along = None, None
+        if len(position) == 3 and len(directions := header.get("ImageOrientationPatient") or ()) == 6:
+            across = np.cross(*np.array(directions, dtype=float).reshape(2, 3))
+            normal = tuple(float(one) + 0.0 for one in np.round(across, 3))
+            along = round(float(across @ np.array(position, dtype=float)), 3)
+        series = str(header.get("SeriesInstanceUID") or "")
+        return SliceHeader(series, None if number in (None, "") else int(number), normal, along)
+
+
+def _kind_name(header: Any) -> str | None:
+    """The standard's name for what the file holds, such as "CT Image Storage"; None where the header tells of none."""
+    from pydicom import uid
+
+    kind = uid.UID(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or "")
+    return kind.name if kind in uid.UID_dictionary else None
 
 
 @contextmanager
@@ -288,15 +299,14 @@ def _completed(reference: Reference, header: Any, pixels: _PixelElement) -> dict
     Raises:
         MedR1Error: it holds no pixels, or lacks what nothing else tells.
     """
-    from pydicom import uid
-
-    kind = uid.UID(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or "")
-    name = f" ({kind.name})" if kind in uid.UID_dictionary else ""
+    kind = _kind_name(header)
+    name = f" ({kind})" if kind else ""
     if pixels.tag not in _PIXELS:
+        is_image = "Image Storage" in name or header.get("Rows")
+        advice = "fetch it again with its pixels or leave it out" if is_image else "leave it out"
         if header.get("Rows") and header.get("Columns"):
-            advice = "fetch it again with its pixels or leave it out"
             raise MedR1Error(f"{reference}: this DICOM file has a header alone, no PixelData{name}; {advice}")
-        raise MedR1Error(f"{reference}: this DICOM file holds no image, for it has no PixelData{name}; leave it out")
+        raise MedR1Error(f"{reference}: this DICOM file holds no image, for it has no PixelData{name}; {advice}")
     if pixels.length == 0:
         raise _undecodable(reference, "its PixelData is empty")
 
@@ -384,6 +394,8 @@ def _stored(
         if pixels.length is not None and pixels.length < expected:
             raise _undecodable(reference, f"PixelData holds {pixels.length} bytes where its header tells of {expected}")
         return pixel_array(path, index=frame, transfer_syntax_uid=syntax, **told)
+    if pixels.length is not None:
+        raise _undecodable(reference, "its PixelData is not compressed, as its header says that it is")
     with path.open("rb") as file:
         file.seek(pixels.start + 12)
         coded = get_frame(file, frame, number_of_frames=frames)
@@ -427,10 +439,13 @@ class _Display:
         if kind == "PALETTE COLOR":
             from pydicom.pixels import apply_color_lut
 
-            values = apply_color_lut(stored, self.header)[..., :3]
-            # Some writers put 8-bit colours into entries of 16 bits.
-            values = values >> 8 if values.dtype == np.uint16 and values.max() > 255 else values
-            return values.astype(np.uint8), {"scale": "colours of its palette"}
+            colours = ("Red", "Green", "Blue")
+            for name in (f"{one}PaletteColorLookupTableDescriptor" for one in colours):
+                if name not in self.header:
+                    raise _undecodable(self.reference, f"its header lacks {name}")
+            values, told = eight_bit_colours(apply_color_lut(stored, self.header)[..., :3])
+            self.warnings += told
+            return values, {"scale": "colours of its palette"}
         if kind not in ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"):
             raise _undecodable(self.reference, "its kind of colour is not known here")
         bits = self.header.BitsStored
@@ -438,6 +453,8 @@ class _Display:
 
     def grey(self, stored: Any) -> tuple[Grey, dict[str, Any]]:
         """Grey as uint8 (rows, columns), and what was decided."""
+        if stored.dtype.kind == "f" and finite_values(self.reference, stored).size < stored.size:
+            self.warnings.append(UNDEFINED)
         rescale, to_values = self._modality()
         scale, to_grey = self._window(stored, to_values)
         inverted = (
@@ -563,7 +580,7 @@ def _lookup_table(item: Any, header: Any) -> tuple[Values, int, int]:
         data = np.frombuffer(data, np.uint8 if len(data) < 2 * num_entries else f"{order}u2")
     table = np.atleast_1d(np.asarray(data, dtype=np.int64))[:num_entries]
     if len(table) < num_entries:
-        raise ValueError
+        raise AttributeError(f"of {num_entries} entries {len(table)} are there", name="LUTData")
     if header.get("PixelRepresentation") == 1 and first >= 1 << 15:
         first -= 1 << 16  # signed, though the element may be read as unsigned
     return table, first, bits

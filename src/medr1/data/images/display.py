@@ -28,6 +28,12 @@ CT_WINDOWS = {
 }
 """Customary (centre, width) in Hounsfield units; values differ a little from one hospital to the next."""
 
+UNDEFINED = "undefined or infinite values are black or white"
+"""The warning of an image that has some."""
+
+DEPTHS = (8, 10, 12, 14)
+"""Bits that instruments store in words of 16 without shifting them up."""
+
 PERCENTILES = (0.5, 99.5)
 """What becomes black and white where nothing says which grey values matter: hot pixels do not darken the rest."""
 
@@ -108,6 +114,29 @@ def robust_range(finite: Values) -> tuple[float, float, str]:
         return low, high, f"{low:g} to {high:g} (percentiles {PERCENTILES[0]} and {PERCENTILES[1]})"
     low, high = float(finite.min()), float(finite.max())
     return low, high, f"{low:g} to {high:g} (smallest and largest value)"
+
+
+def bits_in_use(values: Values, depth: int | None = None) -> int:
+    """Bits that unsigned values take: all that their type (or `depth`) has, or one of DEPTHS where none is above.
+
+    Dark values of 8 bits that were drawn out to 16, all of them multiples of 256 or of 257, take 16.
+    """
+    whole, largest = depth or 8 * values.dtype.itemsize, int(values.max())
+    bits = min(whole, next((bits for bits in (*DEPTHS, 16) if largest < 2**bits), whole))
+    is_drawn_out = 8 < bits < 16 <= whole and any(not (values % step).any() for step in (256, 257))
+    return 16 if is_drawn_out else bits
+
+
+def eight_bit_colours(values: Values) -> tuple[Grey, list[str]]:
+    """Colours of a palette, whose entries have 8 or 16 bits, as 8 bits, and a warning where fewer than 16 are in use.
+
+    Some writers put colours of 8 or 12 bits into entries of 16.
+    """
+    if values.dtype == np.uint8:
+        return values, []
+    bits = bits_in_use(values)
+    fewer = [f"no colour of its palette is above {2**bits - 1}: taken as {bits} bits"] if 8 < bits < 16 else []
+    return (values >> max(bits - 8, 0)).astype(np.uint8), fewer
 
 
 def by_table(stored: npt.NDArray[np.integer], function: Callable[[npt.NDArray[np.integer]], Grey]) -> Grey:

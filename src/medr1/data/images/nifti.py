@@ -17,6 +17,7 @@ from PIL import Image
 
 from medr1.data.images.display import (
     CT_WINDOWS,
+    UNDEFINED,
     finite_values,
     given_window,
     robust_range,
@@ -75,7 +76,7 @@ def read_nifti(reference: Reference) -> tuple[Image.Image, dict[str, Any]]:
     else:
         finite = finite_values(Reference(reference.path, {"axis": name, "slice": str(place + 1)}), turned)
         if finite.size < turned.size:
-            warnings.append("undefined or infinite values are black or white")
+            warnings.append(UNDEFINED)
         if given:
             shown, decisions["window"] = windowed(turned, given[0], given[1], "LINEAR_EXACT"), given[2]
             if reference.selector["window"] in CT_WINDOWS:
@@ -132,18 +133,21 @@ def _volume(reference: Reference) -> Iterator[Any]:
                 file = stack.enter_context(gzip.open(file))
             head = file.read(348)
             file.seek(0)
-            volume = (nibabel.Nifti2Image if head[4:7] in (b"n+2", b"ni2") else nibabel.Nifti1Image).from_stream(file)
+            is_second = head[4:7] in (b"n+2", b"ni2")
+            volume = (nibabel.Nifti2Image if is_second else nibabel.Nifti1Image).from_stream(file)
             header = volume.header
             if b"ni" in (head[344:346], head[4:6]):  # in a single file the magic word begins with n+
                 raise ValueError("it is the header of a .hdr and .img pair: join them into one .nii file")
             if 3000 <= header["intent_code"] < 3100:
                 raise ValueError("it is CIFTI, values on a surface, no picture")
+            if (start := int(volume.dataobj.offset)) < (end := 544 if is_second else 352):
+                raise ValueError(f"its voxels begin at byte {start}, inside the header of {end}: mend vox_offset")
             kind = volume.get_data_dtype()
-            if not (kind.kind in "iufc" or kind in (_RGB, _RGBA)) or volume.ndim < 2 or 0 in volume.shape:
+            if not (kind.kind in "iufc" or kind in (_RGB, _RGBA)) or volume.ndim < 2 or min(volume.shape) < 1:
                 sides = " x ".join(map(str, volume.shape)) or "no"
                 raise ValueError(f"no picture: {sides} values of type {kind}")
             shape = _shape(volume)[:3]
-            size = int(header["vox_offset"]) + math.prod(shape) * kind.itemsize
+            size = start + math.prod(shape) * kind.itemsize
             slice_size = math.prod(shape) / min(shape)
             if size > MAX_BYTES or slice_size > MAX_PIXELS:
                 raise ValueError(f"a volume of {' x '.join(map(str, volume.shape))} is above the limits of medr1")

@@ -10,11 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image, ImageCms, features
+from PIL import Image, ImageCms, UnidentifiedImageError, features
 
 from medr1.data.images.codestream import declared
-from medr1.data.images.display import Grey, Values, finite_values, stretched
+from medr1.data.images.display import (
+    DEPTHS,
+    UNDEFINED,
+    Values,
+    bits_in_use,
+    eight_bit_colours,
+    finite_values,
+    stretched,
+)
 from medr1.data.images.kinds import is_tiff
 from medr1.data.images.limits import MAX_PIXELS, extra, reason
 from medr1.data.images.reference import Reference
@@ -44,9 +51,21 @@ _TURNS = {
 }
 """What makes an image upright, by the number under the orientation tag."""
 
+_OTHERS = {
+    b"version https://git-lfs": ("a pointer of Git LFS and not the image itself", "run git lfs pull"),
+    b"<": ("a page or drawing in HTML, XML or SVG and no picture", "fetch it again or convert it to PNG"),
+    b"\x1f\x8b": ("packed by gzip", "unpack it, or fetch it again where that fails"),
+    b"PK\3\4": ("a zip archive", "unpack it"),
+    b"%PDF": ("a PDF", "save the picture in it as PNG"),
+    b"ftyp": ("a film or an image of a telephone (MP4, HEIC)", "convert it to PNG"),
+    b"NRRD": ("an NRRD volume", "convert it to NIfTI"),
+    b"ObjectType": ("a MetaImage volume", "convert it to NIfTI"),
+    b"\x89HDF": ("HDF5", "save the pictures in it as PNG or NIfTI"),
+    b"\x93NUMPY": ("an array of numpy's", "save it as PNG or NIfTI"),
+}
+"""What people have in place of an image, by its first bytes, and what to do."""
+
 _TAG_BITS, _TAG_PHOTOMETRIC, _TAG_ORIENTATION, _TAG_COLORMAP, _TAG_FORMAT = 258, 262, 274, 320, 339
-_DEPTHS = (8, 10, 12, 14)
-"""Bits that instruments store in words of 16 without shifting them up."""
 
 
 def read_raster(reference: Reference) -> tuple[Image.Image, dict[str, Any]]:
@@ -74,9 +93,13 @@ def read_raster(reference: Reference) -> tuple[Image.Image, dict[str, Any]]:
 
 def undecodable(reference: Reference, error: Exception) -> MedR1Error:
     """The line for a file that a decoder refused."""
-    return MedR1Error(
-        f"{reference}: cannot be decoded as an image ({reason(error)}); fetch it again or convert it to PNG"
-    )
+    head = _begin(reference.path)[:100].lstrip(b"\xef\xbb\xbf \t\r\n")
+    why = "cannot identify image file" if isinstance(error, UnidentifiedImageError) else reason(error)
+    remedy = "fetch it again or convert it to PNG"
+    for sign, (what, instead) in _OTHERS.items():
+        if head.startswith(sign) or (head[4:8] == b"ftyp" == sign and head[8:12] != b"avif"):
+            why, remedy = f"cannot identify image file: it is {what}", instead
+    return MedR1Error(f"{reference}: cannot be decoded as an image ({why}); {remedy}")
 
 
 def num_pages(reference: Reference) -> int:
@@ -109,6 +132,11 @@ def _by_pillow(reference: Reference) -> tuple[Image.Image, dict[str, Any]]:
             _demand_small_samples(image)
         if _is_deep(image, reference.path):
             return _by_imagecodecs(reference, None)
+        if image.format == "PPM" and image.tile[0][0] == "ppm" and image.tile[0][3] == ("RGB", 65535):
+            start, size = image.tile[0][2], 3 * image.width * image.height
+            words = np.frombuffer(reference.path.read_bytes(), ">u2", size, start).astype(np.uint16)
+            rgb, said = _array_to_rgb(reference, words.reshape(image.height, image.width, 3))
+            return rgb, decisions | said
         image.load()
         orientation = image.getexif().get(_TAG_ORIENTATION, 1)  # also the chunk that stands after the pixels
         rgb, said = _to_rgb(reference, image)
@@ -172,6 +200,7 @@ def _orientation(path: Path) -> int:
 def _by_tifffile(reference: Reference, first: Exception) -> tuple[Image.Image, dict[str, Any]]:
     """Samples of more than 8 bits, with a sign or as floats, and other TIFFs that Pillow refuses with `first`."""
     tifffile: Any = extra("tifffile", reference)
+    fewer: list[str] = []
     try:
         with tifffile.TiffFile(reference.path) as file:
             number = reference.whole("frame", 1, 1, len(file.pages))
@@ -183,7 +212,8 @@ def _by_tifffile(reference: Reference, first: Exception) -> tuple[Image.Image, d
             frames, colour = len(file.pages), page.photometric.name
             orientation = page.tags.valueof(_TAG_ORIENTATION, 1)
             if colour == "PALETTE":
-                values, colour = _looked_up(values, page.colormap), "RGB"
+                table, fewer = eight_bit_colours(page.colormap)
+                values, colour = table.T[values], "RGB"
             values, transparency = _samples(values, page.axes, colour, page.extrasamples)
         rgb, said = _array_to_rgb(reference, values, transparency, white_is_zero=colour == "MINISWHITE")
     except MedR1Error:
@@ -192,6 +222,7 @@ def _by_tifffile(reference: Reference, first: Exception) -> tuple[Image.Image, d
         # What Pillow missed says more than tifffile's complaint about the same bytes, but for what we sent here.
         why = error if isinstance(first, ValueError) else first
         raise undecodable(reference, why) from error
+    said["warnings"] += fewer
     return _upright(rgb, orientation, {"kind": "picture", "format": "TIFF", "frame": f"{number} of {frames}"} | said)
 
 
@@ -222,11 +253,6 @@ def _samples(values: Values, axes: str, colour: str, beside: tuple[int, ...]) ->
     return kept[..., 0] if kept.shape[2:] == (1,) else kept, transparency
 
 
-def _looked_up(values: Values, table: npt.NDArray[np.uint16]) -> Grey:
-    """Colours (height, width, 3) of a TIFF's palette; some writers put 8-bit colours into its 16-bit entries."""
-    return (table >> 8 if table.max() > 255 else table).astype(np.uint8).T[values]
-
-
 def _bounded(reference: Reference, width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         size = f"{width} x {height}"
@@ -253,11 +279,14 @@ def _to_rgb(reference: Reference, image: Image.Image) -> tuple[Image.Image, dict
         assert rgb is not None
         return rgb, {"scale": "L*a*b* as sRGB"}
     if image.mode == "P" and image.format == "TIFF":
-        table = getattr(image, "tag_v2", {}).get(_TAG_COLORMAP, ())
-        if table and max(table) <= 255:
-            size = len(table) // 3
-            image.putpalette([table[part * size + entry] for entry in range(size) for part in range(3)])
-            return image.convert("RGB"), {"scale": "colours of its palette, 8 bits in entries of 16"}
+        entries = getattr(image, "tag_v2", {}).get(_TAG_COLORMAP, ())
+        if entries and max(entries) < 2 ** DEPTHS[-1]:  # Pillow would take the upper 8 of 16
+            table, fewer = eight_bit_colours(np.array(entries, dtype=np.uint16).reshape(3, -1))
+            image.putpalette(table.T.tobytes())
+            return image.convert("RGB"), {
+                "scale": "colours of its palette, fewer bits in entries of 16",
+                "warnings": fewer,
+            }
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -287,7 +316,7 @@ def _array_to_rgb(
     opaque = np.ones(values.shape[:2])
     if transparency:
         values, alpha = values[..., :-1], values[..., -1]
-        bits, _ = _bits_in_use(alpha, depth) if alpha.dtype.kind == "u" else (0, "")
+        bits = bits_in_use(alpha, depth) if alpha.dtype.kind == "u" else 0
         opaque = np.clip(alpha / (2**bits - 1 if bits else 1), 0, 1)
         if transparency == "multiplied":
             values = np.where(opaque[..., None] > 0, values / np.maximum(opaque, 1e-6)[..., None], 0).astype(
@@ -298,11 +327,12 @@ def _array_to_rgb(
     seen = values[opaque > 0] if transparency and (opaque > 0).any() else values
     finite = finite_values(reference, seen)
     if finite.size < seen.size:
-        told.append("undefined or infinite values are black or white")
+        told.append(UNDEFINED)
     if values.ndim == 2 or values.dtype.kind != "u":
         low, high, words = _ends(finite, is_grey=values.ndim == 2)
     else:
-        bits, words = _bits_in_use(finite, depth)
+        bits = bits_in_use(finite, depth)
+        words = f"upper 8 of {bits} bits" if bits > 8 else "as it is"
         low, high = 0.0, float(2**bits - 1)
         if (whole := depth or 8 * values.dtype.itemsize) > bits:
             told.append(f"no colour is above {2**bits - 1}: taken as {bits} bits in words of {whole}")
@@ -330,11 +360,3 @@ def _ends(finite: Values, *, is_grey: bool) -> tuple[float, float, str]:
         top = 1.0 if high <= 1 else 255.0
         return 0.0, top, f"0 to {top:g}"
     return low, high, f"{low:g} to {high:g} (smallest and largest value)"
-
-
-def _bits_in_use(values: Values, depth: int | None) -> tuple[int, str]:
-    """Bits that unsigned values take: all that they have, or one of _DEPTHS where none is above; and words for it."""
-    whole, largest = depth or 8 * values.dtype.itemsize, int(values.max())
-    bits = next((bits for bits in (*_DEPTHS, 16) if largest < 2**bits), whole)
-    bits = min(bits, whole)
-    return bits, f"upper 8 of {bits} bits" if bits > 8 else "as it is"

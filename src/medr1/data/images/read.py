@@ -33,7 +33,8 @@ class Reading:
     """RGB, 8 bits a channel."""
     decisions: dict[str, Any]
     """Words, numbers and lists of words: kind; where they apply frame, slice, window, scale, polarity, transfer_syntax
-    and others; warnings (perhaps none). Nothing of it identifies a patient."""
+    and others; warnings (perhaps none); left_out, of a folder: files in it that cannot be read. Nothing of it but
+    these names, which are the user's own, can identify a patient."""
 
 
 def read_image(reference: Path | str) -> Reading:
@@ -55,9 +56,9 @@ def read_image(reference: Path | str) -> Reading:
     if parsed.path.is_dir():
         from medr1.data.images.series import pick
 
-        chosen, place, warnings = pick(parsed)
+        chosen, place, warnings, left_out = pick(parsed)
         reading = read_image(str(chosen))
-        told = {"slice": place, "warnings": [*warnings, *reading.decisions["warnings"]]}
+        told = {"slice": place, "left_out": left_out, "warnings": [*warnings, *reading.decisions["warnings"]]}
         return Reading(reading.image, reading.decisions | told)
     parsed = _existing(reference)
     try:
