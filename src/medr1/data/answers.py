@@ -152,6 +152,7 @@ _TAG = re.compile(
     r"<\|[^|<>\n]{0,60}\|>|<(?!/?(?:think|answer)>)/?[A-Za-z][\w:-]{0,30}(?:\s[\w-]{1,20}=\"[^\"<>\n]{0,80}\")*\s*/?>"
 )
 _BLOCK_TAG = re.compile(r"</?(?:br|p|li|div|h\d|tr)\b", re.IGNORECASE)
+_TABLE_ROW = re.compile(r"(?:(?<=\n)|^)[ ]*\|([^\n]{1,400})\|[ ]*(?=\n|$)")
 _LATEX = {r"\%": "%", r"\times": "×", r"\leq": "≤", r"\geq": "≥", r"\le": "≤", r"\ge": "≥", r"\mu": "μ", r"\pm": "±"}
 _DRESS = re.compile(
     r"```(?:[a-z]+\n)?|`|\*\*|__|~~|\$|\\[()\[\],!;]|(?:(?<=\n)|^)(?:#{1,6}|>(?![ ]?\d))[ ]?|\\quad", re.IGNORECASE
@@ -190,7 +191,10 @@ def _clean(text: str) -> str:
     text = _THINK_CLOSES.sub("</think>", _THINK_OPENS.sub("<think>", text))
     text = _ANSWER_TAG.sub(lambda tag: f"<{tag[1]}answer>", text)
     text = re.sub(r"<?[-=]{1,6}>", "→", text)
+    text = re.sub(r"<([A-Z])>(?![^<\n]{0,200}</\1>)", r"(\1)", text)
     text = _TAG.sub(lambda tag: "\n" if _BLOCK_TAG.match(tag[0]) else "", text)
+    if "|" in text:
+        text = _TABLE_ROW.sub(lambda row: re.sub(r"\s*\|\s*", ": ", row[1].strip(" -:|")), text)
     if "\\" in text:
         text = re.sub(r"\\(?:%|(?:times|leq?|geq?|mu|pm)\b)", lambda sign: _LATEX[sign[0]], text)
         for _ in range(3):

@@ -349,6 +349,10 @@ def _variants(text: str, row: list[Token], keys: list[tuple[str, ...]], signs: b
         yield tuple(token.value for token in tokens_of(bracket[1], signs))
         if bracket[2].isupper() and len(bracket[2]) > 1:
             yield tuple(token.value for token in tokens_of(bracket[2], signs))
+    if values and values[-1].isalpha() and len(values[-1]) > 3:
+        number = values[-1].removesuffix("s") if values[-1].endswith("s") else f"{values[-1]}s"
+        if not any(number in key for key in keys):
+            yield (*values[:-1], number)
     glued = re.sub(r"(?<=[^\W_])[-‐‑](?=[^\W\d_])", "", text)
     if glued != text:
         yield tuple(token.value for token in tokens_of(glued, signs))
@@ -370,7 +374,13 @@ def _unsigned(key: tuple[str, ...], exact: dict[tuple[str, ...], set[str]]) -> b
 def _weak_variants(
     key: tuple[str, ...], keys: list[tuple[str, ...]], texts: Sequence[str]
 ) -> Iterator[tuple[str, ...]]:
-    """What tells an option from all others, where they begin or end alike."""
+    """What tells an option from all others, where they begin or end alike, or from another one of as many words."""
+    if len(key) > 1:
+        alike = [other for other in keys if len(other) == len(key) and other != key]
+        if any(other[1:] == key[1:] for other in alike):
+            yield key[:1]  # "left" of "Left lung", beside "Right lung" and "Heart"
+        if any(other[:-1] == key[:-1] for other in alike):
+            yield key[-1:]
     start = next((place for place, column in enumerate(zip(*keys, strict=False)) if len(set(column)) > 1), 0)
     backward = [one[::-1] for one in keys]
     end = next((place for place, column in enumerate(zip(*backward, strict=False)) if len(set(column)) > 1), 0)

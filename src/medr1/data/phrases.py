@@ -18,7 +18,7 @@ Lines = dict[str, str]
 
 CUES: Lines = {  # what an answer is called: with a verb or a colon after it, it declares one
     "{x} shows less. The {p} is {y}.": (
-        "answer | answer choice | option | choice | letter | alternative | response | selection | solution"
+        "answer | answer choice | option | choice | letter | response | selection | solution"
         " | guess | pick | verdict | conclusion | prediction | label | ans | right one | correct one | best one"
     ),
     "{x} shows less. The final {p}: {y}": "diagnosis | impression | judgement | judgment",
@@ -44,9 +44,10 @@ DECLARES: Lines = {
         " | i'd go with | i will go with | i'll go with | i'm going with | i am going with | i go for"
         " | i'd go for | i vote for | i opt for | i would opt for | i settle on | i'll take | i would say"
         " | i'd say | i would answer | i prefer | i would prefer | will go with | pick | choose | select"
-        " | go with | let's go with | my money is on"
+        " | go with | let's go with | my money is on | i favor | i favour | i lean towards | i lean toward"
+        " | i'm leaning towards | i am leaning towards"
     ),
-    "{x} zeigt weniger. {p} {y}.": "ich wähle | ich würde sagen | ich nehme | ich entscheide mich für",
+    "{x} zeigt weniger. {p} {y}.": "ich wähle | ich würde sagen | ich nehme | ich entscheide mich für | ich würde",
     "{x} montre moins. {p} {y}.": "je choisis | je dirais | je sélectionne | j'opte pour",
     "{x} muestra menos. {p} {y}.": "elijo | yo elegiría | yo diría | diría | escojo | selecciono | me quedo con",
     "{x} mostra menos. {p} {y}.": "escolho | eu escolheria | eu diria | diria | seleciono",
@@ -58,14 +59,17 @@ DECLARES: Lines = {
 }
 STATES: Lines = {  # says what is there, with less weight than a declared answer
     "{x} shows less. {p} {y}.": (
-        "it is | it's | this is | that is | these are | there is | there are | i think | i think it is"
+        "it is | it's | this is | that is | these are | there is | there's | there is also | there's also"
+        " | there are | i think | i think it is"
         " | i think it's | i believe | i believe it is | i suspect | i guess | i count | i see | consistent with"
         " | compatible with | suggestive of | typical of | typical for | characteristic of | diagnostic of"
         " | suggests | indicates | implies | points to | corresponds to | looks like | most likely | likely"
         " | probably | most probably | presumably | certainly | clearly | definitely | it must be | must be"
         " | it should be | which is | namely | ie | leaving | leaves | diagnosis is | the image is"
         " | the image shows | the scan shows | the picture shows | modality is | it looks like | it seems to be"
-        " | it appears to be | undoubtedly | obviously | evidently"
+        " | it appears to be | undoubtedly | obviously | evidently | left with | the findings favor | favors"
+        " | favours | point to | point towards"
+        " | points towards"
     ),
     "{x} zeigt weniger. {p} {y}.": "es ist | das ist | es handelt sich um | wahrscheinlich | vermutlich",
     "{x} montre moins. {p} {y}.": "c'est | il s'agit de | je pense que c'est | je crois que c'est | probablement",
@@ -91,7 +95,7 @@ CONCLUDES: Lines = {
     "{x} 적다. {p} {y}입니다.": "따라서 | 그러므로",
 }
 FINAL: Lines = {
-    "Answer: {x}\n{p} answer: {y}": "final",
+    "Answer: {x}\n{p} answer: {y}": "final | revised | updated | corrected | amended",
 }
 ACCEPTS: Lines = {
     "{y} is {p}. {x} shows less.": (
@@ -100,10 +104,14 @@ ACCEPTS: Lines = {
         " | the right choice | my choice | the best choice | the correct one | the right one | the best fit"
         " | the best match | the most likely | most likely | the most likely diagnosis | the most likely answer"
         " | the most probable | the most plausible | preferred | favored | favoured | the diagnosis | accurate"
-        " | the most appropriate | the one"
+        " | the most appropriate | the one | the better choice | the better answer | the better option"
+        " | the better fit | a better fit | the better match"
     ),
+    "{y} {p}. {x} shows less.": "is better | makes more sense | makes the most sense | fits best | matches best",
     "- {y}: {p}\n- {x}: wrong": "✓ | ✔ | ✅ | ☑",
-    "{y} ist {p}. {x} zeigt weniger.": "richtig | korrekt | die richtige antwort",
+    "{y} ist {p}. {x} zeigt weniger.": "richtig | korrekt | die richtige antwort | die korrekte antwort",
+    "{x}: no\n{y}: {p}": "yes",
+    "{y} {p}. {x} zeigt weniger.": "trifft zu | stimmt",
     "{y} est {p}. {x} montre moins.": "correct | correcte | juste | vrai | exact | exacte | la bonne réponse",
     "{y} es {p}. {x} muestra menos.": "correcta | correcto | la correcta | la respuesta correcta | verdadera",
     "{y} é {p}. {x} mostra menos.": "correta | correto | certa | certo | a correta | a certa | a resposta correta",
@@ -117,31 +125,65 @@ REJECTS: Lines = {  # of what stands before
         "wrong | incorrect | false | unlikely | improbable | implausible | impossible | excluded | ruled out"
         " | eliminated | rejected | absent | less likely | less probable | less plausible | less typical"
         " | less consistent | inconsistent | out of the question | inappropriate | not correct | not right"
-        " | not likely | not present | not the answer"
+        " | not likely | not present | not the answer | partially correct | partly correct | partly right"
+        " | only partially correct | half right | doubtful | a poor choice | a bad choice | a wrong choice"
+        " | a poor fit | a poor match | a distractor | a trap | a red herring | the wrong answer | the wrong choice"
+        " | the wrong option | an incorrect answer | an incorrect option | the least likely | least likely"
+        " | the least probable | the worst"
     ),
     "{x} is {p} {y}.": (
         "less likely than | less probable than | less typical than | worse than | less consistent than"
     ),
     "- {x}: {p}\n- {y}: ✓": "✗ | ✘ | ❌ | ✖",
     "{x} ist {p}. Es ist {y}.": "falsch | ausgeschlossen | unwahrscheinlich",
+    "{x} {p}. Es ist {y}.": "trifft nicht zu | stimmt nicht | kommt nicht in frage | scheidet aus",
     "{x} est {p}. C'est {y}.": "faux | fausse | incorrecte | exclu | exclue | improbable | peu probable",
     "{x} es {p}; {y} es correcta.": "incorrecta | incorrecto | falsa | falso | errónea | descartada | improbable",
     "{x} é {p}; {y} é correta.": "incorreta | incorreto | errada | errado | descartada | improvável",
-    "{x} – {p}, {y} – верно.": "неверно | неправильно | исключено | исключён | неправильный | маловероятно",
+    "{x} – {p}, {y} – верно.": (
+        "неверно | неправильно | исключено | исключён | неправильный | маловероятно | не видно | не выявлено"
+    ),
     "{x}{p}，{y}正确。": "错 | 错误 | 是错误的 | 不正确 | 是不正确的 | 不对 | 不符合 | 不是正确答案",
     "{x}{p}，答案是{y}。": "被排除 | 可以排除 | 可排除",
-    "{x}{p}、{y}です。": "ではなく | ではない | ではありません | じゃない | でなく | は誤り | は間違い | は除外 | 以外",
+    "{x}{p}、{y}です。": (
+        "ではなく | ではない | ではありません | じゃない | でなく | は誤り | は見られません"
+        " | は見られない | は認めません | は認められません | は認められない | はありません | は間違い"
+        " | は除外 | 以外"
+    ),
     "{x}{p} {y}입니다.": "가 아니라 | 이 아니라 | 가 아니고 | 이 아니고 | 는 틀렸고 | 은 틀렸고",
-    "{x}{p}. {y}입니다.": "가 아닙니다 | 이 아닙니다 | 는 아닙니다 | 은 아닙니다 | 제외",
+    "{x}{p}. {y}입니다.": (
+        "가 아닙니다 | 이 아닙니다 | 는 아닙니다 | 은 아닙니다 | 제외 | 는 보이지 않습니다 | 은 보이지 않습니다"
+        " | 이 보이지 않습니다 | 가 보이지 않습니다 | 는 없습니다 | 은 없습니다 | 이 없습니다 | 가 없습니다"
+    ),
 }
 DENIES: Lines = {  # what follows
     "It is {p} {x}; it is {y}.": (
         "not | no | never | neither | nor | without | rather than | instead of | other than | anything but"
         " | no sign of | no evidence of | unlike | as opposed to | nothing like | far from | inconsistent with"
-        " | not consistent with"
+        " | not consistent with | absence of | the absence of"
+    ),
+    "The image {p} {x}. It is {y}.": (
+        "is negative for | is free of | lacks | rules out | excludes | fails to show | fails to demonstrate"
+    ),
+    "{p} {x}. It is {y}.": (
+        "negative for | free of | clear of | lack of | no signs of | no features of | no indication of"
+        " | nothing to suggest | nothing suggests | nothing to support | nothing points to | no reason to suspect"
+        " | wrong to choose | wrong to pick | a mistake to choose | refuse to choose | refuse to pick"
+        " | if it were | if it was | if this were | if this was | had it been | had this been | were this | were it"
+        " | if the answer was | if the answer were | if the diagnosis were"
+    ),
+    "{p} it is {x}. It is {y}.": "i doubt | i doubt that | i don't think | i do not think | i don't believe",
+    "{y} {p} {x}.": "beats | outweighs | trumps | is better than | makes more sense than | is more likely than",
+    "{p} {x}, {y} explains it.": "contrary to | in contrast to | in contrast with | different from",
+    "I {p} {x} to {y}.": (
+        "change my answer from | changed my answer from | am changing my answer from | switch from | would switch from"
+        " | changed from"
     ),
     "{y} fits better {p} {x}.": "than | rather than | compared to | compared with",
-    "We can {p} {x}. It is {y}.": "exclude | reject | rule out | eliminate | dismiss | discard",
+    "We can {p} {x}. It is {y}.": (
+        "exclude | reject | rule out | eliminate | dismiss | discard | ignore | cross out | cross off | strike"
+        " | strike out | set aside"
+    ),
     "{p} {x}, it is {y}.": "excluding | ruling out | eliminating | rejecting | apart from | aside from",
     "{p} {x}.": (
         "everything but | all but | anything except | everything except | all except | except for | except | besides"
@@ -158,7 +200,9 @@ DENIES: Lines = {  # what follows
     "{p} {x} sino {y}.": "no | ni | no es | en lugar de | en vez de | excepto | ningún | ninguna | tampoco",
     "{p} {x}, mas {y}.": "não | nem | não é | em vez de | exceto | nenhum | nenhuma",
     "{p} {x}, а {y}.": "не | ни | нет | вместо | кроме | это не",
-    "{p}{x}，而是{y}。": "不是 | 并非 | 不选 | 并不是 | 非",
+    "{p}{x}，而是{y}。": (
+        "不应选 | 不该选 | 不能选 | 未见 | 未发现 | 未显示 | 没有发现 | 不是 | 并非 | 不选 | 并不是 | 非"
+    ),
     "{p}{x}，选{y}。": "排除 | 可以排除 | 除了 | 没有 | 无",
 }
 FAILS: Lines = {  # of what stands before, and what follows
@@ -190,7 +234,12 @@ HEDGES: Lines = {
         "maybe | perhaps | possibly | conceivably | torn between | i'm torn between | between | at first"
         " | at first glance | at first sight | initially | i first thought | my first thought was"
         " | i was tempted by | it resembles | i considered | consider | considering | one might think"
-        " | differential includes | similar to"
+        " | differential | differential includes | differential diagnosis | second choice | similar to"
+    ),
+    "{p} {x}, but {y} fits better.": "i was going to say | i was inclined to say | i was leaning towards",
+    "{p} choose {x}, but the right answer is {y}.": (
+        "people often | many people | many would | some might | some would | students often | one might | you might"
+        " | it is tempting to | it's tempting to | a common mistake is to | a common error is to"
     ),
     "{p}, but {y}.": "i am not sure | i'm not sure | not sure | unsure | i am not certain | i'm not entirely certain",
     "{p}; {y}": "not entirely sure | i'm not entirely sure | i am not entirely certain | not certain | hard to say",
@@ -217,7 +266,9 @@ RETRACTS: Lines = {  # takes back what was said before it
         "scratch that | strike that | correction | i made a mistake | i made an error | that is wrong"
         " | that's wrong | that was wrong | that is incorrect | that's incorrect | that is not right"
         " | that's not right | this is wrong | i take that back | my mistake | my bad | i meant | i mean"
-        " | make that | or rather | no , that is wrong | no , that's wrong | that was a mistake | i misread"
+        " | make that | or rather | no , that is wrong | no , that's wrong | that was a mistake | i was wrong"
+        " | i was mistaken | i stand corrected | i need to correct myself"
+        " | i must correct myself | i have to correct myself | let me correct myself | let me correct that | i misread"
         " | i misspoke"
     ),
     "Die Antwort ist {x}. {p}: {y}": "korrektur | ich korrigiere mich | ich meinte",
@@ -318,7 +369,12 @@ ALL_OF_THEM: Lines = {
 }
 AND: Lines = {
     "{y} {p} {y}": "and | as well as | und | sowie | et | ainsi que | и | & | plus",
-    "{y}{p}{y}": "和 | 与 | と | 및 | 와 | 과 | 、",
+    "{y}{p}{y}": "も | 和 | 与 | と | 및 | 와 | 과 | 、",
+}
+WITH: Lines = {  # joins two options, where nothing more is said of the second
+    "It shows {y} {p} {y}.": (
+        "with | together with | along with | accompanied by | associated with | complicated by | on"
+    ),
 }
 OR: Lines = {
     "{y} {p} {y}": "or | nor | vs | versus | oder | noch | ou | или | либо | and / or",
@@ -343,7 +399,9 @@ VERBS: Lines = {
         "fits | matches | shows | represents | describes | depicts | explains | remains | stands out in"
         " | applies to | agrees with | makes sense of | suits | has | gives | appears in"
     ),
-    "It is {y} {p}.": "for sure | for certain",
+    "It is {y} {p}.": "for sure | for certain | here | in this case | in this image | all the way",
+    "It is not {x}; {y} {p}.": "does",
+    "{x} zeigt weniger. Ich würde {y} {p}.": "wählen | nehmen",
 }
 IS: Lines = {
     "{x} shows less. {y} {p} correct.": (
@@ -357,7 +415,9 @@ IS: Lines = {
     "{x} меньше. {y} {p} верный ответ.": "является",
 }
 ARE: Lines = {
-    "{y} and {y} {p} correct.": "are | were | sind | sont | son | são",
+    "{y} and {y} {p} correct.": (
+        "are both | are equally | seem | seem both | appear | look | are | were | sind | sont | son | são"
+    ),
 }
 ARTICLES: Lines = {
     "The answer is {p} {y}.": (
@@ -366,7 +426,13 @@ ARTICLES: Lines = {
     ),
 }
 PRONOUNS: Lines = {
-    "It is not {x}, {p} shows {y}.": "it | this | we | he | she | they | one",
+    "It is not {x}, {p} shows {y}.": "it | this | we | we're | we are | i'm | he | she | they | one",
+}
+
+NO_CUES: Lines = {  # what the options are called, that no colon makes a declaration
+    "Let us look at {p}: {x} is wrong. It is {y}.": (
+        "each option | every option | each choice | every choice | each answer choice | each answer"
+    ),
 }
 
 TABLES: dict[str, Lines] = {
@@ -374,6 +440,7 @@ TABLES: dict[str, Lines] = {
     "N": DENIES, "X": FAILS, "Y": FAIL, "w": ASSURES, "H": HEDGES, "h": MIGHT, "R": RETRACTS, "r": DOUBTS,
     "b": CONTRASTS, "B": REASONS, "F": REFUSES, "U": NONE_OF_THEM, "A": ALL_OF_THEM, "J": AND, "O": OR, "z": OVER,
     "V": NAMES, "v": NAMES_AFTER, "P": VERBS, "Q": IS, "E": ARE, "a": ARTICLES, "p": PRONOUNS,
+    "e": NO_CUES, "M": WITH,
 }  # fmt: skip
 """By the character that a phrase becomes. Where a phrase stands in two tables, the first of them counts."""
 
@@ -382,7 +449,7 @@ _PIECE = re.compile(
     rf"|(?P<number>\d+(?:[.,/:]\d+)*[^\W_{CJK}가-힣]*)"
     rf"|(?P<cjk>[{CJK}]|[가-힣]+)"
     rf"|(?P<word>[^\W_{CJK}가-힣]+(?:['‐‑-][^\W_{CJK}가-힣]+)*)"
-    r"|(?P<sign>\.{2,}|[^\s_])|(?P<newline>\n)"
+    r"|(?P<sign>\.{2,}|°\s?[^\W\d_](?!\w)|[^\s_])|(?P<newline>\n)"
 )
 
 

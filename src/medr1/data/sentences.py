@@ -11,6 +11,7 @@ join a letter with its text, and lists; find what is denied, hedged and taken ba
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from medr1.data.option_texts import LOWER_TEXT, WEAK_TEXT, Meaning, OptionTexts
@@ -83,15 +84,18 @@ def _phrase_at(words: list[str], position: int) -> tuple[str, int]:
 
 
 _COMPOSED = [  # (pattern, what its first character becomes; the others go away)
+    (r"L?ZK[\")]*[Q:\-]", "N"),  # "the wrong answer is", "a wrong answer is"
+    (r"(?:(?<=[.\n;,])|^)[aw]?ZK?Q", "N"),
     (r"k[wWanpKLlcTqtGI]{0,6}Q", "D"),
     (r"K[w]?G?w?[QI](?!N?G)", "D"),  # "answer is", "respuesta correcta es"
-    (r"(?<![Qa])GK?w?Q", "D"),  # "richtig ist", "correct answer is"
+    (r"(?<![Qa])GK?w?Q(?![.,;!?\n]|$)", "D"),  # "richtig ist", "correct answer is"
     (r"K[\")]*(?::|-|>)", "D"),
     (r"(?:(?<=[.\n,;(\"])|^)G:", "D"),
     (r"(?:(?<=\n)|^)[\"(]*[aGwf]{0,3}K(?=[\")]*\n)", "D"),  # a heading
     (r"(?:(?<=[.\n;])|^)[aw]?Z[wK]?:", "N"),  # "excluded: …"
     (r"(?:(?<=[.\n;])|^)f:|(?:(?<=\n)|^)G(?=[\"(]*[LTlqt])", "D"),  # "Final: …", "✓ …"
     (r"(?:(?<=\n)|^)Z(?=[\"(]*[LTlqt])", "N"),
+    (r"(?<=[LTlqt])l(?=[LTlqt])", "O"),  # Spanish "A o B", "A y B"
     (r"QN", "X"),
     (r"EN", "Y"),
 ]
@@ -99,13 +103,17 @@ _COMPOSE = re.compile("|".join(f"({pattern})" for pattern, _ in _COMPOSED))
 
 # -- letters or words ----------------------------------------------------------------------------------------
 
-_AFTER = r"[\"]*(?:[.,:;!?()\->*\n]|/(?=L(?:[.,:;!?()\-/\"JO\n]|$))|$|[PQEXZYNBbSJOhRrczGKvL](?<![GKvL])|G(?=c))"
+_AFTER = (
+    r"[\"]*(?:[.,:;!?()\->*\n]|/(?=L(?:[.,:;!?()\-/\"JO\n]|$))|$|[PQEXZYNBbSJOhRrczGKvL](?<![GKvL])"
+    r"|G(?=c|Q?(?:[.!\n]|$)))"
+)
 _IS_LETTER = re.compile(
     r"(?<=[(\"])L(?=[)\"])"
     r"|(?<=K)L|(?<=K\()L|(?<=K\")L"
     rf"|(?<![Vnt])(?<!V:)L(?!v)(?!\.w)(?={_AFTER})"
     r"|(?<=c)(?<!Vc)L(?=c|[.,;!?]|$)"
-    r"|L(?=[LT]|I(?:[.!\n]|$)|q[.\")]*$)"
+    r"|(?:(?<=[.\n])|^)L(?=ww?L(?:[.,;!?\n]|$))"
+    r"|L(?=Kc|IG|n[).]|[LT]|I(?:[.!\n]|$)|q[.\")]*$)"
 )
 _IS_SMALL_LETTER = re.compile(
     r"(?<=[(\"])l(?=[)\"])"
@@ -116,23 +124,26 @@ _IS_SMALL_LETTER = re.compile(
 )
 _IS_WEAK_TEXT = re.compile(
     r"(?<=[DI])t|(?<=[DI][:\"(Iac\n])t"
-    r"|(?:(?<=[.\n!?;])|^)[\"(\-]*t(?=[wW]?[)\".,!c]*(?:\n|$)|[),.!]*\n)|^t(?=[,.;])"
+    r"|(?:(?<=[.\n!?;])|^)[\"(\-]*[aW]?t(?=[wW]?[)\".,!c]*(?:\n|$)|[),.!]*\n)|^t(?=[,.;])"
     r"|(?<=[Ll][).:\-,\"(])t(?=[)\".,;!?\n]|$)|(?<=[Ll])t$|(?<=[Ll][).:\-,\"(]{2})t(?=[)\".,;!?\n]|$)"
-    r"|(?<=[Tqt][JO/\-])t|t(?=[JO/\-][Tqt])"
+    r"|(?<=Q)t(?=[.,;!?\n]|$)"
+    r"|(?<=[Tqt][JOMz/\-])t|(?<=[Tqt][JOMz/\-]a)t|t(?=[JOMz/\-]a?[Tqt])"
 )
 
 # -- units, lists and what is said of them -------------------------------------------------------------------
 
 _CLAUSE_ENDS = r"(?=[.,;!?\n()\-BbSRr\"]|$)"
 _UNIT = re.compile(rf"L[)\"]*(?:[.:,\-/]|\n)?[\"(]*[IaK]{{0,2}}[\"(]*T{_CLAUSE_ENDS}|[LT]")
-_JOINED = re.compile(r"[)\"]*(?:[/>]|[,(]?[JO][aK]?|[,;:\-]|\.?(?=\n)\n[-(]?|)[\"(]*[aK]?")
+_JOINED = re.compile(r"[)\"]*(?:[/>]|[,(]?[JO][aK]?|[,;:\-M]|\.?(?=\n)\n[-(]?|)[\"(]*[aK]?")
 _ALWAYS = re.compile(r"[)\"]*(?:[/>]|[,(]?O[aK]?|)[\"(]*[aK]?")
 _GOES_ON = re.compile(r"[)\"]*(?:[,;.!?\n/>JO)]|$)")
 _VERB_FOLLOWS = re.compile(r"[)\"]*[PQXhZ]")
 _ACCEPTED = re.compile(
-    r"[)\"]*(?:[PQI][awp]{0,2}|[EY]a?|c{1,2}|[:\-(,]|)G(?![wW])|c{1,2}K(?=[.,!\n]|$)|[)\"]*QI(?=[.,;!?\nBb]|$)"
+    r"[)\"]*(?:[PQI][awp]{0,2}|[EY]a?|c{1,2}|[:\-(,]|K|)G(?![wW])|c{1,2}K(?=[.,!\n]|$)|[)\"]*QI(?=[.,;!?\nBb]|$)"
 )
-_REJECTED = re.compile(r"[)\"]*[:\-(?]*[wWcKPQEIaph]{0,4}(?:(Y|E[wa]{0,2}Z)|[XZ])|[)\"]*[:\-]+N")
+_REJECTED = re.compile(
+    r"[)\"]*[:\-(?]*[wWcKPQEIaphb]{0,4}(?:(Y|E[wa]{0,2}Z)|[XZ])|[)\"]*(?:[:\-]+N|\(N\)|N(?=[.;\n]|$))"
+)
 _HEDGED = re.compile(r"[)\"]*[wQPp]{0,2}[hH]")
 _FILL = r"[:\"(\-IaSKQpcr\n]{0,8}"
 _DECLARING = re.compile(rf"D{_FILL}([Hh]?){_FILL}(?:[wWn]{{0,2}}(?=T))?(?=[LT])")
@@ -141,6 +152,7 @@ _FINAL = re.compile(r"[Sf][,:\"aGwWI]{0,4}$")
 _HEAD = re.compile(r"[\"(\-*,:.]*[aKIS,]*[\"(]*(?=[LT])")
 _HEAD_GOES_ON = re.compile(r"[)\"]*(?:[.,;:\-(\n!?]|$|[Bb])")
 _LABEL = re.compile(r"(?:(?<=[.\n;,!?])|^)[\"(\-*]*([LT])(?:[)\"]*[:)\-]|(?=L))")
+_LABELS = re.compile(r"[)\"]*[.:)\-][\"]*")
 _LINE = re.compile(r"[\"(\-#.*:]*[aKI]?[\"(]*")
 _LINE_ENDS = re.compile(r"[\").:,!;*c]*$")
 
@@ -216,6 +228,9 @@ def _composed(characters: str, meanings: list[Meaning | None], glyphs: str) -> t
             glyphs = "".join([*shown, glyphs[done:]])
     # "A: no, …" and "A? No." reject A; elsewhere "no," may take back what was said before.
     characters = re.sub(r"(?<=[LTlqt][:\-?])r|(?<=[LTlqt][)\"][:\-?])r", "Z", characters)
+    characters = re.sub(r"(?<![LTlqt])M|M(?!a?[LTlqt])", "w", characters)
+    # "from A to B" takes A back
+    characters = re.sub(r"(?<=N[LTlqt])z(?=K?[LTlqt])", "r", characters)
     # "over" and "to" compare two options
     characters = re.sub(r"(?<=[DGK][LTlqt])z(?=K?[LTlqt])", "N", characters)
     return characters, meanings, glyphs
@@ -275,9 +290,12 @@ def _weighed(characters: str, meanings: list[Meaning | None]) -> _Text:
             mention = _Mention(unit.start, unit.end, unit.meaning, weight, final)
             mention.denied = unit.start in denied or bool(closing and (last or whole)) or unit.start in refused
             mention.hedged = unsure or unit.start in hedged or bool(doubted and last)
-            if accepted and (last or "E" in accepted[0]):
+            if accepted and (last or "E" in accepted[0] or "J" in characters[start:end]):
                 mention.weight = 3
             mentions.append(mention)
+    for tag, word in pairwise(mentions):  # "B. Pneumothorax is wrong"
+        if word.denied and tag.meaning == word.meaning and _LABELS.fullmatch(characters, tag.end, word.start):
+            tag.denied = True
     text = _Text(characters, meanings, mentions)
     by_start = {mention.start: mention for mention in mentions}
     _weigh_lines(characters, lists, by_start)
@@ -347,7 +365,7 @@ def _scopes(characters: str) -> tuple[set[int], set[int], set[int]]:
             refuse = False
             clause = []
         elif character == ":":
-            if characters[place - 1 : place] not in ("N", "X"):
+            if characters[place - 1 : place] not in ("N", "X", "H"):
                 deny = hedge = 0
         elif character == "," and (listed or _NEW_CLAUSE.match(characters, place + 1)):
             deny = hedge = 0  # "neither … nor …, but it is …", "no … or …, normal"
