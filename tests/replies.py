@@ -607,4 +607,9 @@ REPLIES: list[tuple[str, str, str]] = [
     ("chinese", "未见肺炎。", "none"),
     ("skin", "AもBも正しい。", "none"),
     ("skin", "A와 B 모두 정답입니다.", "none"),
+    ("skin", "A or C is correct.", "none"),
+    ("skin", "B and D fit.", "none"),
+    ("lung", "It's unlikely to be pneumonia.", "none"),
+    ("skin", "The distractor is B.", "none"),
+    ("lung", "Pneumonia: negative", "none"),
 ]

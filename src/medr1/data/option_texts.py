@@ -377,9 +377,10 @@ def _weak_variants(
     """What tells an option from all others, where they begin or end alike, or from another one of as many words."""
     if len(key) > 1:
         alike = [other for other in keys if len(other) == len(key) and other != key]
-        if any(other[1:] == key[1:] for other in alike):
+        others = {value for other in keys if other != key for value in other}
+        if key[0] not in others and any(other[1:] == key[1:] for other in alike):
             yield key[:1]  # "left" of "Left lung", beside "Right lung" and "Heart"
-        if any(other[:-1] == key[:-1] for other in alike):
+        if key[-1] not in others and any(other[:-1] == key[:-1] for other in alike):
             yield key[-1:]
     start = next((place for place, column in enumerate(zip(*keys, strict=False)) if len(set(column)) > 1), 0)
     backward = [one[::-1] for one in keys]

@@ -122,12 +122,14 @@ ACCEPTS: Lines = {
 }
 REJECTS: Lines = {  # of what stands before
     "{x} is {p}. It is {y}.": (
-        "wrong | incorrect | false | unlikely | improbable | implausible | impossible | excluded | ruled out"
+        "wrong | incorrect | false | not seen | not visible | negative | unlikely | improbable | implausible"
+        " | impossible | excluded | ruled out"
         " | eliminated | rejected | absent | less likely | less probable | less plausible | less typical"
         " | less consistent | inconsistent | out of the question | inappropriate | not correct | not right"
         " | not likely | not present | not the answer | partially correct | partly correct | partly right"
         " | only partially correct | half right | doubtful | a poor choice | a bad choice | a wrong choice"
-        " | a poor fit | a poor match | a distractor | a trap | a red herring | the wrong answer | the wrong choice"
+        " | a poor fit | a poor match | a distractor | a trap"
+        " | distractor | trap | a red herring | the wrong answer | the wrong choice"
         " | the wrong option | an incorrect answer | an incorrect option | the least likely | least likely"
         " | the least probable | the worst"
     ),
@@ -166,7 +168,8 @@ DENIES: Lines = {  # what follows
         "is negative for | is free of | lacks | rules out | excludes | fails to show | fails to demonstrate"
     ),
     "{p} {x}. It is {y}.": (
-        "negative for | free of | clear of | lack of | no signs of | no features of | no indication of"
+        "unlikely to be | unlikely that it's | unlikely that it is | insufficient evidence for | little evidence for"
+        " | negative for | free of | clear of | lack of | no signs of | no features of | no indication of"
         " | nothing to suggest | nothing suggests | nothing to support | nothing points to | no reason to suspect"
         " | wrong to choose | wrong to pick | a mistake to choose | refuse to choose | refuse to pick"
         " | if it were | if it was | if this were | if this was | had it been | had this been | were this | were it"
@@ -219,7 +222,8 @@ ASSURES: Lines = {  # no denial, although it sounds like one
     "{p} it is {y}.": (
         "no doubt | there is no doubt that | there is no doubt | there's no doubt | i have no doubt"
         " | without doubt | without a doubt | without any doubt | beyond doubt | doubtless | no question"
-        " | not surprisingly | i do not doubt that | i don't doubt that | of course | needless to say | no wonder"
+        " | not surprisingly | i do not doubt | i don't doubt | i do not doubt that | i don't doubt that"
+        " | of course | needless to say | no wonder"
     ),
     "It {p} {y}.": (
         "cannot be anything but | can't be anything but | can not be anything but | can only be | can only be the"
@@ -396,7 +400,8 @@ NAMES_AFTER: Lines = {
 }
 VERBS: Lines = {
     "{y} {p} the image.": (
-        "fits | matches | shows | represents | describes | depicts | explains | remains | stands out in"
+        "fit | both fit | match | both match | fits | matches | shows | represents | describes | depicts"
+        " | explains | remains | stands out in"
         " | applies to | agrees with | makes sense of | suits | has | gives | appears in"
     ),
     "It is {y} {p}.": "for sure | for certain | here | in this case | in this image | all the way",

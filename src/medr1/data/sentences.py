@@ -290,7 +290,7 @@ def _weighed(characters: str, meanings: list[Meaning | None]) -> _Text:
             mention = _Mention(unit.start, unit.end, unit.meaning, weight, final)
             mention.denied = unit.start in denied or bool(closing and (last or whole)) or unit.start in refused
             mention.hedged = unsure or unit.start in hedged or bool(doubted and last)
-            if accepted and (last or "E" in accepted[0] or "J" in characters[start:end]):
+            if accepted and (last or "E" in accepted[0] or re.search("[JO]", characters[start:end])):
                 mention.weight = 3
             mentions.append(mention)
     for tag, word in pairwise(mentions):  # "B. Pneumothorax is wrong"
