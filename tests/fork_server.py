@@ -11,6 +11,8 @@ import socketserver
 import sys
 import traceback
 
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # as `medr1` does, before anything imports transformers
+
 import torch
 import transformers.models.auto.modeling_auto  # noqa: F401
 

@@ -42,9 +42,9 @@ def only_second_learns(reply: str, record: Record, mode: str) -> float:
 
 
 def small_beside_large_image(trainer: RecordTrainer) -> None:
-    """Rank 0 gets an image of 4 tokens and replies of one token, rank 1 an image of 1,024 tokens."""
-    trainer.vlm.processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 896 * 896}
-    side = 896 if is_second() else 56
+    """Rank 0 gets an image of 4 tokens and replies of one token, rank 1 an image of 784 tokens."""
+    trainer.vlm.processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 784 * 784}
+    side = 784 if is_second() else 56
     trainer.out.mkdir(parents=True, exist_ok=True)
     path = trainer.out / f"side-{side}.png"
     picture(side, side, side).save(path)

@@ -542,7 +542,7 @@ def test_groups_without_a_difference_are_neither_read_nor_passed_through(
     config = recipe(phantoms, **settings)
     train, test = load_parts(config.data)
     trainer = grpo.GRPOTrainer(tiny_vlm("qwen2_vl", dtype=torch.float64), config, train, test, tmp_path)
-    trainer.vlm.stop_token_ids = [*trainer.vlm.stop_token_ids, *range(60, 120)]  # replies of different lengths
+    trainer.vlm.stop_token_ids = [*trainer.vlm.stop_token_ids, *range(60, 180)]  # replies of different lengths
     passed: list[int] = []
     shapes: list[tuple[int, int]] = []
     embed = trainer.vlm.core.base_model.visual.patch_embed

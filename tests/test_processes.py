@@ -63,7 +63,7 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def launch(*command: str | Path, sharded: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A command in two processes; its launcher must end within four minutes."""
+    """A command in two processes; its launcher must end within ten minutes."""
     settings = {
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
@@ -75,7 +75,7 @@ def launch(*command: str | Path, sharded: bool = False, **environment: str) -> s
         env=os.environ | settings | (SHARDED if sharded else {}) | environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
 
 

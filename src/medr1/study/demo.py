@@ -42,4 +42,5 @@ def run_demo(out: Path, *, seed: int) -> dict[str, Any]:
         else `run_recipe` says.
     """
     result = run_recipe(demo_config(seed), out)
-    return {**result, "blank_image": result["blank"], "shuffled_image": result["shuffled"], "seeds": [seed]}
+    controls = {f"{name}_image": result.get(name) for name in ("blank", "shuffled")}  # None for one that was left out
+    return {**result, **controls, "seeds": [seed]}
