@@ -325,3 +325,12 @@ def test_broken_bytes_are_no_punctuation() -> None:
     """An untrained model's noise around a capital must not become an answer."""
     assert extract_answer("\ufffd\ufffd?</think>\ufffd\ufffdd\ufffd\x1b", OPTIONS).outcome == "unparsed"
     assert extract_answer("\x00B\x07", OPTIONS).outcome == "unparsed"
+
+
+def test_the_words_of_a_longer_option_apart() -> None:
+    """ "Lung" alone is not what is said; the longer option is not guessed either."""
+    for options in (("Lung", "Lung cancer"), ("Lung cancer", "Lung")):
+        assert extract_answer("cancer of the lung", options).outcome == "ambiguous"
+        assert extract_answer("Lung", options).letter == "AB"[options.index("Lung")]
+        assert extract_answer("The finding is lung cancer.", options).letter == "AB"[options.index("Lung cancer")]
+        assert extract_answer("The lung, not lung cancer", options).letter in ("AB"[options.index("Lung")], None)

@@ -27,6 +27,9 @@ from medr1.data.sentences import BOX, END_BOX, read, refuses
 EXTRACTOR_VERSION = 2
 """Goes up whenever a reply may be read differently; stored beside every score."""
 
+SHORT = 12
+"""Words of a text that says an option in other words, at most."""
+
 Outcome = Literal["letter", "text", "ambiguous", "refusal", "truncated", "invalid", "unparsed"]
 
 
@@ -83,7 +86,23 @@ def _read(text: str, options: Sequence[str]) -> Answer:
         word = min(words)
         meaning = texts.plain.get(word) or texts.plain.get(f"{word}.", frozenset())
         said = "letter" if meaning else said
-    return Answer("letter", min(meaning)) if said == "letter" else Answer(said)
+    if said != "letter":
+        return Answer(said)
+    letter = min(meaning)
+    return Answer("ambiguous") if _says_more(text, options, letter) else Answer("letter", letter)
+
+
+def _says_more(text: str, options: Sequence[str], letter: str) -> bool:
+    """Whether a short text has all words of a longer option that holds the chosen one, but apart: "cancer of the lung"
+    of "Lung" and "Lung cancer". Where they stand together, they have been read.
+    """
+    said = normalise_answer(text)
+    words = set(said.split())
+    if len(words) > SHORT:
+        return False
+    chosen = set(normalise_answer(options[LETTERS.index(letter)]).split())
+    longer = (normalise_answer(option) for option in options)
+    return any(chosen < set(option.split()) <= words and option not in said for option in longer)
 
 
 @lru_cache(maxsize=4096)
