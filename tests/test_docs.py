@@ -92,7 +92,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
 def test_no_command_fails(page: Path, programs: Path, tmp_path: Path) -> None:
-    write_phantoms(tmp_path / "OmniMedVQA", num_images=120, seed=0)
+    write_phantoms(tmp_path / "OmniMedVQA", num_images=320, seed=0)
     write_clinic(tmp_path / "clinic")
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     environment = os.environ | {
