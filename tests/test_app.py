@@ -86,7 +86,7 @@ def test_upload_ask_stream_compare_heatmap_save(page: Any, tmp_path: Path) -> No
     assert cards.count() == 2
     assert cards.first.inner_text() == cards.last.inner_text()  # one model twice: all of it is deterministic
     assert "<b>X</b>-Ray" in cards.first.inner_text()
-    assert "phantoms only" in cards.first.locator(".void").inner_text()
+    assert "phantoms only" in cards.first.locator("div.void").inner_text()
     percents = re.findall(r"([\d.]+) %", cards.first.locator(".bars").inner_text())
     assert len(percents) == 3 and sum(map(float, percents)) == pytest.approx(100, abs=0.2)
     votes = cards.first.locator(".bars tbody td:last-child").all_inner_texts()
