@@ -331,11 +331,7 @@ def _open_free_text(text: str) -> Answer:
 
 _INSIDE = r"(?:(?!</?(?:think|answer)>).)*"  # any text without one of the four tags
 _THINK = rf"<think>(?!\s*</think>){_INSIDE}</think>"
-
-
 _ANSWER = r"<answer>(?!\s*</answer>)\s*(?:(?!</?(?:think|answer)>)[^\n])*\s*</answer>"  # one line, not blank
-
-
 _FORMAT = {
     "think": re.compile(rf"\s*{_THINK}\s*{_ANSWER}\s*", re.DOTALL),
     "no-think": re.compile(rf"\s*{_ANSWER}\s*"),

@@ -69,7 +69,7 @@ def run_recipe(config: Config, out: Path, *, limit: int = 0, batch_size: int = 6
     from medr1.evaluation.named import limited
     from medr1.evaluation.run import evaluate
     from medr1.policy.vlm import load_vlm
-    from medr1.report.run import report_from_files
+    from medr1.report.run import overall, report_from_files
     from medr1.training.folder import finished
     from medr1.training.run import train
 
@@ -137,15 +137,6 @@ def _can_be_asked(records: list[Record], control: str, donors: list[Record]) -> 
         Console(stderr=True, soft_wrap=True).print(line, style="yellow", markup=False, highlight=False)
         return False
     return True
-
-
-def overall(table: dict[str, Any]) -> dict[str, Any]:
-    """The one cell of a table: averaged over modalities where they are stated; of open questions where there are no
-    others.
-    """
-    if table["macro"]["n"]:
-        return dict(table["macro"])
-    return dict(table if table["n"] else table.get("open") or table)
 
 
 def _add_seconds(path: Path, seconds: float) -> float:
