@@ -31,6 +31,7 @@ from medr1.policy import rollouts_vllm
 from medr1.policy.adapters import add_lora
 from medr1.policy.client import api_messages
 from medr1.policy.encoding import PromptBatch, encode_prompts
+from medr1.policy.pixels import limit_pixels
 from medr1.policy.rollouts_vllm import VLLMServer
 from medr1.policy.shared_prefix import completion_logprobs
 from medr1.policy.vlm import VLM, load_vlm
@@ -276,7 +277,7 @@ def test_prompts_that_differ_or_do_not_fit_are_refused(
     vlm.core.save_pretrained(tmp_path)
     remote = VLLMServer(vlm, server.url, tmp_path, mode="think", lora=False)
     remote.push(0)
-    vlm.processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 56 * 56}
+    limit_pixels(vlm.processor, vlm.name, min_pixels=56 * 56, max_pixels=56 * 56)
     with pytest.raises(MedR1Error, match=f"reads the prompt of record {records[0].id} otherwise than medr1"):
         differences(vlm, remote, records)
     long = records[1].model_copy(update={"question": "Which of these is it? " * 300})
