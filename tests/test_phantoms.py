@@ -9,8 +9,17 @@ import pytest
 from PIL import Image
 
 from medr1.data.datasets import load_records
-from medr1.data.phantoms import LOCATIONS, draw_options, draw_phantom, write_phantoms
-from medr1.data.records import MODALITIES, QUESTION_TYPES
+from medr1.data.phantoms import (
+    LOCATIONS,
+    Place,
+    Shortcut,
+    draw_options,
+    draw_phantom,
+    pointed_at,
+    write_phantoms,
+    write_planted,
+)
+from medr1.data.records import MODALITIES, QUESTION_TYPES, Record
 from medr1.data.regions import read_regions
 from medr1.data.splits import split_by_group
 from medr1.evaluation.controls import text_only_prior
@@ -88,3 +97,33 @@ def test_the_stated_box_holds_the_lesion_and_drawing_is_as_ever(folder: Path) ->
     # The tiny checkpoint learned from these very pictures: their mean greys before regions.csv was written.
     greys = [np.asarray(Image.open(path)).mean() for path in sorted(folder.rglob("*.png"))[:5]]
     assert greys == pytest.approx([69.39, 71.27, 54.8, 65.9, 57.26], abs=0.05)
+
+
+@pytest.mark.parametrize("place", ["positions", "texts"])
+def test_a_planted_shortcut_is_as_strong_as_asked_and_gone_in_testing(tmp_path: Path, place: Place) -> None:
+    write_planted(tmp_path, num_images=320, seed=0, shortcut=Shortcut(place, 0.9))
+    train, test = load_records(tmp_path / "train"), load_records(tmp_path / "test")
+
+    def share(records: list[Record]) -> float:
+        return float(np.mean([pointed_at(record.options, place) == record.gold for record in records]))
+
+    assert share(train) == pytest.approx(0.9, abs=0.04)
+    assert share(test) == pytest.approx(np.mean([record.chance for record in test]), abs=0.06)
+    if place == "texts":  # which the control sees in training, and which is of no use in testing
+        again, _ = split_by_group(train, test_fraction=0.5, seed=0)
+        assert text_only_prior(again, train)["accuracy"] > 0.8
+        assert text_only_prior(train, test)["accuracy"] < 0.4
+    assert (
+        {record.question_type for record in train} == {record.question_type for record in test} == set(QUESTION_TYPES)
+    )
+    assert all(len(set(record.options)) == len(record.options) for record in train)
+
+
+@pytest.mark.parametrize("place", ["positions", "texts"])
+def test_a_shortcut_that_never_fails_leaves_the_images_as_they_are(tmp_path: Path, place: Place) -> None:
+    write_phantoms(tmp_path / "plain", num_images=24, seed=(3, 0))
+    write_planted(tmp_path, num_images=24, seed=3, shortcut=Shortcut(place, 1.0))
+    records = load_records(tmp_path / "train")
+    assert {pointed_at(record.options, place) == record.gold for record in records} == {True}
+    asked = {path.relative_to(tmp_path / "train") for record in records for path in record.images}
+    assert 8 < len(asked) and all((tmp_path / "plain" / path).exists() for path in asked)

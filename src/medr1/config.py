@@ -108,6 +108,13 @@ class GRPOConfig(_Section):
     clip_high: float = Field(0.2, ge=0, description="ratio is clipped at 1 + clip_high")
     beta: float = Field(0.04, ge=0, description="weight of the KL to the reference; 0 loads no reference")
     num_iterations: int = Field(1, ge=1, description="updates on each batch of rollouts; 1 is on-policy")
+    exchanged_images: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of prompts that are asked about another training image, to which another of the same"
+        " options may be right",
+    )
     rollout_ratio_cap: float = Field(
         2.0, gt=0, description="cap of the ratio policy / server for each token; only where a server samples"
     )

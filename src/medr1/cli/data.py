@@ -20,6 +20,7 @@ from medr1.cli.options import (
     help_when_alone,
 )
 from medr1.cli.printing import LISTED, finish, shown
+from medr1.errors import MedR1Error
 
 data_app = typer.Typer(
     cls=Group,
@@ -117,3 +118,47 @@ def data_show(
         drawn += f"; {len(refused):,} rows are left out"
     then = f"open the page in a browser; `medr1 data check {shown(path)}` looks at all of them"
     finish(result, as_json, said=[drawn], made={"page": out}, then=then)
+
+
+@command(
+    "phantoms",
+    epilog=examples(
+        "medr1 data phantoms --n 400 --out phantoms",
+        "medr1 data phantoms --shortcut 0.95 --shortcut-in texts --out planted",
+    ),
+)
+def data_phantoms(
+    out: Annotated[Path, typer.Option("--out", help="a new folder for the questions and their images")],
+    num: Annotated[int, typer.Option("--n", min=16, help="images to draw, five questions each")] = 1600,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="of every draw")] = 0,
+    shortcut: Annotated[
+        float | None,
+        typer.Option(
+            "--shortcut",
+            min=0,
+            max=1,
+            help="plant one: without the image the right option is told in this share of OUT/train, and by chance"
+            " alone in OUT/test",
+        ),
+    ] = None,
+    shortcut_in: Annotated[
+        Literal["positions", "texts"],
+        typer.Option("--shortcut-in", help="the right option stands first, or is the same one nearly always"),
+    ] = "texts",
+    as_json: JsonOption = False,
+) -> None:
+    """Draw phantoms into a folder, on request with a shortcut past the image, to see whether training takes it."""
+    from medr1.data.phantoms import Shortcut, write_phantoms, write_planted
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise MedR1Error(f"{out}: holds something already; name a new folder")
+    if shortcut is None:
+        write_phantoms(out, num_images=num, seed=seed)
+        finish(
+            {"data": str(out)}, as_json, made={"data": out}, then=f"medr1 data show {shown(out)} --out phantoms.html"
+        )
+        return
+    write_planted(out, num_images=num, seed=seed, shortcut=Shortcut(shortcut_in, shortcut))
+    train, test = out / "train", out / "test"
+    then = f"medr1 train --data {shown(train)} --out runs/planted, and medr1 eval --data {shown(test)} asks what it learned"
+    finish({"train": str(train), "test": str(test)}, as_json, made={"to train on": train, "to ask": test}, then=then)

@@ -11,10 +11,10 @@ independently and every question offers the whole set of answers, so text alone 
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.random import Generator
@@ -77,6 +77,25 @@ STEMS = {
         "Which corner holds the lesion?",
     ),
 }
+
+_FAVOURITES = (*(texts[0] for texts in (GRADES, LOCATIONS, *ANATOMIES.values(), *DISEASES.values(), MODALITIES)),)
+
+Place = Literal["positions", "texts"]
+
+
+@dataclass(frozen=True)
+class Shortcut:
+    """What gives the right option away without the image.
+
+    Example:
+        Shortcut("texts", 0.95) to train on, Shortcut("texts", None) to see what a policy has learned from it.
+    """
+
+    place: Place
+    """"positions": the right option stands first. "texts": of each set of options one is right nearly always."""
+    share: float | None
+    """Of the questions in which that is so; None: as many as by chance."""
+
 
 Plane = NDArray[np.floating[Any]]
 
@@ -144,10 +163,55 @@ def draw_options(rng: Generator, facts: dict[str, str], question_type: str) -> l
     return [str(option) for option in rng.permutation(options)]
 
 
-def write_phantoms(folder: Path | str, *, num_images: int, seed: int) -> Path:
+def pointed_at(options: Sequence[str], place: Place) -> str:
+    """The option that a planted shortcut points at: what a reader would answer that sees the options alone.
+
+    "positions": the first. "texts": a favourite of each set of options, whatever their order.
+    """
+    return options[0] if place == "positions" else next(text for text in _FAVOURITES if text in options)
+
+
+def _planted(rng: Generator, options: list[str], right: str, shortcut: Shortcut) -> list[str] | None:
+    """The options of a question with a shortcut in them; None where the question is not asked of this image.
+
+    Images are drawn as ever: a shortcut is in what is asked of them.
+    """
+    others = [option for option in options if option != right]
+    share = 1 / len(options) if shortcut.share is None else shortcut.share
+    if shortcut.place == "positions":
+        first = right if rng.random() < share else str(rng.choice(others))
+        return [first, *(option for option in options if option != first)]
+    drawn = 1 / len(options)  # how often the favourite is right by itself
+    if set(options) < set(MODALITIES):  # four of eight, and the favourite always among them
+        drawn = 1 / len(MODALITIES)
+        if MODALITIES[0] not in options:
+            options[options.index(str(rng.choice(others)))] = MODALITIES[0]
+    of_favourite, of_others = share / drawn, (1 - share) / (1 - drawn)  # as often as this each is asked of
+    wanted = of_favourite if right == pointed_at(options, "texts") else of_others
+    return options if rng.random() * max(of_favourite, of_others) < wanted else None
+
+
+def write_planted(folder: Path | str, *, num_images: int, seed: int, shortcut: Shortcut) -> Path:
+    """Write folder/train with a shortcut planted, and folder/test, where it holds no more often than by chance.
+
+    The test part has a quarter as many images.
+    """
+    folder = Path(folder)
+    write_phantoms(folder / "train", num_images=num_images, seed=(seed, 0), shortcut=shortcut)
+    by_chance = replace(shortcut, share=None)
+    write_phantoms(folder / "test", num_images=max(1, num_images // 4), seed=(seed, 1), shortcut=by_chance)
+    return folder
+
+
+def write_phantoms(
+    folder: Path | str, *, num_images: int, seed: int | tuple[int, int], shortcut: Shortcut | None = None
+) -> Path:
     """Write an OmniMedVQA folder of phantoms: five questions an image, modalities in turn. Same seed, same bytes.
 
     Beside it stands regions.csv with the box of each lesion, see `medr1.data.regions`.
+
+    Args:
+        shortcut: one in positions has all questions; one in texts leaves out what does not fit its share.
 
     Returns:
         The folder, for `load_records`.
@@ -164,7 +228,11 @@ def write_phantoms(folder: Path | str, *, num_images: int, seed: int) -> Path:
         phantom.image.save(folder / image_path)
         regions.append(",".join([image_path, *(f"{edge:.2f}" for edge in phantom.box)]))
         for question_type in QUESTION_TYPES:
-            options = draw_options(rng, phantom.facts, question_type)
+            options: list[str] | None = draw_options(rng, phantom.facts, question_type)
+            if shortcut and options:
+                options = _planted(rng, options, phantom.facts[question_type], shortcut)
+            if options is None:
+                continue
             rows.setdefault(source, []).append(
                 {
                     "dataset": source,

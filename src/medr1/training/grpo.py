@@ -12,6 +12,7 @@ import contextlib
 import copy
 import json
 import math
+import os
 import shutil
 import time
 import traceback
@@ -36,6 +37,7 @@ from medr1.policy.shared_prefix import completion_logprobs
 from medr1.policy.vlm import VLM, evaluating
 from medr1.processes import agree, gather
 from medr1.training.base import LOG, RecordTrainer
+from medr1.training.looking import OtherImages
 from medr1.training.objective import (
     group_advantages,
     group_deviation,
@@ -108,10 +110,18 @@ class GRPOTrainer(RecordTrainer):
         self.reference = copy.deepcopy(vlm.model).requires_grad_(False).eval() if needs_copy else None
         super().__init__(vlm, config, train_records, test_records, output_dir)
         self.features = FeatureCache()
+        self.others = OtherImages(train_records)
+        if config.grpo.exchanged_images and not any(map(self.others.pool, train_records)):
+            raise MedR1Error(
+                "grpo.exchanged_images: no two training records share a question type and options and have different"
+                " right ones; leave it at 0"
+            )
         self.told_unscored = False
         if config.log.trackers and (every := config.log.completions_every):
             self.add_callback(
-                SendCompletions(every, train_records, lambda: self.completions, self.callback_handler.callbacks)
+                SendCompletions(
+                    every, train_records, self.as_asked, lambda: self.completions, self.callback_handler.callbacks
+                )
             )
         if self.reference is not None and self.is_fsdp_enabled:
             self.reference = fsdp2_prepare_model(self.accelerator, self.reference)
@@ -158,6 +168,7 @@ class GRPOTrainer(RecordTrainer):
     def collect(self, records: list[Record]) -> Experience:
         """Sample, reward and compare G completions of each record; write those of all processes down."""
         server, step = self.server, self.state.global_step
+        records = [self.as_asked(record, step + 1) for record in records]
         if server:
             self._write_folder(self.out / WEIGHTS, training_state=False)
             agree(lambda: server.push(step, load=self.is_world_process_zero()))
@@ -171,6 +182,10 @@ class GRPOTrainer(RecordTrainer):
         self._tell_unscored()
         self.first_appends(COMPLETIONS, self.completions)
         return experience
+
+    def as_asked(self, record: Record, step: int) -> Record:
+        """A record as it is asked in a step."""
+        return self.others.exchanged(record, self.config.grpo.exchanged_images, f"{self.config.optimizer.seed} {step}")
 
     def save_more(self, folder: Path) -> None:
         if self.drafts is not None:
@@ -372,13 +387,14 @@ class GRPOTrainer(RecordTrainer):
                 **{f"given_{name}": sum(value is not None for value in values) for name, values in parts.items()},
             }
         )
-        step = self.state.global_step + 1
+        step, exchanged = self.state.global_step + 1, self.config.grpo.exchanged_images > 0
         rewards, advantages = rewards_BG.flatten().tolist(), advantages_BG.flatten().tolist()
         return [
             {
                 "step": step,
                 "id": owner.id,
                 "answer": owner.answer,
+                **({"images": [os.path.relpath(path, self.out) for path in owner.images]} if exchanged else {}),
                 "reply": rollout.texts[row],
                 "outcome": answers[row].outcome,
                 "letter": answers[row].letter,

@@ -54,6 +54,7 @@ class SendCompletions(TrainerCallback):
 
     Args:
         records: those that are trained on.
+        as_asked: a record as it was asked in a step.
         completions: gives the rows of the newest step, as in completions.jsonl.
         integrations: the trainer's callbacks, transformers' integrations among them.
     """
@@ -62,10 +63,11 @@ class SendCompletions(TrainerCallback):
         self,
         every: int,
         records: Sequence[Record],
+        as_asked: Callable[[Record, int], Record],
         completions: Callable[[], list[Row]],
         integrations: Sequence[TrainerCallback],
     ) -> None:
-        self.every, self.completions, self.integrations = every, completions, integrations
+        self.every, self.as_asked, self.completions, self.integrations = every, as_asked, completions, integrations
         self.records = {record.id: record for record in records}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -74,7 +76,8 @@ class SendCompletions(TrainerCallback):
             return
         rows = self.completions()
         shown = list(dict.fromkeys(row["id"] for row in rows))[:MAX_PROMPTS]
-        images = {name: picture for name in shown if (picture := thumbnail(self.records[name])) is not None}
+        asked = {row["id"]: self.as_asked(self.records[row["id"]], row["step"]) for row in rows if row["id"] in shown}
+        images = {name: picture for name in shown if (picture := thumbnail(asked[name])) is not None}
         table = [{"question": self.records[row["id"]].question, **row} for row in rows if row["id"] in shown]
         table = [{column: row[column] for column in COLUMNS} for row in table]
         for integration in self.integrations:
