@@ -32,7 +32,7 @@ RECORDS = [
 def test_exchanged_images_come_with_their_own_right_answer() -> None:
     others = OtherImages(RECORDS)
     right = {"one.png": "Cyst", "two.png": "Scar", "three.png": "Scar"}
-    drawn = Counter()
+    drawn: Counter[str] = Counter()
     for step in range(400):
         asked = others.exchanged(RECORDS[0], 1.0, f"0 {step}")
         assert (asked.id, asked.options, asked.group) == ("one", ("Cyst", "Scar"), "one")
@@ -53,7 +53,7 @@ def test_exchanges_are_a_share_and_the_same_whenever_drawn() -> None:
     others, again = OtherImages(RECORDS), OtherImages(RECORDS[::-1][::-1])
     drawn = [others.exchanged(RECORDS[0], 0.4, str(step)) for step in range(500)]
     assert drawn == [again.exchanged(RECORDS[0], 0.4, str(step)) for step in range(500)]
-    # Of those that are exchanged two in three show another image: half of them Scar's, of the other half none but its own.
+    # Of those that are exchanged half show a scar, and the others the only cyst there is, their own.
     assert 60 < sum(one != RECORDS[0] for one in drawn) < 140
     assert all(others.exchanged(RECORDS[0], 0.0, str(step)) is RECORDS[0] for step in range(50))
 

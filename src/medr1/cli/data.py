@@ -160,5 +160,5 @@ def data_phantoms(
         return
     write_planted(out, num_images=num, seed=seed, shortcut=Shortcut(shortcut_in, shortcut))
     train, test = out / "train", out / "test"
-    then = f"medr1 train --data {shown(train)} --out runs/planted, and medr1 eval --data {shown(test)} asks what it learned"
+    then = f"medr1 train --data {shown(train)} --out runs/planted; medr1 eval --data {shown(test)} asks what it learned"
     finish({"train": str(train), "test": str(test)}, as_json, made={"to train on": train, "to ask": test}, then=then)
