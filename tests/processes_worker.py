@@ -41,6 +41,15 @@ def only_second_learns(reply: str, record: Record, mode: str) -> float:
     return len(reply) % 7 * 0.1 if is_second() else 0.5
 
 
+async def unlike_the_step(replies: list[str], records: list[Record], mode: str) -> list[float]:
+    """How far a reply's length is from the mean of the whole step, and how often its record is in it."""
+    mean = sum(map(len, replies)) / len(replies)
+    return [
+        abs(len(reply) - mean) + 0.1 * place + records.count(record)
+        for place, (reply, record) in enumerate(zip(replies, records, strict=True))
+    ]
+
+
 def small_beside_large_image(trainer: RecordTrainer) -> None:
     """Rank 0 gets an image of 4 tokens and replies of one token, rank 1 an image of 784 tokens."""
     trainer.vlm.processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 784 * 784}

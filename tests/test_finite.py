@@ -31,7 +31,7 @@ from medr1.policy.shared_prefix import completion_logprobs
 from medr1.policy.vlm import load_vlm
 from medr1.training import grpo
 from medr1.training.checkpoints import FILES, newest_whole
-from medr1.training.rewards import reward_of
+from medr1.training.rewards import rewards_of
 
 RECORD = Record(
     id="case-7", images=(), question="Which?", options=("CT", "MRI"), answer="B", modality=None, question_type=None,
@@ -65,7 +65,7 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_numbers_of_all_libraries_are_rewards(value: Any, number: float | None) -> None:
-    assert reward_of("mine", lambda *_: value, "B", RECORD, "no-think") == number
+    assert rewards_of("mine", lambda *_: value, ["B"], [RECORD], "no-think") == [number]
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_numbers_of_all_libraries_are_rewards(value: Any, number: float | None) 
 )
 def test_what_is_no_finite_number_is_refused_in_one_line(value: Any) -> None:
     with pytest.raises(MedR1Error, match=r"reward 'mine' gave .* record case-7") as error:
-        reward_of("mine", lambda *_: value, "B", RECORD, "no-think")
+        rewards_of("mine", lambda *_: value, ["B"], [RECORD], "no-think")
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
@@ -103,7 +103,7 @@ def test_an_exception_names_reward_record_and_place() -> None:
         return {}["a\nb"]
 
     with pytest.raises(MedR1Error, match=r"reward 'mine' raised KeyError.* at test_finite.py:\d+ .*case-7") as error:
-        reward_of("mine", broken, "B", RECORD, "no-think")
+        rewards_of("mine", broken, ["B"], [RECORD], "no-think")
     assert "\n" not in str(error.value) and isinstance(error.value.__cause__, KeyError)
 
 

@@ -32,7 +32,7 @@ BASE = {"optimizer.prompts_per_step": 4, "log.eval_every": 2, "log.eval_records"
 RECIPES: dict[str, dict[str, Any]] = {
     "grpo": LETTERS | {"grpo.beta": 0.0},
     "reference": LETTERS | {"grpo.beta": 0.1, "optimizer.gradient_checkpointing": True},
-    "lora": LETTERS | {"model.lora_rank": 2, "grpo.beta": 0.1},
+    "lora": {"model.lora_rank": 2, "grpo.beta": 0.1, "grpo.rewards": {"processes_worker:unlike_the_step": 1.0}},
     "two-updates": LETTERS
     | {
         "grpo.num_iterations": 2,

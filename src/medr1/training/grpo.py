@@ -45,7 +45,7 @@ from medr1.training.objective import (
     policy_loss,
     rollout_weights,
 )
-from medr1.training.rewards import MAX_REWARD, load_rewards, reward_of
+from medr1.training.rewards import MAX_REWARD, Reward, is_of_step, load_rewards, rewards_of
 from medr1.training.trackers import SendCompletions
 
 if TYPE_CHECKING:
@@ -173,15 +173,21 @@ class GRPOTrainer(RecordTrainer):
             self._write_folder(self.out / WEIGHTS, training_state=False)
             agree(lambda: server.push(step, load=self.is_world_process_zero()))
         with self.whole_weights():
-            experience, rows = agree(lambda: self._sample(records))
+            prompts, rollout = agree(lambda: self._sample(records))
+        owners = [record for record in records for _ in range(self.config.rollout.num_completions)]
+        parts = self._reward(rollout.texts, owners)
+        rewards_BG = agree(lambda: self._weighted(parts))
+        advantages_BG = group_advantages(rewards_BG, scale=self.config.grpo.advantage_scale).float()
+        rows = self._log_rollout(owners, rollout, parts, rewards_BG, advantages_BG)
         if self.drafts is not None:
-            rollout = experience.rollout
             for tokens, guesses in gather((rollout.tokens, rollout.guesses)):
                 self.drafts.learn(tokens, guesses)
         self.completions = [row for part in gather(rows) for row in part]
         self._tell_unscored()
         self.first_appends(COMPLETIONS, self.completions)
-        return experience
+        zeros_NT = torch.zeros_like(rollout.logp_NT)
+        device = prompts.input_ids_BP.device
+        return Experience(prompts, rollout, advantages_BG.to(device), zeros_NT, zeros_NT.clone())
 
     def as_asked(self, record: Record, step: int) -> Record:
         """A record as it is asked in a step."""
@@ -207,11 +213,11 @@ class GRPOTrainer(RecordTrainer):
                 highlight=False,
             )
 
-    def _sample(self, records: list[Record]) -> tuple[Experience, list[dict[str, Any]]]:
-        config, num_completions = self.config, self.config.rollout.num_completions
+    def _sample(self, records: list[Record]) -> tuple[PromptBatch, Rollout]:
+        config = self.config
         prompts = with_vision_features(self.vlm, self.encode(records), self.features)
         settings: dict[str, Any] = {
-            "num_completions": num_completions,
+            "num_completions": config.rollout.num_completions,
             "max_new_tokens": config.rollout.max_new_tokens,
             "temperature": config.rollout.temperature,
             # A stream of its own for each step, so that a resumed run samples what it would have sampled.
@@ -221,35 +227,45 @@ class GRPOTrainer(RecordTrainer):
         if self.server is None:
             # Autocast around all of it, so that each weight is cast once, not for each token.
             with self.naming_step(self.state.global_step + 1, records), self.accelerator.autocast():
-                rollout = sample(
+                return prompts, sample(
                     self.vlm, prompts, keep_prefill=self.reads_prompts_once, drafts=self.drafts, **settings
                 )
-        else:
-            rollout = self.server.sample(records, prompts, **settings)
-        owners = [record for record in records for _ in range(num_completions)]
-        parts, rewards_BG = self._reward(rollout.texts, owners)
-        advantages_BG = group_advantages(rewards_BG, scale=config.grpo.advantage_scale).float()
-        rows = self._log_rollout(owners, rollout, parts, rewards_BG, advantages_BG)
-        zeros_NT = torch.zeros_like(rollout.logp_NT)
-        device = prompts.input_ids_BP.device
-        return Experience(prompts, rollout, advantages_BG.to(device), zeros_NT, zeros_NT.clone()), rows
+        return prompts, self.server.sample(records, prompts, **settings)
 
-    def _reward(self, texts: list[str], owners: list[Record]) -> tuple[dict[str, list[float | None]], Tensor]:
-        """What each reward gives for each reply, and their weighted sums (B, G) in float64.
+    def _reward(self, texts: list[str], owners: list[Record]) -> dict[str, list[float | None]]:
+        """What each reward gives for each reply of this process.
 
-        A reward that does not apply (None) adds nothing; NaN where none of them applies (as in TRL 1.16).
+        Those of a whole step are called by process 0, with the replies of all processes in the order of the step.
         """
+        whole = [reward for reward in self.rewards if is_of_step(reward[1])]
+        single = [reward for reward in self.rewards if reward not in whole]
+        parts = agree(lambda: self._ask(single, texts, owners))
+        if whole:
+            step = gather((texts, owners))
+            everything = [reply for part in step for reply in part[0]], [record for part in step for record in part[1]]
+            given = gather(agree(lambda: self._ask(whole, *everything) if self.is_world_process_zero() else {}))[0]
+            first = sum(len(part[0]) for part in step[: self.args.process_index])
+            parts |= {name: values[first : first + len(texts)] for name, values in given.items()}
+        return {name: parts[name] for name, _, _ in self.rewards}
+
+    def _ask(
+        self, rewards: list[tuple[str, Reward, float]], texts: list[str], owners: list[Record]
+    ) -> dict[str, list[float | None]]:
         mode = self.config.rollout.mode
-        parts: dict[str, list[float | None]] = {}
         try:
-            for name, reward, _ in self.rewards:
-                parts[name] = [reward_of(name, reward, *reply, mode) for reply in zip(texts, owners, strict=True)]
+            return {name: rewards_of(name, reward, texts, owners, mode) for name, reward, _ in rewards}
         except MedR1Error as error:
             line = f"step {self.state.global_step + 1}: {error}"
             if error.__cause__:
                 write_atomic(self.out / TRACEBACK, "".join(traceback.format_exception(error.__cause__)))
                 line += f" (traceback in {self.out / TRACEBACK})"
             raise MedR1Error(line) from error
+
+    def _weighted(self, parts: dict[str, list[float | None]]) -> Tensor:
+        """The rewards' weighted sums (B, G) in float64.
+
+        A reward that does not apply (None) adds nothing; NaN where none of them applies (as in TRL 1.16).
+        """
         weights_R1 = torch.tensor([[weight] for _, _, weight in self.rewards], dtype=torch.float64)
         values_RN = torch.tensor(
             [[math.nan if value is None else value for value in values] for values in parts.values()],
@@ -260,7 +276,7 @@ class GRPOTrainer(RecordTrainer):
             raise MedR1Error(
                 f"step {self.state.global_step + 1}: rewards times weights exceed {MAX_REWARD:.1g}; lower them"
             )
-        return parts, rewards_N.view(-1, self.config.rollout.num_completions)
+        return rewards_N.view(-1, self.config.rollout.num_completions)
 
     def _update(self, model: nn.Module, experience: Experience) -> Tensor:
         config, objective = self.config, self.config.grpo

@@ -1,29 +1,35 @@
-"""Verifiable rewards: functions (reply, record, mode) -> float, looked up by name, Python path or file.
+"""Verifiable rewards, looked up by name, Python path or file: functions of a reply, or of all replies of a step.
 
-The accuracy reward and the evaluation share one extractor, so what is trained is what is measured. A reward of one's
-own may give any finite number (NumPy's and torch's, and True for 1), or None where it does not apply to a reply.
+    (reply, record, mode) -> float | None
+    (replies, records, mode) -> a list of these, one for each reply in their order
+
+Which of the two is told by the name of the first parameter, and either may be async. The accuracy reward and the
+evaluation share one extractor, so what is trained is what is measured. A reward of one's own may give any finite number
+(NumPy's and torch's, and True for 1), or None where it does not apply to a reply.
 """
 
-import difflib
-import importlib
-import importlib.util
+import asyncio
+import contextlib
+import inspect
 import math
-import sys
+import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
+from functools import cache
 from numbers import Real
 from pathlib import Path
-from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from medr1.data.answers import exact_match, extract_answer, format_ok, is_correct, read_answer, token_f1
 from medr1.data.records import LETTERS, Record
 from medr1.errors import MedR1Error
+from medr1.training.own import find_function
 
-Reward = Callable[[str, Record, str], float | None]
+Reward = Callable[..., Any]
+"""Of a reply or of a step, see above."""
 
 
 def accuracy_reward(reply: str, record: Record, mode: str) -> float:
@@ -54,32 +60,114 @@ def format_reward(reply: str, record: Record, mode: str) -> float:
     return float(format_ok(reply, mode))
 
 
-def reward_of(name: str, reward: Reward, reply: str, record: Record, mode: str) -> float | None:
-    """What a reward gives for one reply, as a finite float; None where it says that it does not apply.
+def is_of_step(reward: Reward) -> bool:
+    """Whether a reward is called once with all replies of a step: its first parameter is named `replies`."""
+    try:
+        return next(iter(inspect.signature(reward).parameters), "") == "replies"
+    except (TypeError, ValueError):  # a function written in C
+        return False
+
+
+def rewards_of(
+    name: str, reward: Reward, replies: Sequence[str], records: Sequence[Record], mode: str
+) -> list[float | None]:
+    """What a reward gives for replies, each as a finite float; None where it says that it does not apply.
+
+    What is async is awaited, all replies at once, on one event loop that lives as long as the process.
+
+    Args:
+        records: that of each reply.
 
     Raises:
         MedR1Error: it raised, or gave anything else; the line names reward and record. The cause, with its traceback,
             is the error's `__cause__`.
     """
+    if is_of_step(reward):
+        whole = f"the step's {len(replies)} replies"
+        [given] = _called(name, reward, [(whole, (list(replies), list(records), mode))])
+        try:
+            values = list(given) if not isinstance(given, str | bytes | Mapping) else []
+        except TypeError:
+            values = []
+        if len(values) != len(replies):
+            raise MedR1Error(
+                f"reward {name!r} gave {_shown(given)} for {whole}; return a list with a number or None for each, in"
+                " their order"
+            )
+    else:
+        calls = [
+            (f"a reply to record {record.id}", (reply, record, mode))
+            for reply, record in zip(replies, records, strict=True)
+        ]
+        values = _called(name, reward, calls)
+    return [_checked(name, value, record) for value, record in zip(values, records, strict=True)]
+
+
+def _called(name: str, reward: Reward, calls: Sequence[tuple[str, tuple[Any, ...]]]) -> list[Any]:
+    """What a reward gives for several arguments, each with words that say what it was called on."""
+    values = []
+    for what, arguments in calls:
+        with _naming(name, what):
+            values.append(reward(*arguments))
+    if not any(map(inspect.isawaitable, values)):
+        return values
+
+    async def awaited(what: str, value: Any) -> Any:
+        with _naming(name, what):
+            return await value if inspect.isawaitable(value) else value
+
+    async def all_awaited() -> list[Any]:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(awaited(what, value)) for (what, _), value in zip(calls, values, strict=True)]
+        return [task.result() for task in tasks]
+
+    under_way = asyncio.run_coroutine_threadsafe(all_awaited(), _loop())
     try:
-        value: Any = reward(reply, record, mode)
+        return under_way.result()
+    except ExceptionGroup as failures:  # the first says enough
+        raise failures.exceptions[0] from failures.exceptions[0].__cause__
+    finally:
+        under_way.cancel()  # where Ctrl-C came first
+
+
+@cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """One for all steps, as a client belongs to the loop it first ran on; a thread's, as a notebook has one running."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    return loop
+
+
+@contextlib.contextmanager
+def _naming(name: str, what: str) -> Iterator[None]:
+    """Within this block an exception becomes the one line that names the reward and what it was called on."""
+    try:
+        yield
+    except MedR1Error as error:
+        raise MedR1Error(f"reward {name!r} on {what}: {error}") from error.__cause__
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise MedR1Error(
-            f"reward {name!r} raised {reason} at {Path(last.filename).name}:{last.lineno} on a reply to record"
-            f" {record.id}; mend it, or return None where it does not apply"
+            f"reward {name!r} raised {reason} at {Path(last.filename).name}:{last.lineno} on {what}; mend it, or return"
+            " None where it does not apply"
         ) from error
+
+
+def _checked(name: str, value: Any, record: Record) -> float | None:
     if value is None:
         return None
     number = _as_float(value)
     if number is None or not abs(number) <= MAX_REWARD:
-        shown = " ".join(repr(value).split())[:80]
         raise MedR1Error(
-            f"reward {name!r} gave {shown} for a reply to record {record.id}; return one finite number, or None where"
-            " it does not apply"
+            f"reward {name!r} gave {_shown(value)} for a reply to record {record.id}; return one finite number, or None"
+            " where it does not apply"
         )
     return number
+
+
+def _shown(value: Any) -> str:
+    return " ".join(repr(value).split())[:80]
 
 
 MAX_REWARD = torch.finfo(torch.float32).max
@@ -115,53 +203,4 @@ def load_rewards(weights: Mapping[str, float]) -> list[tuple[str, Reward, float]
     for name, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             raise MedR1Error(f"the weight of reward {name!r} is {weight!r}; give a number")
-    return [(name, _NAMED.get(name) or _import(name), float(weight)) for name, weight in weights.items()]
-
-
-def _import(name: str) -> Reward:
-    """A reward of the user's own: "package.module:function", or "FILE.py:function" from the working directory."""
-    module, colon, function = name.rpartition(":")
-    if not colon:
-        near = difflib.get_close_matches(name, _NAMED, n=1, cutoff=0.6)
-        raise MedR1Error(
-            f"unknown reward {name!r}; use {', '.join(_NAMED)} or your own as module:function or FILE.py:function"
-            + (f"; did you mean {near[0]}?" if near else "")
-        )
-    path = Path(module).expanduser()
-    is_file = path.suffix == ".py" or "/" in module
-    if is_file and not path.is_file():
-        raise MedR1Error(f"reward {name!r}: no such file as {path}, seen from {Path.cwd()}")
-    try:
-        found = getattr(_run_file(path) if is_file else importlib.import_module(module), function, None)
-    except Exception as error:  # whatever the user's module raises
-        kind = "" if isinstance(error, ImportError) and not is_file else f"{type(error).__name__}: "
-        reason = " ".join(f"{kind}{error}".split())[:200]
-        places = [place for place in traceback.extract_tb(error.__traceback__) if Path(place.filename).suffix == ".py"]
-        where = f" at {Path(places[-1].filename).name}:{places[-1].lineno}" if is_file and places else ""
-        remedy = "mend it" if is_file else "install it, set PYTHONPATH, or give the file as FILE.py:function"
-        raise MedR1Error(f"reward {name!r} cannot be imported ({reason}{where}); {remedy}") from error
-    if found is None:
-        raise MedR1Error(f"reward {name!r} cannot be imported: {module} has no function {function!r}")
-    if not callable(found):
-        raise MedR1Error(f"reward {name!r} is not a function but a {type(found).__name__}")
-    return cast(Reward, found)
-
-
-def _run_file(path: Path) -> ModuleType:
-    """The module in a file; it may import what lies beside it, and is run once."""
-    path = path.resolve()
-    if (name := f"medr1_rewards_{path.stem}_{abs(hash(path))}") in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ImportError("Python cannot load a file of this kind")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent))
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    finally:
-        sys.path.remove(str(path.parent))
-    return module
+    return [(name, find_function(name, _NAMED, "reward"), float(weight)) for name, weight in weights.items()]
