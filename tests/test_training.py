@@ -5,10 +5,12 @@ import re
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from test_rewards import RECORD
 from tiny_vlms import tiny_vlm
 from transformers import TrainerCallback
 
@@ -19,6 +21,7 @@ from medr1.data.records import Record, read_jsonl
 from medr1.errors import MedR1Error
 from medr1.training import GRPOTrainer, SFTTrainer
 from medr1.training.base import RecordOrder, RecordTrainer
+from medr1.training.draws import draw_order
 
 
 @pytest.fixture(scope="module")
@@ -224,10 +227,13 @@ def test_frozen_vision_stays_and_the_rest_moves(phantoms: Path, tmp_path: Path) 
 
 
 def test_order_drops_no_record_and_repeats_batches() -> None:
-    order = list(RecordOrder(num_records=5, num_steps=5, batch=2, repeats=1, seed=3))
+    def passes() -> Iterator[int]:
+        return draw_order([RECORD] * 5, torch.ones(5), "off", seed=3)
+
+    order = list(RecordOrder(passes, num_steps=5, batch=2, repeats=1))
     assert len(order) == 10
     assert sorted(order[:5]) == sorted(order[5:]) == [0, 1, 2, 3, 4]  # two whole passes, whatever the batch
-    twice = list(RecordOrder(num_records=5, num_steps=4, batch=2, repeats=2, seed=3))
+    twice = list(RecordOrder(passes, num_steps=4, batch=2, repeats=2))
     assert twice == [*order[:2], *order[:2], *order[2:4], *order[2:4]]
 
 

@@ -120,6 +120,21 @@ class GRPOConfig(_Section):
     )
 
 
+class DrawsConfig(_Section):
+    """Which records a step gets; as it stands, each once before any comes again."""
+
+    weights: str = Field(
+        "",
+        description="how often each record is drawn: 'FILE.py:function' or 'module:function' that gives a number of at"
+        " least 0 for each of the training records; empty: all alike",
+    )
+    balance: Literal["off", "modality", "question_type", "both"] = Field(
+        "off",
+        description="as many prompts of each modality, question type, or pair of the two, however many records each"
+        " has; where the smaller ones count as much",
+    )
+
+
 class OptimizerConfig(_Section):
     """Steps and sizes."""
 
@@ -173,6 +188,7 @@ class Config(_Section):
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     grpo: GRPOConfig = GRPOConfig()
+    draws: DrawsConfig = DrawsConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     log: LogConfig = LogConfig()
 

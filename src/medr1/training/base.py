@@ -49,6 +49,7 @@ from medr1.policy.pixels import limit_pixels
 from medr1.policy.vlm import VLM, computes_in_bfloat16, first_not_finite
 from medr1.processes import agree, gather
 from medr1.training.checkpoints import newest_whole, seal
+from medr1.training.draws import draw_order, record_weights
 from medr1.training.folder import LOG, place_trackers, write_recipe
 from medr1.training.progress import TrainingProgress
 from medr1.training.trackers import check_trackers
@@ -98,6 +99,8 @@ class RecordTrainer(Trainer):
             compile_text_layers(vlm)
         self.vlm, self.config, self.out = vlm, config, output_dir
         self.num_records, self.num_test_records = len(train_records), len(test_records)
+        weights = record_weights(train_records, config.draws.weights)
+        self.order = partial(draw_order, train_records, weights, config.draws.balance, config.optimizer.seed)
         chosen = min(config.log.eval_records, len(test_records))
         self.eval_records = random.Random(config.data.split_seed).sample(test_records, chosen)
         self.step_records: list[Record] = []
@@ -352,8 +355,7 @@ class RecordTrainer(Trainer):
             yield
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler[int]:
-        batch = self.config.optimizer.prompts_per_step
-        return RecordOrder(self.num_records, self.num_steps, batch, self.repeats, self.args.seed)
+        return RecordOrder(self.order, self.num_steps, self.config.optimizer.prompts_per_step, self.repeats)
 
     def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> None:
         return None  # losses are already whole: their denominator is counted in training_step
@@ -535,26 +537,23 @@ def _or_disk_error(folder: Path, write: Callable[[], None]) -> None:
 
 
 class RecordOrder(Sampler[int]):
-    """Indices of `num_steps` batches: one seeded permutation after another, so that no record is dropped at the end.
+    """Indices of `num_steps` batches, from an endless order of records.
 
     Each batch of `batch` indices comes `repeats` times in a row (several updates on one set of rollouts).
+
+    Args:
+        order: begins the order; it is the same each time.
     """
 
-    def __init__(self, num_records: int, num_steps: int, batch: int, repeats: int, seed: int) -> None:
-        self.num_records, self.num_steps, self.batch, self.repeats = num_records, num_steps, batch, repeats
-        self.seed = seed
+    def __init__(self, order: Callable[[], Iterator[int]], num_steps: int, batch: int, repeats: int) -> None:
+        self.order, self.num_steps, self.batch, self.repeats = order, num_steps, batch, repeats
 
     def __len__(self) -> int:
         return self.num_steps * self.batch
 
     def __iter__(self) -> Iterator[int]:
-        stream = self._stream()
+        order = self.order()
         for step in range(self.num_steps):
             if step % self.repeats == 0:
-                indices = [next(stream) for _ in range(self.batch)]
+                indices = [next(order) for _ in range(self.batch)]
             yield from indices
-
-    def _stream(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed)
-        while True:
-            yield from torch.randperm(self.num_records, generator=generator).tolist()

@@ -1,11 +1,14 @@
 """Functions that a recipe names: the package's own by a word, the user's by a Python path or a file."""
 
+import contextlib
 import difflib
 import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from decimal import Decimal
+from numbers import Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -28,9 +31,9 @@ def find_function(name: str, known: Mapping[str, Callable[..., Any]], kind: str)
     module, colon, function = name.rpartition(":")
     if not colon:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        ways = [*([", ".join(known)] if known else []), "your own as module:function or FILE.py:function"]
         raise MedR1Error(
-            f"unknown {kind} {name!r}; use {', '.join(known)} or your own as module:function or FILE.py:function"
-            + (f"; did you mean {near[0]}?" if near else "")
+            f"unknown {kind} {name!r}; use {' or '.join(ways)}" + (f"; did you mean {near[0]}?" if near else "")
         )
     path = Path(module).expanduser()
     is_file = path.suffix == ".py" or "/" in module
@@ -70,3 +73,31 @@ def _run_file(path: Path) -> ModuleType:
     finally:
         sys.path.remove(str(path.parent))
     return module
+
+
+@contextlib.contextmanager
+def naming(function: str, arguments: str, remedy: str) -> Iterator[None]:
+    """Within this block an exception of the user's becomes one line: what was called, on what, where, and a remedy.
+
+    Raises:
+        MedR1Error: with the exception as its `__cause__`.
+    """
+    try:
+        yield
+    except MedR1Error as error:
+        raise MedR1Error(f"{function} on {arguments}: {error}") from error.__cause__
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise MedR1Error(
+            f"{function} raised {reason} at {Path(last.filename).name}:{last.lineno} on {arguments}; {remedy}"
+        ) from error
+
+
+def as_number(value: Any) -> float | None:
+    """A number of Python, NumPy or torch, also the only one of an array; None of anything else."""
+    try:
+        value = value.item() if hasattr(value, "item") else value
+        return float(value) if isinstance(value, Real | Decimal) else None
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # several values, or more than a float holds
+        return None

@@ -9,16 +9,11 @@ evaluation share one extractor, so what is trained is what is measured. A reward
 """
 
 import asyncio
-import contextlib
 import inspect
 import math
 import threading
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from decimal import Decimal
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from numbers import Real
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +21,7 @@ import torch
 from medr1.data.answers import exact_match, extract_answer, format_ok, is_correct, read_answer, token_f1
 from medr1.data.records import LETTERS, Record
 from medr1.errors import MedR1Error
-from medr1.training.own import find_function
+from medr1.training.own import as_number, find_function, naming
 
 Reward = Callable[..., Any]
 """Of a reply or of a step, see above."""
@@ -105,15 +100,16 @@ def rewards_of(
 
 def _called(name: str, reward: Reward, calls: Sequence[tuple[str, tuple[Any, ...]]]) -> list[Any]:
     """What a reward gives for several arguments, each with words that say what it was called on."""
+    said, remedy = f"reward {name!r}", "mend it, or return None where it does not apply"
     values = []
     for what, arguments in calls:
-        with _naming(name, what):
+        with naming(said, what, remedy):
             values.append(reward(*arguments))
     if not any(map(inspect.isawaitable, values)):
         return values
 
     async def awaited(what: str, value: Any) -> Any:
-        with _naming(name, what):
+        with naming(said, what, remedy):
             return await value if inspect.isawaitable(value) else value
 
     async def all_awaited() -> list[Any]:
@@ -138,26 +134,10 @@ def _loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
-@contextlib.contextmanager
-def _naming(name: str, what: str) -> Iterator[None]:
-    """Within this block an exception becomes the one line that names the reward and what it was called on."""
-    try:
-        yield
-    except MedR1Error as error:
-        raise MedR1Error(f"reward {name!r} on {what}: {error}") from error.__cause__
-    except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise MedR1Error(
-            f"reward {name!r} raised {reason} at {Path(last.filename).name}:{last.lineno} on {what}; mend it, or return"
-            " None where it does not apply"
-        ) from error
-
-
 def _checked(name: str, value: Any, record: Record) -> float | None:
     if value is None:
         return None
-    number = _as_float(value)
+    number = as_number(value)
     if number is None or not abs(number) <= MAX_REWARD:
         raise MedR1Error(
             f"reward {name!r} gave {_shown(value)} for a reply to record {record.id}; return one finite number, or None"
@@ -172,15 +152,6 @@ def _shown(value: Any) -> str:
 
 MAX_REWARD = torch.finfo(torch.float32).max
 """The largest reward, since advantages are float32."""
-
-
-def _as_float(value: Any) -> float | None:
-    """A number of Python, NumPy or torch, also the only one of an array; None of anything else."""
-    try:
-        value = value.item() if hasattr(value, "item") else value
-        return float(value) if isinstance(value, Real | Decimal) else None
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # several values, or more than a float holds
-        return None
 
 
 _NAMED: dict[str, Reward] = {
