@@ -8,7 +8,7 @@ A phrase is a sequence of words and signs as `split` parts them; case, and where
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from medr1.data.option_texts import CJK, LOWER_TEXT, TEXT, WEAK_TEXT
@@ -488,19 +488,36 @@ def phrases(lines: Lines) -> Iterator[tuple[str, str]]:
 
 
 END = ""
-"""Where a phrase ends in the tree of `TREE`; no piece of a text is empty."""
+"""Where a phrase ends in a `tree`; no piece of a text is empty."""
 
 
-def _tree() -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for character, lines in TABLES.items():
+def tree(tables: Mapping[str, Lines]) -> dict[str, Any]:
+    """All phrases of tables, word by word; a phrase's character at END."""
+    root: dict[str, Any] = {}
+    for character, lines in tables.items():
         for _, phrase in phrases(lines):
-            node = tree
+            node = root
             for piece in split(phrase):
                 node = node.setdefault(LETTER if piece.kind == "letter" else piece.text, {})
             node.setdefault(END, character)
-    return tree
+    return root
 
 
-TREE = _tree()
-"""All phrases, word by word; a phrase's character at END."""
+def words_of(pieces: Iterable[Piece]) -> list[str]:
+    """Pieces as a `tree` has them."""
+    return [LETTER if piece.kind == "letter" else piece.text for piece in pieces]
+
+
+def phrase_at(root: dict[str, Any], words: Sequence[str], position: int) -> tuple[str, int]:
+    """Character and length in words of the longest phrase of a `tree` that begins there; "" and 0 without one."""
+    node, character, length = root, "", 0
+    for place in range(position, len(words)):
+        if words[place] not in node:
+            break
+        node = node[words[place]]
+        if END in node:
+            character, length = node[END], place + 1 - position
+    return character, length
+
+
+TREE = tree(TABLES)

@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from medr1.data.option_texts import LOWER_TEXT, WEAK_TEXT, Meaning, OptionTexts
-from medr1.data.phrases import END, LETTER, TREE, split
+from medr1.data.phrases import TREE, phrase_at, split, words_of
 
 Said = Literal["letter", "ambiguous", "refusal", "invalid", "unparsed"]
 
@@ -46,12 +46,12 @@ def _characters(
     glyphs: list[str] = []
     meanings: list[Meaning | None] = []
     rest = iter(marks)
-    words = [LETTER if piece.kind == "letter" else piece.text for piece in pieces]
+    words = words_of(pieces)
     position = 0
     while position < len(pieces):
         piece = pieces[position]
         meaning = None
-        character, length = _phrase_at(words, position)
+        character, length = phrase_at(TREE, words, position)
         if not length:
             length = 1
             if piece.kind == "text":
@@ -69,18 +69,6 @@ def _characters(
         meanings.append(meaning)
         position += length
     return "".join(found), meanings, "".join(glyphs)
-
-
-def _phrase_at(words: list[str], position: int) -> tuple[str, int]:
-    """Character and length in words of the longest phrase that begins there; "" and 0 without one."""
-    node, character, length = TREE, "", 0
-    for place in range(position, len(words)):
-        if words[place] not in node:
-            break
-        node = node[words[place]]
-        if END in node:
-            character, length = node[END], place + 1 - position
-    return character, length
 
 
 _COMPOSED = [  # (pattern, what its first character becomes; the others go away)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from PIL import Image, ImageStat
+from rich.console import Console
 
 from medr1.data.images import file_of
 from medr1.data.records import LETTERS, Record, normalise_option
@@ -21,6 +22,9 @@ from medr1.evaluation.metrics import accuracy_table
 
 SHUFFLED = ("shuffled", "shuffled_other")
 CONDITIONS = ("image", "blank", "shuffled", "shuffled_other", "no_image", "permuted", "repeat")
+ALONE = "reasoning_alone"
+"""One more condition, for a given reasoning (`medr1.evaluation.looking`): no image, and the options in another order,
+so that a reasoning which merely names a letter leads elsewhere."""
 
 
 def text_only_prior(train: Sequence[Record], test: Sequence[Record]) -> dict[str, Any]:
@@ -78,6 +82,7 @@ def as_shown(
     - "shuffled", "shuffled_other": with the images of a partner of the same or of another modality, see
       `shuffled_partners`.
     - "permuted": with the options in another order and the answer's letter in that order, see `permuted`.
+    - ALONE: permuted, and without images.
 
     Args:
         donors: where partners are drawn from; None draws them from `records`.
@@ -85,18 +90,30 @@ def as_shown(
     Raises:
         MedR1Error: the condition is unknown, a record has no image to take away, or has no partner.
     """
-    if condition not in CONDITIONS:
+    if condition not in (*CONDITIONS, ALONE):
         raise MedR1Error(f"condition {condition!r} is unknown; choose {', '.join(CONDITIONS)}")
     if condition in ("blank", "no_image") and (textual := [record.id for record in records if not record.images]):
         raise MedR1Error(f"record {textual[0]}: no image to blank or take away; leave the {condition} control out")
     if condition == "no_image":
         return [record.model_copy(update={"images": ()}) for record in records]
-    if condition == "permuted":
-        return [permuted(record, seed) for record in records]
+    if condition in ("permuted", ALONE):
+        shown = [permuted(record, seed) for record in records]
+        return shown if condition == "permuted" else [record.model_copy(update={"images": ()}) for record in shown]
     if condition in SHUFFLED:
         partners = shuffled_partners(records, seed, donors, other_modality=condition == "shuffled_other")
         return [record.model_copy(update={"images": partners[record.id].images}) for record in records]
     return [*records]
+
+
+def can_be_asked(records: Sequence[Record], condition: str, donors: Sequence[Record] | None) -> bool:
+    """Whether there is another image to show and the like; where not, a line on stderr says what is left out."""
+    try:
+        as_shown(records, condition, 0, donors)
+    except MedR1Error as error:
+        line = f"the {condition} control is left out: {error}"
+        Console(stderr=True, soft_wrap=True).print(line, style="yellow", markup=False, highlight=False)
+        return False
+    return True
 
 
 def permuted(record: Record, seed: int) -> Record:

@@ -268,11 +268,12 @@ def flip_rate(rows: Sequence[Row], again: Sequence[Row]) -> dict[str, Any]:
     """
     other = _by_id(rows, again)
     rows = untrained(rows)
-    flips = [float(_chosen(row) != _chosen(other[row["id"]])) for row in rows]
+    flips = [float(chosen(row) != chosen(other[row["id"]])) for row in rows]
     return {"rate": _mean(flips), "ci95": _list(interval(flips, _groups(rows))), "n": len(rows)}
 
 
-def _chosen(row: Row) -> str | None:
+def chosen(row: Row) -> str | None:
+    """Text of the chosen option, or of an open question's answer, as two evaluations are compared; None without one."""
     if "token_f1" in row:
         return normalise_answer(row["text"]) if row["text"] else None
     return normalise_option(row["options"][LETTERS.index(row["letter"])]) if row["letter"] else None

@@ -10,7 +10,7 @@ from medr1.errors import MedR1Error
 
 Row = dict[str, Any]
 
-STATED = ("model", "condition", "mode", "max_new_tokens", "scoring")
+STATED = ("model", "condition", "mode", "max_new_tokens", "scoring", "reasoning")
 """What every row says of its evaluation, and one evaluation has one value of. Rows of older versions state less."""
 
 
@@ -53,13 +53,16 @@ def _stated(row: Mapping[str, Any], name: str, other: Mapping[str, Any]) -> Any:
     if name == "scoring":  # where there is a reply besides, it is what was answered, whatever was weighed
         scoring = row.get("scoring", "reply")
         return "reply" if scoring == "options" and row["mode"] != "no-think" else scoring
+    if name == "reasoning":
+        return row.get(name, "its own")
     return row.get(name)
 
 
 def said(row: Mapping[str, Any], name: str) -> str:
     """As in "model runs/ct/model": the weights too, where the name alone does not tell two models apart."""
     weights = f" (weights {row['weights'][:8]})" if name == "model" and row.get("weights") else ""
-    return f"{name} {row.get(name, 'reply')}{weights}"  # only scoring may be absent
+    absent = {"scoring": "reply", "reasoning": "its own"}
+    return f"{name} {row.get(name, absent.get(name))}{weights}"
 
 
 def check_pair(rows: Sequence[Row], path: Path, others: Sequence[Row], other: Path, names: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ from medr1.data.records import LETTERS, Record, append_jsonl, read_jsonl, write_
 from medr1.errors import MedR1Error
 from medr1.evaluation.calibration import with_confidence
 from medr1.evaluation.confidence import option_logprobs, reasoning_of, voted
-from medr1.evaluation.controls import as_shown, blank_image
+from medr1.evaluation.controls import ALONE, as_shown, blank_image
 from medr1.evaluation.rows import Row, record_of
 from medr1.policy.drafts import Drafts
 from medr1.policy.encoding import PromptBatch, check_lengths, encode_prompts, text_too_long
@@ -59,6 +59,7 @@ def evaluate(
     donors: Sequence[Record] | None = None,
     scoring: str = "reply",
     num_samples: int = 0,
+    reasoning: Mapping[str, str] | None = None,
     fingerprint: str | None = None,
 ) -> list[Row]:
     """Answer every record once, greedily, and write one row each to `out`.
@@ -73,12 +74,15 @@ def evaluate(
         max_new_tokens: a longer reply is cut there and counts as it stands.
         condition: "image", "repeat" (the same once more), or a control: "blank" (mean colour, same size), "no_image"
             (a text-only prompt), "shuffled" (the image of another group of the same modality), "shuffled_other" (the
-            image of another modality), "permuted" (the options in another order); drawn by `seed`.
+            image of another modality), "permuted" (the options in another order), "reasoning_alone" (that, and no
+            image; for a given reasoning); drawn by `seed`.
         donors: records whose images "shuffled" and "shuffled_other" show; None takes them from `records`.
         scoring: "reply"; "options" also weighs the options (see `confidence.option_logprobs`), after the reply's
             reasoning in mode "think", and in mode "no-think" without any reply: the most probable option is the
             answer; "votes" answers with the option that most of `num_samples` replies name, sampled by `seed` and the
             row's key, so that neither the batch nor a pause changes a draw.
+        reasoning: mode "think" only: by record id the text that stands in <think></think>. Nothing is generated: the
+            answer is the option that is most probable after it.
         fingerprint: `weights_fingerprint` of the model, where the caller has it.
 
     Returns:
@@ -92,10 +96,11 @@ def evaluate(
         Of a model in the folder of a run seen_by_run: whether that run "held out" the question, "trained on" it or has
         "never seen" it (see `medr1.data.heldout`). Where options are weighed or votes taken also scoring, option_probs
         (in the order shown, sum 1), confidence (the chosen option's; None without one), and samples (raw texts) of
-        votes.
+        votes. Where reasoning was given, also reasoning: "kept", or "removed" where all of it is empty.
 
     Raises:
-        MedR1Error: no records, two records of one id, an unreadable image, a prompt that does not fit into the model's
+        MedR1Error: no records, two records of one id, a given reasoning of an open question or in another mode, an
+            unreadable image, a prompt that does not fit into the model's
             positions, no partner to shuffle with, rows of another evaluation in `out`, another process at work there,
             or a full disk. Rows written until then are whole and used again.
     """
@@ -103,6 +108,12 @@ def evaluate(
         if reason := too_long(vlm, record, mode=mode, max_new_tokens=max_new_tokens):
             raise MedR1Error(reason)
     fingerprint = fingerprint or weights_fingerprint(vlm.model)
+    if reasoning is not None:
+        scoring = "options"
+        if mode != "think":
+            raise MedR1Error(f"mode {mode} has no reasoning before its answer to keep; use mode think")
+    elif condition == ALONE:
+        raise MedR1Error(f"condition {condition!r} needs a reasoning to show; use `medr1 eval --looking`")
     with open_evaluation(
         records,
         name=vlm.name,
@@ -115,6 +126,7 @@ def evaluate(
         seed=seed,
         donors=donors,
         scoring=f"{scoring} {num_samples}" if scoring == "votes" else scoring,
+        reasoning=reasoning,
         split=split_of(vlm.folder),
     ) as evaluation:
         ordered = _reading_order(list(evaluation.records.items()), mode)
@@ -138,6 +150,7 @@ def evaluate(
                 max_new_tokens=max_new_tokens,
                 scoring=scoring,
                 num_samples=num_samples,
+                reasoning=None if reasoning is None else [reasoning[record.id] for _, record in batch],
                 seeds=[int(_digest([seed, key])[:12], 16) for key, _ in batch],
                 drafts=drafts,
             )
@@ -184,11 +197,12 @@ def _answer(
     max_new_tokens: int,
     scoring: str,
     num_samples: int,
+    reasoning: Sequence[str] | None,
     seeds: list[int],
     drafts: Drafts,
 ) -> list[Row]:
     """What a row says of the reply: reply, finish, tokens; where options are weighed scoring and option_probs too."""
-    if scoring == "options" and mode == "no-think":
+    if reasoning is not None or (scoring == "options" and mode == "no-think"):
         replies: list[Row] = [{"finish": "stop", "tokens": 0} for _ in records]
     else:
         votes = scoring == "votes"
@@ -216,7 +230,8 @@ def _answer(
             {**voted(group, record.options), "scoring": scoring, "samples": group}
             for group, record in zip(groups, records, strict=True)
         ]
-    reasoning = [reasoning_of(reply["reply"]) for reply in replies] if mode == "think" else None
+    if reasoning is None and mode == "think":
+        reasoning = [reasoning_of(reply["reply"]) for reply in replies]
     with evaluating(vlm.model):
         logps = option_logprobs(vlm, prompts, records, mode=mode, reasoning=reasoning)
     return [
@@ -291,6 +306,7 @@ def open_evaluation(
     seed: int,
     donors: Sequence[Record] | None = None,
     scoring: str = "reply",
+    reasoning: Mapping[str, str] | None = None,
     split: RunSplit | None = None,
     weights: str | None = None,
 ) -> Iterator[Evaluation]:
@@ -302,6 +318,7 @@ def open_evaluation(
         model: JSON-like values that tell this model from any other; with the settings, the prompt and the
             images they make a row's key.
         scoring: "reply", or how options are weighed as well.
+        reasoning: by record id what stands before the answer, see `evaluate`.
         split: of the run that made the model, to say of each question whether it was held out.
         weights: names the weights in each row.
 
@@ -328,7 +345,8 @@ def open_evaluation(
             # Without defaults, so that rows made before a field was added keep their keys.
             content = record.model_dump_json(exclude={"images", "licence", "groups"}, exclude_defaults=True)
             images = [digests[path] for path in record.images]
-            by_key[_digest([run, build_messages(record, mode), content, images])] = record
+            held = [] if reasoning is None else [reasoning[record.id]]
+            by_key[_digest([run, build_messages(record, mode), content, images, *held])] = record
 
         resumed = _resume(out)
         rows = {row["key"]: row for row in resumed}
@@ -341,6 +359,8 @@ def open_evaluation(
         task = progress.add_task(f"{name}, {condition}", total=len(records), completed=len(rows))
         stated = {"model": name, "condition": condition, "mode": mode, "max_new_tokens": max_new_tokens}
         stated |= {"weights": weights} if weights else {}
+        if reasoning is not None:
+            stated["reasoning"] = "kept" if any(reasoning.values()) else "removed"
         yield Evaluation(stated, out, by_key, seen, rows, progress, task)
 
 

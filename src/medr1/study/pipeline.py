@@ -15,10 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from medr1.config import Config, to_toml
-from medr1.data.records import Record, write_atomic
+from medr1.data.records import write_atomic
 from medr1.errors import MedR1Error
 from medr1.training.folder import check_recipe
 
@@ -64,7 +62,7 @@ def run_recipe(config: Config, out: Path, *, limit: int = 0, batch_size: int = 6
         return found
     from medr1.data.heldout import split_of
     from medr1.data.parts import load_parts  # torch and all the rest, which a complete run does not need
-    from medr1.evaluation.controls import text_only_prior
+    from medr1.evaluation.controls import can_be_asked, text_only_prior
     from medr1.evaluation.metrics import compare, summarise
     from medr1.evaluation.named import limited
     from medr1.evaluation.run import evaluate
@@ -86,7 +84,7 @@ def run_recipe(config: Config, out: Path, *, limit: int = 0, batch_size: int = 6
         "max_new_tokens": config.rollout.max_new_tokens,
         "batch_size": batch_size,
     }
-    possible = [name for name in CONTROLS if _can_be_asked(records, name, held_out)]  # before hours of training
+    possible = [name for name in CONTROLS if can_be_asked(records, name, held_out)]  # before hours of training
     before = evaluate(load_vlm(config.model.name, **config.model.loading), records, out=out / "base.jsonl", **settings)
     run = finished(config, out / "train") or train(config, out / "train")
     vlm = load_vlm(run["model"], **config.model.loading)
@@ -124,19 +122,6 @@ def run_recipe(config: Config, out: Path, *, limit: int = 0, batch_size: int = 6
     }
     write_atomic(out / RESULT, json.dumps({"recipe": to_toml(config), "limit": limit, "result": result}))
     return result
-
-
-def _can_be_asked(records: list[Record], control: str, donors: list[Record]) -> bool:
-    """Whether there is another image to show and the like; where not, the report says that the control was not run."""
-    from medr1.evaluation.controls import as_shown
-
-    try:
-        as_shown(records, control, 0, donors)
-    except MedR1Error as error:
-        line = f"the {control} control is left out: {error}"
-        Console(stderr=True, soft_wrap=True).print(line, style="yellow", markup=False, highlight=False)
-        return False
-    return True
 
 
 def _add_seconds(path: Path, seconds: float) -> float:
