@@ -36,8 +36,18 @@ class ModelConfig(_Section):
         description="what is computed in; auto: bfloat16 where the GPU has it, else float32 (full fine-tuning keeps"
         " float32 weights in any case)",
     )
-    lora_rank: int = Field(0, ge=0, description="rank of a LoRA adapter on the language model; 0: full fine-tuning")
+    quantize: Literal["none", "nf4"] = Field(
+        "none",
+        description="nf4: keep the base's linear layers in 4 bits (bitsandbytes, double quantisation) under a LoRA"
+        " adapter, where 16 bits a weight do not fit",
+    )
+    lora_rank: int = Field(0, ge=0, description="rank of a LoRA adapter; 0: full fine-tuning")
     lora_alpha: int = Field(32, ge=1, description="LoRA scale: the update is multiplied by alpha / rank")
+    lora_targets: Literal["language", "vision", "both"] = Field(
+        "language",
+        description="where the adapter's layers are: the language model, the vision tower with its projector (where"
+        " images are unlike those that the base has seen), or both",
+    )
     compile: Literal["auto", "on", "off"] = Field(
         "auto", description="torch.compile of the text layers in training; auto: on a GPU"
     )
@@ -53,7 +63,7 @@ class ModelConfig(_Section):
     @property
     def loading(self) -> dict[str, Any]:
         """What `load_vlm` is told beside the name."""
-        return {"dtype": self.dtype, "min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+        return {name: getattr(self, name) for name in ("dtype", "quantize", "min_pixels", "max_pixels")}
 
 
 class DataConfig(_Section):
@@ -107,6 +117,11 @@ class GRPOConfig(_Section):
     clip_low: float = Field(0.2, ge=0, description="ratio is clipped at 1 - clip_low")
     clip_high: float = Field(0.2, ge=0, description="ratio is clipped at 1 + clip_high")
     beta: float = Field(0.04, ge=0, description="weight of the KL to the reference; 0 loads no reference")
+    reference: Literal["float32", "bfloat16", "cpu"] = Field(
+        "float32",
+        description="the copy that beta > 0 needs in full fine-tuning, which doubles the weights: bfloat16 halves it"
+        " (its log-probs are rounded), cpu leaves it in main memory (slow); with LoRA it is the base without adapter",
+    )
     num_iterations: int = Field(1, ge=1, description="updates on each batch of rollouts; 1 is on-policy")
     exchanged_images: float = Field(
         0.0,
@@ -149,6 +164,11 @@ class OptimizerConfig(_Section):
         0,
         ge=0,
         description="prompts a forward pass of a process, for memory; the gradient is the same; 0: all of the step's",
+    )
+    name: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw",
+        description="adamw_8bit: AdamW whose two moments are kept in 8 bits each (bitsandbytes), 2 bytes a trained"
+        " weight in place of 8, where these do not fit",
     )
     learning_rate: float = Field(1e-6, gt=0, description="peak rate of AdamW")
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field("linear", description="after the warm-up")

@@ -2,8 +2,9 @@
 
     medr1 export runs/ct --out exported --answers runs/ct/image.jsonl --push-to-hub me/ct-grpo
 
-An adapter is merged into its base in float32 and only then rounded to the type asked for. The folder loads in
-transformers, vLLM and llama.cpp's converter without this package.
+An adapter is merged into its base in float32 and only then rounded to the type asked for. A base that was in 4 bits is
+what these 4 bits stand for, in float32, and not the base as published: the adapter was trained on the former. The
+folder loads in transformers, vLLM and llama.cpp's converter without this package.
 """
 
 import json
@@ -25,6 +26,7 @@ from medr1.errors import MedR1Error
 from medr1.evaluation.metrics import summarise
 from medr1.evaluation.rows import read_rows
 from medr1.evaluation.run import weights_fingerprint
+from medr1.policy import four_bit
 from medr1.policy.vlm import load_vlm, merged, refuse_not_finite
 from medr1.report.pages import package_versions
 
@@ -44,7 +46,8 @@ def export_model(
         name: the model's name on its card; default is the folder's.
 
     Returns:
-        folder, base, merged (whether there was an adapter), dtype, parameters, bytes.
+        folder, base, merged (whether there was an adapter), dequantised (whether the base was in 4 bits), dtype,
+        parameters, bytes.
 
     Raises:
         MedR1Error: an unfinished run, an unknown type, `out` holds other files, no answers in a file, or a full disk.
@@ -60,13 +63,15 @@ def export_model(
     source = str(run / "model") if recipe else model
     evaluations = [_evaluation(path, model, source) for path in answers]
     vlm = load_vlm(source, dtype="float32", device="cpu")
-    has_adapter = vlm.core is not vlm.model
-    core = merged(vlm).to(DTYPES[dtype])
+    has_adapter, in_four_bits = vlm.core is not vlm.model, four_bit.is_four_bit(vlm.core)
+    core: Any = merged(vlm)
+    core = (four_bit.dequantised(core) if four_bit.is_four_bit(core) else core).to(DTYPES[dtype])
     refuse_not_finite(core, f"{model} in {dtype}")
     base = _public_name(recipe.model.name if recipe else _base(source))
     about = {
         "base_model": base,
         "merged_adapter": has_adapter,
+        "dequantised": in_four_bits,
         "dtype": dtype,
         "weights_sha256": weights_fingerprint(core),
         "versions": package_versions(),
@@ -86,6 +91,7 @@ def export_model(
         "folder": str(out),
         "base": base,
         "merged": has_adapter,
+        "dequantised": in_four_bits,
         "dtype": dtype,
         "parameters": core.num_parameters(),
         "bytes": sum(path.stat().st_size for path in out.rglob("*") if path.is_file()),
@@ -213,6 +219,7 @@ def _card(name: str, about: dict[str, Any], recipe: Config | None, evaluations: 
         notice=NOTICE,
         base=base,
         merged=about["merged_adapter"],
+        dequantised=about["dequantised"],
         recipe=recipe and _without_folders(recipe),
         evaluations=evaluations,
         **{key: about[key] for key in ("dtype", "weights_sha256", "versions")},

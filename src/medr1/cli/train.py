@@ -343,7 +343,8 @@ def export_command(
 
     with console.status("exporting"):
         result = export_model(model, out, dtype=dtype, answers=answers or [], name=push)
-    made = {"model": f"{out} ({result['bytes'] / 1e9:.2f} GB, {dtype})", "card": str(out / "README.md")}
+    base = "; its base's 4 bits dequantised in float32" if result["dequantised"] else ""
+    made = {"model": f"{out} ({result['bytes'] / 1e9:.2f} GB, {dtype}{base})", "card": str(out / "README.md")}
     if push:
         with console.status(f"uploading to {push}"):
             result["commit"] = push_to_hub(out, push, public=public)

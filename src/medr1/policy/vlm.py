@@ -8,11 +8,12 @@ Shapes: B prompts, P prompt tokens, A rotary axes (3 with M-RoPE, else 1).
 """
 
 import contextlib
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from medr1.errors import MedR1Error, NotFiniteError
-from medr1.policy import attention
+from medr1.policy import attention, four_bit
 from medr1.policy.names import find_model
 from medr1.policy.pixels import limit_as_published, limit_pixels
 
@@ -115,6 +116,7 @@ def load_vlm(
     *,
     dtype: str = "auto",
     device: str | torch.device | None = None,
+    quantize: str = "none",
     min_pixels: int = 0,
     max_pixels: int = 0,
 ) -> VLM:
@@ -126,30 +128,40 @@ def load_vlm(
             `medr1.policy.names`.
         dtype: "auto" (bfloat16 on a GPU that has it, else float32), "float32", "bfloat16" or "float16".
         device: default is the first GPU, else the CPU.
+        quantize: "nf4" keeps linear layers in 4 bits (see `medr1.policy.four_bit`). An adapter that was trained on
+            such a base gets one in any case.
         min_pixels: of an image, which is scaled up to them; 0: the model's own.
         max_pixels: of an image, which is scaled down to them; 0: the model's own, and of a model that no recipe lies
             beside at most `pixels.PUBLISHED`.
 
     Raises:
         MedR1Error: no such model, the hub cannot be reached, it is not a vision-language model, limits of pixels that
-            it cannot have, or weights that are not finite numbers.
+            it cannot have, weights that are not finite numbers, or "nf4" without bitsandbytes.
     """
-    vlm = _load(name, dtype, device)
+    vlm = _load(name, dtype, device, quantize)
     limit_pixels(vlm.processor, name, min_pixels=min_pixels, max_pixels=max_pixels)
     return vlm
 
 
-def _load(name: str, dtype: str, device: str | torch.device | None) -> VLM:
+def _load(name: str, dtype: str, device: str | torch.device | None, quantize: str) -> VLM:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     place = find_model(name)
     folder, source = place.weights, str(place.weights)
     if (folder / "adapter_config.json").is_file():
-        return _load_adapter(name, folder, dtype, device)
+        return _load_adapter(name, folder, dtype, device, quantize)
     loader: Any = AutoModelForImageTextToText
+    settings: dict[str, Any] = {"dtype": _torch_dtype(dtype, device)}
+    if is_saved_quantised(folder):
+        quantize = "as saved"
+    elif quantize == "nf4":
+        four_bit.require("model.quantize = nf4")
+        settings["quantization_config"] = four_bit.nf4(settings["dtype"])
+    if quantize != "none":
+        settings["device_map"] = {"": device}
     try:
         processor = AutoProcessor.from_pretrained(str(place.processor))
-        model, loading = loader.from_pretrained(source, dtype=_torch_dtype(dtype, device), output_loading_info=True)
+        model, loading = loader.from_pretrained(source, **settings, output_loading_info=True)
     except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise MedR1Error(_load_failure(name, folder, error)) from error
     if loading["missing_keys"]:  # transformers would go on with random weights in their place
@@ -159,9 +171,19 @@ def _load(name: str, dtype: str, device: str | torch.device | None) -> VLM:
         )
     if not hasattr(processor, "image_processor"):
         raise MedR1Error(f"{name}: its processor takes no images; choose a vision-language model")
+    if four_bit.is_four_bit(model):
+        four_bit.keep_codes(model)
     refuse_not_finite(model, name)
     limit_as_published(processor, name, folder)
     return VLM(model.to(device), processor, name, folder)
+
+
+def is_saved_quantised(folder: Path) -> bool:
+    """Whether the weights in a folder are quantised, or of an adapter those of its base when it was trained."""
+    try:
+        return "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # an adapter need not have one; a damaged one is told when it is read
+        return False
 
 
 def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
@@ -188,7 +210,7 @@ def _load_failure(name: str, folder: Path, error: Exception) -> str:
     return f"{name}: not a readable vision-language model ({reason}); choose another folder or save it again"
 
 
-def _load_adapter(name: str, folder: Path, dtype: str, device: str | torch.device) -> VLM:
+def _load_adapter(name: str, folder: Path, dtype: str, device: str | torch.device, quantize: str) -> VLM:
     from peft import PeftConfig, PeftModel
 
     try:
@@ -197,7 +219,7 @@ def _load_adapter(name: str, folder: Path, dtype: str, device: str | torch.devic
         raise MedR1Error(_load_failure(name, folder, error)) from error
     if not base:
         raise MedR1Error(f"{folder}: adapter_config.json names no base model; add base_model_name_or_path")
-    vlm = load_vlm(base, dtype=dtype, device=device)
+    vlm = load_vlm(base, dtype=dtype, device=device, quantize="nf4" if is_saved_quantised(folder) else quantize)
     try:
         model = PeftModel.from_pretrained(merged(vlm), str(folder))
         # As the adapter was trained: its folder says how large images are.
@@ -211,8 +233,20 @@ def _load_adapter(name: str, folder: Path, dtype: str, device: str | torch.devic
 
 
 def merged(vlm: VLM) -> Any:
-    """The transformers model with an adapter that it already carries added to its weights."""
-    return vlm.core if vlm.core is vlm.model else cast(Any, vlm.model).merge_and_unload()
+    """The transformers model with an adapter that it already carries added to its weights.
+
+    A base in 4 bits becomes float32 first, since codes are too coarse for what an adapter adds.
+    """
+    model: Any = vlm.model
+    if vlm.core is model:
+        return model
+    if four_bit.is_four_bit(vlm.core):
+        from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+        config, adapter = model.peft_config["default"], get_peft_model_state_dict(model)
+        model = get_peft_model(four_bit.dequantised(model.unload()), config)
+        set_peft_model_state_dict(model, adapter)
+    return model.merge_and_unload()
 
 
 def computes_in_bfloat16(dtype: str, device: str | torch.device) -> bool:

@@ -43,6 +43,7 @@ from medr1.data.records import Record, append_jsonl, read_jsonl, to_json, write_
 from medr1.errors import MedR1Error, NotFiniteError
 from medr1.evaluation.metrics import summarise
 from medr1.evaluation.run import Row, evaluate, weights_fingerprint
+from medr1.policy import four_bit
 from medr1.policy.adapters import add_lora, compile_text_layers, freeze_vision
 from medr1.policy.encoding import PromptBatch, check_lengths, encode_prompts
 from medr1.policy.pixels import limit_pixels
@@ -87,12 +88,18 @@ class RecordTrainer(Trainer):
         if not train_records:
             raise MedR1Error("no training records; relax the filters of [data]")
         check_trackers(config.log.trackers)
+        if config.optimizer.name == "adamw_8bit":
+            four_bit.require("optimizer.name = adamw_8bit")
         place_trackers(config.log.trackers, output_dir)
         limits = {"min_pixels": config.model.min_pixels, "max_pixels": config.model.max_pixels}
         limit_pixels(vlm.processor, vlm.name, **limits)
+        if four_bit.is_four_bit(vlm.core) and not config.model.lora_rank:
+            raise MedR1Error(
+                f"{vlm.name}: its weights are in 4 bits and cannot be trained themselves; add --set model.lora_rank=16"
+            )
         if config.model.lora_rank:
-            seed = config.optimizer.seed
-            vlm = add_lora(vlm, rank=config.model.lora_rank, alpha=config.model.lora_alpha, seed=seed)
+            rank, alpha, targets = config.model.lora_rank, config.model.lora_alpha, config.model.lora_targets
+            vlm = add_lora(vlm, rank=rank, alpha=alpha, targets=targets, seed=config.optimizer.seed)
         elif not config.model.train_vision:
             freeze_vision(vlm)
         if config.model.compile == "on" or (config.model.compile == "auto" and vlm.device.type == "cuda"):
@@ -115,6 +122,7 @@ class RecordTrainer(Trainer):
             output_dir=str(output_dir),
             max_steps=self.num_steps,
             per_device_train_batch_size=optimizer.prompts_per_step,
+            optim="adamw_bnb_8bit" if optimizer.name == "adamw_8bit" else "adamw_torch",
             learning_rate=optimizer.learning_rate,
             lr_scheduler_type=optimizer.schedule,
             warmup_steps=optimizer.warmup_steps,
@@ -163,6 +171,11 @@ class RecordTrainer(Trainer):
             raise MedR1Error(
                 "DeepSpeed ZeRO-3 waits for all processes in each call of the model, and sampling makes another number"
                 " of calls in each; use configs/accelerate/fsdp2.yaml (ZeRO-3 is for SFT with log.eval_every = 0)"
+            )
+        if self.is_sharded and four_bit.is_four_bit(vlm.core):
+            raise MedR1Error(
+                "a base in 4 bits cannot be divided among processes; start them without FSDP or DeepSpeed, each with a"
+                " copy of it, or leave model.quantize at none"
             )
         self.add_callback(_TakeUpSums(self))
         self.remove_callback(ProgressCallback)
@@ -422,6 +435,8 @@ class RecordTrainer(Trainer):
                 self._save(str(staging), state_dict=weights)
                 if self.config.model.lora_rank:  # an adapter folder that loads by itself
                     self.vlm.processor.save_pretrained(staging)
+                    if four_bit.is_four_bit(self.vlm.core):  # says what its base was
+                        self.vlm.core.config.save_pretrained(staging)
             if training_state:
                 if self.is_deepspeed_enabled:  # its own files, for as many processes
                     cast(Any, self.model_wrapped).save_checkpoint(str(staging))

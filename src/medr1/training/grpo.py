@@ -108,6 +108,12 @@ class GRPOTrainer(RecordTrainer):
         # The reference is the policy before training. With LoRA that is the model with its adapters off.
         needs_copy = config.grpo.beta > 0 and not config.model.lora_rank
         self.reference = copy.deepcopy(vlm.model).requires_grad_(False).eval() if needs_copy else None
+        if self.reference is not None:
+            if config.grpo.reference == "cpu":
+                self.reference.cpu()
+            elif config.grpo.reference == "bfloat16":  # weights alone: buffers such as rotary frequencies need more
+                for weight in self.reference.parameters():
+                    weight.data = weight.data.bfloat16()
         super().__init__(vlm, config, train_records, test_records, output_dir)
         self.features = FeatureCache()
         self.others = OtherImages(train_records)
@@ -123,7 +129,7 @@ class GRPOTrainer(RecordTrainer):
                     every, train_records, self.as_asked, lambda: self.completions, self.callback_handler.callbacks
                 )
             )
-        if self.reference is not None and self.is_fsdp_enabled:
+        if self.reference is not None and self.is_fsdp_enabled and config.grpo.reference != "cpu":
             self.reference = fsdp2_prepare_model(self.accelerator, self.reference)
         # Sampling reads the prompts with gradient, and the policy pass goes on from there, where one backward pass of
         # one unwrapped model follows. A dropout layer would make sampling's and training's reading differ.
@@ -308,9 +314,13 @@ class GRPOTrainer(RecordTrainer):
             with self.last_of_step(model, number + 1 == len(chunks)):
                 if objective.beta > 0 and self.is_first_update:
                     with self._reference() as reference:
-                        experience.ref_logp_NT[part], _ = completion_logprobs(
-                            reference, prompts, ids_NT, rows_mask_NT, temperature=temperature
+                        asked, there = prompts, reference.device
+                        if there != ids_NT.device:
+                            asked = replace(prompts, features=None).to(there)
+                        ref_logp_NT, _ = completion_logprobs(
+                            reference, asked, ids_NT.to(there), rows_mask_NT.to(there), temperature=temperature
                         )
+                        experience.ref_logp_NT[part] = ref_logp_NT.to(ids_NT.device)
                 logp_NT, entropy_NT = completion_logprobs(
                     self.vlm,
                     prompts,
