@@ -1,6 +1,7 @@
 """The maths of GRPO against numbers worked out by hand."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from medr1.errors import MedR1Error
 from medr1.training.objective import (
     bounded_exp,
+    entropy_share,
     group_advantages,
     group_deviation,
     kl_k3,
@@ -251,3 +253,125 @@ def test_log_probs_far_apart_overflow_nothing(distance: float, advantage: float,
         assert logp.grad[0, 1] > 0
     weights, mismatch = rollout_weights(logp, old - distance, mask, cap=2.0)
     assert weights.max() == 2 and all(math.isfinite(value) for value in mismatch.values())
+
+
+exact = partial(torch.tensor, dtype=torch.float64)
+
+
+def plain_loss(
+    logits_NTV: torch.Tensor, ids: list[list[int]], old: torch.Tensor, reference: torch.Tensor, advantages: list[float],
+    lengths: list[int], *, objective: str, aggregate: str, clip_low: float, clip_high: float, delta: float, beta: float,
+    kl_by_ratio: bool, kl_clamp: float, entropy_bonus: float,
+) -> torch.Tensor:  # fmt: skip
+    """The objectives as they stand in the papers, a token at a time."""
+    rows, entropies = [], []
+    for row, length in enumerate(lengths):
+        logps = [logits_NTV[row, place].log_softmax(0) for place in range(length)]
+        taken = [logp[ids[row][place]] for place, logp in enumerate(logps)]
+        entropies += [-(logp.exp() * logp).sum() for logp in logps]
+        differences = [new - old[row, place] for place, new in enumerate(taken)]
+        terms = []
+        for place in range(length):
+            ratio = differences[place].exp()
+            if objective == "gspo":
+                ratio = (sum(differences) / length).exp()
+            if objective == "cispo":
+                term = -min(ratio.item(), 1 + clip_high) * advantages[row] * taken[place]
+            else:
+                free = min(ratio, exact(delta)) if delta else ratio
+                held = min(max(ratio, exact(1 - clip_low)), exact(1 + clip_high))
+                term = -min(free * advantages[row], held * advantages[row])
+            distance = reference[row, place] - taken[place]
+            kl = distance.exp() - distance - 1
+            kl = min(kl, exact(kl_clamp)) if kl_clamp else kl
+            terms.append(term + beta * (kl * ratio if kl_by_ratio else kl))
+        rows.append(terms)
+    loss = {
+        "sequence": lambda: sum(sum(terms) / len(terms) for terms in rows if terms) / len(rows),
+        "token": lambda: sum(map(sum, rows)) / sum(lengths),
+        "dr_grpo": lambda: sum(map(sum, rows)) / (len(rows) * 7),
+    }[aggregate]()
+    return loss - entropy_bonus * sum(entropies) / len(entropies)
+
+
+@pytest.mark.parametrize("aggregate", ["sequence", "token", "dr_grpo"])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"kl_by_ratio": True},
+        {"kl_clamp": 0.1},
+        {"kl_clamp": 0.1, "kl_by_ratio": True},
+        {"delta": 1.5},
+        {"entropy_bonus": 0.3},
+        {"objective": "gspo", "clip_low": 0.05, "clip_high": 0.06},
+        {"objective": "gspo", "clip_low": 0.05, "clip_high": 0.06, "delta": 1.1, "kl_by_ratio": True},
+        {"objective": "cispo", "clip_high": 0.5},
+        {"objective": "cispo", "clip_high": 0.5, "kl_by_ratio": True, "kl_clamp": 0.2, "entropy_bonus": 0.1},
+    ],
+    ids=lambda changed: " ".join(f"{name}={value}" for name, value in changed.items()) or "grpo",
+)
+def test_each_objective_has_the_loss_and_gradient_of_a_plain_one(changed: dict, aggregate: str) -> None:
+    """In float64, through the log-probs, to the logits; a row of its own for each sign and side, and an empty one."""
+    settings = {
+        "objective": "grpo", "aggregate": aggregate, "clip_low": 0.2, "clip_high": 0.3, "delta": 0.0, "beta": 0.5,
+        "kl_by_ratio": False, "kl_clamp": 0.0, "entropy_bonus": 0.0, **changed,
+    }  # fmt: skip
+    generator = torch.Generator().manual_seed(5)
+    lengths, advantages = [6, 6, 4, 1, 5, 0], [1.5, -0.7, 0.4, -2.0, -1.0, 3.0]
+    logits = torch.randn(6, 6, 9, generator=generator, dtype=torch.float64).requires_grad_()
+    ids = torch.randint(9, (6, 6), generator=generator)
+    logp = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    old = logp.detach() + 0.6 * torch.randn(6, 6, generator=generator, dtype=torch.float64)
+    old += exact([-0.3, 0.3, 0, 0, 0, 0])[:, None]  # so that whole rows are beyond both bounds
+    reference = logp.detach() + 0.6 * torch.randn(6, 6, generator=generator, dtype=torch.float64)
+    expected = plain_loss(logits, ids.tolist(), old, reference, advantages, lengths, **settings)
+    (expected_gradient,) = torch.autograd.grad(expected, logits)
+
+    mask = torch.arange(6) < torch.tensor(lengths)[:, None]
+    bonus = settings.pop("entropy_bonus")
+    denominator = loss_denominator(mask, aggregate, max_tokens=7)  # type: ignore[arg-type]
+    loss, sums = policy_loss(
+        logp * mask, old * mask, exact(advantages), mask, denominator=denominator, ref_logp_NT=reference * mask,
+        **settings,
+    )  # fmt: skip
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    loss = loss - bonus * entropy_share(entropy, mask, num_tokens=sums["tokens"])
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
+    torch.testing.assert_close(gradient, expected_gradient, atol=1e-12, rtol=0)
+    assert sums["clipped_high"] > 0 and (sums["clipped_low"] > 0) is (settings["objective"] != "cispo")
+
+
+def test_a_bad_completion_that_grew_likely_is_held_at_delta() -> None:
+    """The hack of one clip alone: A < 0 and a ratio of 50 is a step of 50, and none with a bound at 4."""
+    for delta, weight in ((0.0, 50.0), (4.0, 0.0)):
+        logp = torch.tensor([[math.log(50.0)]], requires_grad=True)
+        loss, _ = policy_loss(
+            logp, torch.zeros(1, 1), torch.tensor([-1.0]), torch.ones(1, 1), denominator=1.0, delta=delta
+        )
+        loss.backward()
+        assert loss.item() == pytest.approx(delta or 50.0)
+        assert logp.grad is not None and logp.grad.item() == pytest.approx(weight)
+
+
+def test_domains_scale_alike() -> None:
+    # Domain 0: groups (1, 0) and (1, 1), std of the four 0.5: 0.5 / 0.5001 = 0.99980. Domain 1: (30, 10), std 14.14214.
+    rewards = torch.tensor([[1.0, 0.0], [1.0, 1.0], [30.0, 10.0]])
+    found = group_advantages(rewards, scale="domain", domain_B=torch.tensor([0, 0, 1]))
+    for row, want in zip(found.tolist(), [[0.99980, -0.99980], [0.0, 0.0], [0.70710, -0.70710]], strict=True):
+        assert row == pytest.approx(want, abs=1e-5)
+    # One domain is TRL's "batch": std of all six, 11.7884, whose groups' means stay their own.
+    whole = group_advantages(rewards, scale="domain", domain_B=torch.zeros(3, dtype=torch.long))
+    assert whole[2].tolist() == pytest.approx([10 / 11.7885, -10 / 11.7885], abs=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 999), st.integers(2, 5))
+def test_groups_of_domains_of_their_own_are_scaled_by_themselves(seed: int, count: int) -> None:
+    rewards = torch.rand(count, 4, generator=torch.Generator().manual_seed(seed)).masked_fill(
+        torch.rand(count, 4, generator=torch.Generator().manual_seed(seed + 1)) < 0.2, math.nan
+    )
+    own = group_advantages(rewards, scale="domain", domain_B=torch.arange(count))
+    torch.testing.assert_close(own, group_advantages(rewards), atol=1e-6, rtol=0)
+    assert own.sum(1).abs().max() < 1e-4

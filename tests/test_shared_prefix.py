@@ -265,19 +265,27 @@ def test_logits_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(sizes) > 1 and max(sizes) <= 4 * 300
 
 
-def test_entropy() -> None:
-    vlm = tiny_vlm("qwen2_vl")
+@pytest.mark.parametrize("max_logits", [2**25, 1])
+def test_entropy_and_its_gradient(max_logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the vocabulary without vision tokens, whose log-prob is -inf and may make no gradient NaN."""
+    monkeypatch.setattr(shared_prefix, "MAX_LOGITS", max_logits)
+    vlm = tiny_vlm("qwen2_vl", dtype=torch.float64)
     prompts = encode_prompts(vlm, [conversation("What?", 1)], [[picture(4)]])
     ids, mask = torch.tensor([[65, 66, 67]]), torch.tensor([[1, 1, 0]])
     _, entropy = completion_logprobs(vlm, prompts, ids, mask, entropy=True)
     assert entropy is not None and not entropy.requires_grad
+    _, with_gradient = completion_logprobs(vlm, prompts, ids, mask, entropy="gradient")
+    assert with_gradient is not None and torch.equal(with_gradient, entropy)
     text = torch.cat([prompts.input_ids_BP, ids[:, :2]], dim=1)
     kinds = (text == vlm.core.config.image_token_id).int()
     logits = vlm.model(input_ids=text, mm_token_type_ids=kinds, **prompts.vision).logits[0, -3:-1]
-    logits[:, vlm.banned_token_ids] = -torch.inf
-    expected = torch.distributions.Categorical(logits=logits).entropy()
-    torch.testing.assert_close(entropy[0, :2], expected, atol=1e-5, rtol=0)
+    allowed = [token for token in range(logits.shape[1]) if token not in vlm.banned_token_ids]
+    assert len(allowed) < logits.shape[1]
+    expected = torch.distributions.Categorical(logits=logits[:, allowed]).entropy()
+    torch.testing.assert_close(entropy[0, :2], expected, atol=1e-10, rtol=0)
     assert entropy[0, 2] == 0
+    slow, fast = gradients(vlm, expected.sum()), gradients(vlm, with_gradient.sum())
+    assert slow.norm() > 1e-3 and (fast - slow).norm() / slow.norm() < 1e-10
 
 
 def test_micro_batches_add_up_to_the_whole_gradient() -> None:
@@ -322,18 +330,20 @@ def test_going_on_from_the_prompts_that_sampling_read(family: str, chosen: list[
     assert rollout.prefill is not None
     rows = torch.cat([torch.arange(b * G, (b + 1) * G) for b in chosen])
     ids, mask = rollout.completion_ids_NT[rows], rollout.mask_NT[rows]
-    again, entropy_again = completion_logprobs(vlm, prompts.select(chosen), ids, mask, entropy=True)
-    slow = gradients(vlm, grpo_loss(again, mask, again + 0.1))
+    again, entropy_again = completion_logprobs(vlm, prompts.select(chosen), ids, mask, entropy="gradient")
+    assert entropy_again is not None
+    slow = gradients(vlm, grpo_loss(again, mask, again + 0.1) - entropy_again.mean())
     kept, entropy_kept = completion_logprobs(
         vlm,
         prompts.select(chosen, trim=False),
         ids,
         mask,
-        entropy=True,
+        entropy="gradient",
         prefill=rollout.prefill.select(torch.tensor(chosen)),
     )
+    assert entropy_kept is not None
     torch.testing.assert_close(kept, again, atol=1e-10, rtol=0)
     torch.testing.assert_close(entropy_kept, entropy_again, atol=1e-10, rtol=0)
-    fast = gradients(vlm, grpo_loss(kept, mask, again + 0.1))
+    fast = gradients(vlm, grpo_loss(kept, mask, again + 0.1) - entropy_kept.mean())
     assert slow.norm() > 1e-3
     assert (fast - slow).norm() / slow.norm() < 1e-10

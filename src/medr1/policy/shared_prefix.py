@@ -11,6 +11,7 @@ vocabulary, M scored tokens.
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ def completion_logprobs(
     mask_NT: Tensor,
     *,
     temperature: float = 1.0,
-    entropy: bool = False,
+    entropy: bool | Literal["gradient"] = False,
     model: nn.Module | None = None,
     prefill: Prefill | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -42,7 +43,7 @@ def completion_logprobs(
     Args:
         completion_ids_NT: right-padded completions, the G of the first prompt first.
         mask_NT: 1 at tokens to score, 0 at padding.
-        entropy: also return the policy's entropy before each token, in nats, without gradient.
+        entropy: also return the policy's entropy before each token, in nats; without gradient unless it is "gradient".
         model: the same model as a trainer wrapped it (DDP); default `vlm.model`.
         prefill: what `rollouts.sample` kept of these prompts: then only the completions are computed here, and the
             gradient flows through the call that sampling has made.
@@ -82,8 +83,10 @@ def completion_logprobs(
         logp = logits.gather(-1, targets_M[:, None])[:, 0] - normaliser
         if not entropy:
             return logp[None]
-        with torch.no_grad():
-            entropy_M = torch.special.entr((logits - normaliser[:, None]).exp()).sum(-1)
+        with contextlib.nullcontext() if entropy == "gradient" else torch.no_grad():
+            # Not 0, where the gradient of p log p is infinite.
+            probs_MV = (logits - normaliser[:, None]).exp().clamp(min=torch.finfo(logits.dtype).tiny)
+            entropy_M = torch.special.entr(probs_MV).sum(-1)
         return torch.stack([logp, entropy_M])
 
     def score(hidden: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
@@ -109,11 +112,12 @@ def completion_logprobs(
         scores = scores_M.new_zeros(len(scores_M), num_rows, length)
         scores[:, :, 0] = scores[:, :, 0].masked_scatter(scored[:, 0], first_M)
         scores[:, :, 1:] = scores[:, :, 1:].masked_scatter(here, scores_M)
-        return scores[0], scores[1].detach() if entropy else None
+        return scores[0], None if not entropy else scores[1] if entropy == "gradient" else scores[1].detach()
     logp_NT = scores_M.new_zeros(num_rows, length).masked_scatter(scored, scores_M[0])
     if not entropy:
         return logp_NT, None
-    return logp_NT, logp_NT.new_zeros(num_rows, length).masked_scatter(scored, scores_M[1].detach())
+    entropy_NT = logp_NT.new_zeros(num_rows, length).masked_scatter(scored, scores_M[1])
+    return logp_NT, entropy_NT if entropy == "gradient" else entropy_NT.detach()
 
 
 @contextlib.contextmanager

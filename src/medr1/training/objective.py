@@ -14,18 +14,26 @@ from torch import Tensor
 
 from medr1.errors import MedR1Error
 
-Scale = Literal["group", "none"]
+Scale = Literal["group", "domain", "none"]
+Objective = Literal["grpo", "gspo", "cispo"]
 Aggregate = Literal["sequence", "token", "dr_grpo"]
 
 
-def group_advantages(rewards_BG: Tensor, *, scale: Scale = "group", ddof: int = 1, eps: float = 1e-4) -> Tensor:
+def group_advantages(
+    rewards_BG: Tensor, *, scale: Scale = "group", domain_B: Tensor | None = None, ddof: int = 1, eps: float = 1e-4
+) -> Tensor:
     """How much better each completion is than its group: (B, G), centred in each row.
 
     "group": (r - mean) / (std + eps) (arXiv:2402.03300, eq. 4.1.1; ddof=1 and eps=1e-4 as in R1-V and TRL).
     "none": r - mean (Dr. GRPO, arXiv:2503.20783: dividing by std favours too easy and too hard questions).
+    "domain": (r - mean) / (std + eps) with the std of all rewards of the group's domain: of the whole step where that
+    is one domain (arXiv:2508.08221; "batch" in TRL 1.16), else so that each modality or question type pulls alike.
     A group of equal rewards gets exactly 0. Rewards (1, 0, 0, 0) give (1.4997, -0.4999, -0.4999, -0.4999).
     NaN is a completion that no reward applies to: it gets 0, and mean and deviation are those of the others, as in TRL
     1.16. Rewards (1, NaN, 0) give (0.7070, 0, -0.7070); one that is alone in its group gets 0.
+
+    Args:
+        domain_B: number of each group's domain, for "domain".
 
     Raises:
         MedR1Error: G = 1, where there is nothing to compare with.
@@ -41,7 +49,14 @@ def group_advantages(rewards_BG: Tensor, *, scale: Scale = "group", ddof: int = 
     centred = (rewards_BG - rewards_BG.nanmean(dim=1, keepdim=True)).masked_fill(apart | equal_B, 0.0)
     if scale == "none":
         return centred
-    return centred / (group_deviation(rewards_BG, ddof=ddof)[:, None] + eps)
+    if scale == "group":
+        return centred / (group_deviation(rewards_BG, ddof=ddof)[:, None] + eps)
+    assert domain_B is not None, "each group's domain"
+    deviation_B = torch.zeros_like(rewards_BG[:, 0])
+    for domain in domain_B.unique():
+        here_B = domain_B == domain
+        deviation_B[here_B] = group_deviation(rewards_BG[here_B].view(1, -1), ddof=ddof)
+    return centred / (deviation_B[:, None] + eps)
 
 
 def group_deviation(rewards_BG: Tensor, *, ddof: int = 1) -> Tensor:
@@ -117,6 +132,19 @@ def loss_denominator(mask_NT: Tensor, aggregate: Aggregate, max_tokens: int | No
     return float(len(mask_NT) * max_tokens)
 
 
+def importance_ratio(logp_NT: Tensor, old_logp_NT: Tensor, mask_NT: Tensor, objective: Objective) -> Tensor:
+    """ρ, how much more probable the policy makes what the old one sampled: (N, T), or of whole rows (N, 1) for "gspo".
+
+    Of a token exp(logp - old_logp), of a row the exp of its tokens' mean difference (GSPO, arXiv:2507.18071, section
+    4.1): tokens of 2, 1/2 and 1 make a row of 1. exp is `bounded_exp`.
+    """
+    mask = mask_NT.to(logp_NT.dtype)
+    difference_NT = (logp_NT - old_logp_NT) * mask
+    if objective == "gspo":
+        return bounded_exp(difference_NT.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1))
+    return bounded_exp(difference_NT)
+
+
 def policy_loss(
     logp_NT: Tensor,
     old_logp_NT: Tensor | None,
@@ -124,19 +152,24 @@ def policy_loss(
     mask_NT: Tensor,
     *,
     denominator: float,
+    objective: Objective = "grpo",
     aggregate: Aggregate = "sequence",
     clip_low: float = 0.2,
     clip_high: float = 0.2,
+    delta: float = 0.0,
     beta: float = 0.0,
     ref_logp_NT: Tensor | None = None,
     kl_by_ratio: bool = False,
+    kl_clamp: float = 0.0,
     weight_NT: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """The clipped objective with a KL penalty, to minimise (arXiv:2402.03300, eq. 3).
 
+    Per token, with ρ of `importance_ratio` and sg the value without its gradient:
+        "grpo", "gspo": -min(ρ A, clip(ρ, 1 - clip_low, 1 + clip_high) A) + beta k3;
+        "cispo": -sg(min(ρ, 1 + clip_high)) A logp + beta k3 (arXiv:2506.13585, section 3.1): a token beyond the bound
+            keeps the bound's gradient, where the others give it none, and there is no lower bound.
     clip_high may differ from clip_low (arXiv:2503.14476).
-    Per token: -min(ρ A, clip(ρ, 1 - clip_low, 1 + clip_high) A) + beta k3, with ρ = exp(logp - old_logp)
-    (`bounded_exp`).
     Then, over the denominator (see `loss_denominator`):
         "sequence": mean over the tokens of each row, summed over rows (GRPO as published);
         "token": sum over all tokens (DAPO, arXiv:2503.14476);
@@ -146,9 +179,13 @@ def policy_loss(
         logp_NT: of the policy, with gradient.
         old_logp_NT: of the policy that sampled; None on the first update after sampling: it is logp itself.
         mask_NT: 1 at tokens that count.
+        delta: ρ is cut here for worse completions too, whose -ρ A knows no other bound (two-sided clip,
+            arXiv:2505.07291, section 4.1); above 1 + clip_high. 0: it is not.
         ref_logp_NT: of the reference; needed if beta > 0.
-        kl_by_ratio: weight the KL term by ρ, which makes its gradient that of the true KL (arXiv:2512.02556;
-            the default of TRL 1.16); False is GRPO as published.
+        kl_by_ratio: weight the KL term by ρ, which makes its gradient that of the true KL where ρ is a token's
+            (arXiv:2512.02556; `use_bias_correction_kl` and the default of TRL 1.16); False is GRPO as published.
+        kl_clamp: k3 is cut here, so that a token far from the reference has no gradient from it and cannot rule the
+            step (`kl_penalty` "low_var_kl" in verl/trainer/ppo/core_algos.py cuts at 10). 0: it is not.
         weight_NT: factor of each token's clipped term, not of its KL; see `rollout_weights`.
 
     Returns:
@@ -157,24 +194,31 @@ def policy_loss(
     """
     mask = mask_NT.to(logp_NT.dtype)
     old = logp_NT.detach() if old_logp_NT is None else old_logp_NT
-    ratio = bounded_exp((logp_NT - old) * mask)
+    ratio = importance_ratio(logp_NT, old, mask_NT, objective)
     advantage = advantage_N.to(logp_NT.dtype)[:, None]
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    loss_NT = -torch.minimum(ratio * advantage, clipped * advantage)
+    if objective == "cispo":
+        loss_NT = -ratio.clamp(max=1 + clip_high).detach() * advantage * logp_NT
+    else:
+        clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+        bounded = ratio.clamp(max=delta) if delta else ratio
+        loss_NT = -torch.minimum(bounded * advantage, clipped * advantage)
     if weight_NT is not None:
         loss_NT = loss_NT * weight_NT
+    below = (ratio < 1 - clip_low) & (advantage < 0) & (objective != "cispo")
     sums = {
         "tokens": mask.sum(),
         "ratio": (ratio * mask).sum(),
-        "clipped_low": ((ratio < 1 - clip_low) & (advantage < 0)).to(mask.dtype).mul(mask).sum(),
-        "clipped_high": ((ratio > 1 + clip_high) & (advantage > 0)).to(mask.dtype).mul(mask).sum(),
+        "clipped_low": (below * mask).sum(),
+        "clipped_high": (((ratio > 1 + clip_high) & (advantage > 0)) * mask).sum(),
     }
     if ref_logp_NT is not None:
-        if kl_by_ratio:  # ρ k3 multiplied out, so that its gradient, -ρ d, is right beyond MAX_EXPONENT too
-            kl_NT = (bounded_exp(ref_logp_NT - old) - ratio * (ref_logp_NT - logp_NT + 1)) * mask
+        if kl_by_ratio and ratio.shape == mask.shape and not kl_clamp:
+            # ρ k3 multiplied out, so that its gradient, -ρ d, is right beyond MAX_EXPONENT too
+            kl_NT = bounded_exp(ref_logp_NT - old) - ratio * (ref_logp_NT - logp_NT + 1)
         else:
-            kl_NT = kl_k3(logp_NT, ref_logp_NT) * mask
-        sums["kl"] = kl_NT.sum()
+            kl_NT = kl_k3(logp_NT, ref_logp_NT).clamp(max=kl_clamp or torch.inf)
+            kl_NT = ratio * kl_NT if kl_by_ratio else kl_NT
+        sums["kl"] = (kl_NT * mask).sum()
         if beta != 0:
             loss_NT = loss_NT + beta * kl_NT
     assert beta == 0 or ref_logp_NT is not None, "beta > 0 needs the reference's log-probs"
@@ -183,3 +227,16 @@ def policy_loss(
     if aggregate == "sequence":
         loss_N = loss_N / mask.sum(dim=1).clamp(min=1)
     return loss_N.sum() / denominator, {name: float(value.detach()) for name, value in sums.items()}
+
+
+def entropy_share(entropy_NT: Tensor, mask_NT: Tensor, *, num_tokens: float) -> Tensor:
+    """These rows' part of the mean entropy over the step's tokens (nats), for a bonus: loss - bonus * mean.
+
+    A mean over tokens whatever the loss is divided by, as `entropy_coef` of TRL 1.16 (arXiv:2505.22312), so that one
+    bonus means the same in each objective.
+
+    Args:
+        entropy_NT: with gradient.
+        num_tokens: that count, of the whole step.
+    """
+    return (entropy_NT * mask_NT).sum() / num_tokens
