@@ -1,5 +1,6 @@
 """Which records a step gets: every one in turn, as often as its weight says, and in balance."""
 
+import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from medr1.data.records import MODALITIES, Record
 from medr1.errors import MedR1Error
 from medr1.training import draws
-from medr1.training.draws import draw_order, record_weights
+from medr1.training.draws import LEAST, Draws, draw_order, record_weights
 
 
 def records(modalities: Sequence[str | None]) -> list[Record]:
@@ -125,3 +126,66 @@ def test_weights_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         MedR1Error, match=r"unknown weights 'rare'; use your own as module:function or FILE.py:function"
     ):
         record_weights(of, "rare")
+
+
+# --- a curriculum --------------------------------------------------------------------------------------------------
+
+
+def made(of: list[Record], seed: int = 0) -> Draws:
+    return Draws(of, lambda: draw_order(of, torch.ones(len(of)), "off", seed), seed)
+
+
+def test_without_a_wanted_rate_draws_are_the_order() -> None:
+    of = records(["CT"] * 7)
+    taken = made(of)
+    assert taken.take(5) + taken.take(9) == first(14, of)
+    assert (taken.drawn, taken.left_aside) == (14, 0)
+
+
+def test_chances_by_hand() -> None:
+    of = records(["CT", "MRI", "CT", "MRI"])  # of question types 0, 1, 0, 1
+    known = made(of)
+    assert known.chance(0, 0.5) == 1.0  # nothing is known
+    known.learn(0, 8, 8)
+    # Record 0: cell (8 + 1) / (8 + 2) = 0.9; (8 + 2 * 0.9) / 10 = 0.98. KL(0.5 || 0.98) = 0.5 ln(0.5 / 0.98) +
+    # 0.5 ln(0.5 / 0.02) = -0.33647 + 1.60944 = 1.27297; exp(-4 * 1.27297) = 0.0061, below LEAST.
+    assert known.chance(0, 0.5) == LEAST
+    # Record 2 has not been asked; its cell has 0.9. KL = -0.29389 + 0.80472 = 0.51083; exp(-4 * 0.51083) = 0.1296.
+    assert known.chance(2, 0.5) == pytest.approx(0.1296, abs=1e-4)
+    assert known.chance(2, 0.9) == pytest.approx(1.0)
+    assert known.chance(1, 0.5) == 1.0  # of another cell
+    known.learn(0, 4, 8)  # the newest group alone counts
+    assert known.chance(0, 0.5) == known.chance(2, 0.5) == 1.0
+
+
+def test_a_curriculum_draws_near_its_rate_and_loses_none() -> None:
+    of = records(["CT"] * 40)
+    rates = [0, 2, 4, 6, 8]
+    for wanted, most in ((0.1, 0), (0.5, 4), (0.9, 8)):
+        known = made(of)
+        for index in range(40):
+            known.learn(index, rates[index % 5], 8)
+        counts = Counter(rates[index % 5] for index in known.take(2000, wanted))
+        assert max(counts, key=counts.__getitem__) == most and min(counts.values()) > 0
+        assert known.drawn == 2000 + known.left_aside
+    ordered = [counts[rate] for rate in rates]
+    assert ordered == sorted(ordered)
+
+
+def test_draws_go_on_from_their_state() -> None:
+    of = records([modality for modality in MODALITIES for _ in range(4)])
+
+    def go_on(draws: Draws, rounds: range) -> list[list[int]]:
+        taken = []
+        for number in rounds:
+            taken.append(draws.take(5, 0.5))
+            for index in taken[-1]:
+                draws.learn(index, (index + number) % 5, 4)
+        return taken
+
+    whole = go_on(made(of), range(40))
+    stopped, resumed = made(of), made(of)
+    assert go_on(stopped, range(23)) == whole[:23]
+    resumed.load(json.loads(json.dumps(stopped.state())))
+    assert go_on(resumed, range(23, 40)) == whole[23:]
+    assert resumed.left_aside > 0

@@ -5,6 +5,7 @@ import re
 import resource
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from medr1.errors import MedR1Error
 from medr1.training import GRPOTrainer, SFTTrainer
 from medr1.training.base import RecordOrder, RecordTrainer
 from medr1.training.draws import draw_order
+from medr1.training.folder import write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,47 @@ def letters_reward(reply: str, record: Record, mode: str) -> float:
     return len(re.findall("[a-z]", reply)) / max(1, len(reply))
 
 
+def some_differ(reply: str, record: Record, mode: str) -> float:
+    """The same for all replies to about half of the records."""
+    return letters_reward(reply, record, mode) if zlib.crc32(record.id.encode()) % 2 else 0.5
+
+
 LETTERS = {"grpo.rewards": {"test_training:letters_reward": 1.0}}
+OBJECTIVES: dict[str, dict[str, object]] = {
+    "gspo": LETTERS
+    | {
+        "grpo.objective": "gspo",
+        "grpo.num_iterations": 2,
+        "grpo.clip_low": 0.001,
+        "grpo.clip_high": 0.001,
+        "grpo.delta": 1.01,
+        "grpo.entropy_bonus": 0.05,
+        "grpo.advantage_scale": "modality",
+        "grpo.beta": 0.0,
+    },
+    "cispo": LETTERS
+    | {
+        "grpo.objective": "cispo",
+        "grpo.num_iterations": 2,
+        "grpo.aggregate": "token",
+        "grpo.clip_high": 0.01,
+        "grpo.advantage_scale": "batch",
+        "grpo.beta": 0.1,
+        "grpo.kl_by_ratio": True,
+        "grpo.kl_clamp": 0.01,
+    },
+    "draws": {
+        "grpo.rewards": {"test_training:some_differ": 1.0},
+        "draws.redraws": 2,
+        "draws.curriculum": [0.6, 0.4],
+        "draws.balance": "modality",
+        "grpo.advantage_scale": "question_type",
+        "grpo.beta": 0.0,
+    },
+}
+
+
+ACCOUNT = ("drawn", "used", "thrown_away", "left_aside")
 
 
 def make_trainer(config: Config, out: Path) -> RecordTrainer:
@@ -76,9 +118,10 @@ class StopAfter(TrainerCallback):
         LETTERS | {"grpo.beta": 0.1},
         LETTERS | {"grpo.num_iterations": 2, "grpo.beta": 0.0},
         LETTERS | {"model.lora_rank": 2, "grpo.beta": 0.1},
-        {"method": "sft", "rollout.mode": "no-think"},
+        {"method": "sft", "rollout.mode": "no-think", "draws.balance": "question_type"},
+        *OBJECTIVES.values(),
     ],
-    ids=["grpo", "reference", "two-updates", "lora", "sft"],
+    ids=["grpo", "reference", "two-updates", "lora", "sft", *OBJECTIVES],
 )
 def test_a_stopped_run_resumes_to_the_same_weights_and_logs(
     overrides: dict[str, object], phantoms: Path, tmp_path: Path
@@ -97,6 +140,8 @@ def test_a_stopped_run_resumes_to_the_same_weights_and_logs(
     resumed.run()
 
     assert torch.equal(weights(whole), weights(resumed))
+    if "draws.redraws" in overrides:
+        assert whole.draws.state() == resumed.draws.state()
     for name in ("log.jsonl", "completions.jsonl"):
         if (tmp_path / "whole" / name).exists():
             timeless = [
@@ -109,6 +154,9 @@ def test_a_stopped_run_resumes_to_the_same_weights_and_logs(
             assert [row["step"] for row in timeless[0]] == [row["step"] for row in timeless[1]]
             if name == "completions.jsonl":
                 assert timeless[0] == timeless[1]
+            else:
+                accounts = [[row.get(name) for name in ACCOUNT] for row in timeless[0]]
+                assert accounts == [[row.get(name) for name in ACCOUNT] for row in timeless[1]]
 
 
 def test_splitting_a_step_into_forwards_changes_nothing(phantoms: Path, tmp_path: Path) -> None:
@@ -289,3 +337,97 @@ except MedR1Error as error:
     left = [path.name for path in (tmp_path / "run").iterdir()]
     assert not any("checkpoint" in name or "saving" in name for name in left), left
     json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+
+
+# --- prompts drawn as it goes --------------------------------------------------------------------------------------
+
+
+def test_groups_without_a_difference_are_drawn_again_and_all_accounted_for(phantoms: Path, tmp_path: Path) -> None:
+    config = recipe(
+        phantoms,
+        **OBJECTIVES["draws"] | {"draws.curriculum": [], "draws.balance": "off", "optimizer.prompts_per_step": 4},
+    )
+    trainer = make_trainer(config, tmp_path)
+    trainer.run()
+    rows = read_jsonl(tmp_path / "completions.jsonl")
+    by_step = [[row for row in rows if row["step"] == step] for step in (1, 2, 3, 4)]
+    order = trainer.order()
+    for line, of_step in zip(read_jsonl(tmp_path / "log.jsonl"), by_step, strict=False):
+        groups = [of_step[start : start + 3] for start in range(0, len(of_step), 3)]
+        used, thrown = ([group for group in groups if group[0]["used"] is used] for used in (True, False))
+        assert [line[name] for name in ACCOUNT] == [len(groups), 4, len(thrown), 0] and len(used) == 4
+        assert line["drawn"] == line["used"] + line["thrown_away"] + line["left_aside"]
+        for group in thrown:
+            assert len({row["reward"] for row in group}) == 1 and {row["advantage"] for row in group} == {0.0}
+        for group in used:  # the last of two redraws stays, whatever it is
+            assert group[0]["redraw"] == 2 or any(row["advantage"] for row in group)
+        assert line["zero_variance_groups"] == pytest.approx(
+            sum(not any(row["advantage"] for row in group) for group in groups) / len(groups)
+        )
+        # The places of a round get the order's next records, and nobody is skipped.
+        sampled = sorted(used + thrown, key=lambda group: group[0]["redraw"])
+        expected = [trainer.train_records[next(order)].id for _ in groups]
+        assert sorted(group[0]["id"] for group in sampled[:4]) == sorted(expected[:4])
+        assert sorted(group[0]["id"] for group in sampled) == sorted(expected)
+    assert any(line.get("thrown_away") for line in read_jsonl(tmp_path / "log.jsonl"))
+
+
+def test_without_redraws_a_run_says_nothing_of_them(phantoms: Path, tmp_path: Path) -> None:
+    make_trainer(recipe(phantoms, **LETTERS, **{"optimizer.steps": 1}), tmp_path).run()
+    assert not {*ACCOUNT} & read_jsonl(tmp_path / "log.jsonl")[0].keys()
+    assert not {"used", "redraw"} & read_jsonl(tmp_path / "completions.jsonl")[0].keys()
+
+
+def test_a_redrawn_step_learns_what_its_prompts_alone_would_teach(phantoms: Path, tmp_path: Path) -> None:
+    """Replies of another round, of other lengths, joined: scored again they have the log-probs they were drawn with."""
+    config = recipe(phantoms, **OBJECTIVES["draws"] | {"optimizer.steps": 1, "optimizer.prompts_per_step": 4})
+    trainer = make_trainer(config, tmp_path)
+    # So that replies end at different lengths.
+    trainer.vlm.stop_token_ids = list(range(0, 512, 4))
+    trainer.run()
+    experience = trainer.experience
+    rollout = experience.rollout
+    assert len(set(rollout.mask_NT.sum(1).tolist())) > 1
+    assert any(row["redraw"] and row["used"] for row in read_jsonl(tmp_path / "completions.jsonl"))
+    learned = (experience.advantages_BG != 0).any(1).repeat_interleave(3)
+    assert learned.any()
+    torch.testing.assert_close(
+        experience.old_logp_NT[learned], rollout.logp_NT[learned][:, : rollout.mask_NT.shape[1]], atol=1e-4, rtol=0
+    )
+
+
+def test_truncated_completions_teach_nothing(phantoms: Path, tmp_path: Path) -> None:
+    for stops, learns in (([], False), (list(range(0, 512, 4)), True)):
+        config = recipe(phantoms, **LETTERS, **{"grpo.mask_truncated": True, "grpo.beta": 0.1, "optimizer.steps": 1})
+        trainer = make_trainer(config, tmp_path / str(learns))
+        trainer.vlm.stop_token_ids = stops
+        before = weights(trainer).clone()
+        trainer.run()
+        assert torch.equal(before, weights(trainer)) is not learns
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        ({"grpo.delta": 1.1}, r"grpo.delta = 1.1 is not above 1 \+ grpo.clip_high = 1.2; set a larger one"),
+        ({"grpo.delta": 4.0, "grpo.objective": "cispo"}, "set it to 0 with grpo.objective = cispo"),
+        ({"grpo.objective": "gpso"}, "did you mean gspo"),
+        ({"draws.curriculum": [0.0]}, "draws.curriculum.0 = 0.0: .*greater than 0"),
+        ({"draws.curriculum": [0.8, 0.6, 0.4]}, "draws.curriculum = .*at most 2"),
+        ({"draws.balance": "modalities"}, "did you mean modality"),
+        ({"draws.redraws": 1, "method": "sft"}, "leave them out of method = sft"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(overrides: dict[str, object], line: str) -> None:
+    with pytest.raises(MedR1Error, match=line) as error:
+        load_config(overrides=overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_a_moving_curriculum_is_extended_only_by_asking(phantoms: Path, tmp_path: Path) -> None:
+    moving = {"draws.curriculum": [0.8, 0.4], "optimizer.schedule": "constant_with_warmup"}
+    write_recipe(recipe(phantoms, **moving), tmp_path)
+    longer = recipe(phantoms, **moving, **{"optimizer.steps": 8})
+    with pytest.raises(MedR1Error, match="its curriculum came to its last pass rate at the old end"):
+        write_recipe(longer, tmp_path)
+    write_recipe(longer, tmp_path, extend=True)

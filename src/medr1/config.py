@@ -11,9 +11,9 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from medr1.errors import MedR1Error
 
@@ -100,15 +100,34 @@ class RolloutConfig(_Section):
 
 
 class GRPOConfig(_Section):
-    """The objective; see grpo.py for the formulas."""
+    """The objective; see objective.py for the formulas."""
 
     rewards: dict[str, float] = Field(
         {"accuracy": 1.0, "format": 0.2},
-        description="reward -> weight; a name, or 'FILE.py:function' or 'module:function' of (reply, record, mode) that"
-        " gives a finite number, or None where it does not apply",
+        description="reward -> weight; a name, or 'FILE.py:function' or 'module:function' of (reply, record, mode), or"
+        " of (replies, records, mode), that gives finite numbers, or None where it does not apply",
     )
-    advantage_scale: Literal["group", "none"] = Field(
-        "group", description="divide by the group's standard deviation, or not (Dr. GRPO)"
+    judge: str = Field(
+        "",
+        description="openai:MODEL@URL of the model behind the reward 'judge', which says whether the answer to an open"
+        " question means the same as the right one",
+    )
+    judge_agreement: float = Field(
+        0.9,
+        ge=0,
+        le=1,
+        description="least agreement of the judge with exact match on answers of the run's records; below, no training",
+    )
+    objective: Literal["grpo", "gspo", "cispo"] = Field(
+        "grpo",
+        description="what is clipped: the ratio of each token; gspo: of whole completions (with a small clip_low and"
+        " clip_high, such as 0.0003); cispo: the weight of each token's gradient, so that no token loses it (with a"
+        " clip_high such as 4)",
+    )
+    advantage_scale: Literal["group", "batch", "modality", "question_type", "none"] = Field(
+        "group",
+        description="divide by the standard deviation of rewards in the group, the whole step, or the step's questions"
+        " of the same modality or question type (each then pulls alike), or by none (Dr. GRPO)",
     )
     aggregate: Literal["sequence", "token", "dr_grpo"] = Field(
         "sequence",
@@ -116,11 +135,36 @@ class GRPOConfig(_Section):
     )
     clip_low: float = Field(0.2, ge=0, description="ratio is clipped at 1 - clip_low")
     clip_high: float = Field(0.2, ge=0, description="ratio is clipped at 1 + clip_high")
+    delta: float = Field(
+        0.0,
+        ge=0,
+        description="the ratio of a completion worse than its group is clipped here too, such as at 4, against single"
+        " huge steps off policy; 0: it is not",
+    )
+    mask_truncated: bool = Field(
+        False,
+        description="leave completions that were cut at max_new_tokens out of the loss; their rewards still count in"
+        " their group",
+    )
+    entropy_bonus: float = Field(
+        0.0, ge=0, description="weight of the mean entropy of tokens, which is raised, against replies that grow alike"
+    )
     beta: float = Field(0.04, ge=0, description="weight of the KL to the reference; 0 loads no reference")
     reference: Literal["float32", "bfloat16", "cpu"] = Field(
         "float32",
         description="the copy that beta > 0 needs in full fine-tuning, which doubles the weights: bfloat16 halves it"
         " (its log-probs are rounded), cpu leaves it in main memory (slow); with LoRA it is the base without adapter",
+    )
+    kl_by_ratio: bool = Field(
+        False,
+        description="weight the KL of each token by its ratio, which makes its gradient that of the true KL (the"
+        " default of TRL 1.16)",
+    )
+    kl_clamp: float = Field(
+        0.0,
+        ge=0,
+        description="the KL's estimate is cut here for each token, such as at 10, so that one rare token cannot rule a"
+        " step; 0: it is not",
     )
     num_iterations: int = Field(1, ge=1, description="updates on each batch of rollouts; 1 is on-policy")
     exchanged_images: float = Field(
@@ -133,6 +177,19 @@ class GRPOConfig(_Section):
     rollout_ratio_cap: float = Field(
         2.0, gt=0, description="cap of the ratio policy / server for each token; only where a server samples"
     )
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Self:
+        if ("judge" in self.rewards) != bool(self.judge):
+            raise ValueError("the reward 'judge' and grpo.judge = openai:MODEL@URL go together; set both or neither")
+        if self.delta and self.objective == "cispo":
+            raise ValueError("grpo.delta clips the ratio of grpo and gspo; set it to 0 with grpo.objective = cispo")
+        if self.delta and self.delta <= 1 + self.clip_high:
+            raise ValueError(
+                f"grpo.delta = {self.delta} is not above 1 + grpo.clip_high = {1 + self.clip_high}; set a larger one,"
+                " such as 4"
+            )
+        return self
 
 
 class DrawsConfig(_Section):
@@ -147,6 +204,18 @@ class DrawsConfig(_Section):
         "off",
         description="as many prompts of each modality, question type, or pair of the two, however many records each"
         " has; where the smaller ones count as much",
+    )
+    redraws: int = Field(
+        0,
+        ge=0,
+        description="how often in a step a prompt whose completions all earned the same is replaced by the next one"
+        " (DAPO's dynamic sampling); after that it stays and teaches nothing; GRPO only",
+    )
+    curriculum: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        (),
+        max_length=2,
+        description="pass rates near which prompts are drawn: one, or those of the run's beginning and end, such as"
+        " [0.8, 0.4], from easy to hard; others are mostly left aside; empty: no prompt is; GRPO only",
     )
 
 
@@ -211,6 +280,14 @@ class Config(_Section):
     draws: DrawsConfig = DrawsConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Self:
+        if self.method == "sft" and (self.draws.redraws or self.draws.curriculum):
+            raise ValueError(
+                "draws.redraws and draws.curriculum go by what replies earn; leave them out of method = sft"
+            )
+        return self
 
 
 def load_config(path: Path | None = None, overrides: dict[str, Any] | None = None) -> Config:

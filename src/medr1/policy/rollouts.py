@@ -12,11 +12,11 @@ Shapes: B prompts, G completions each, N = B*G rows in prompt-major order, T com
 of one call.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from medr1.errors import NotFiniteError
 from medr1.policy.attention import Decoding, Prefill
@@ -54,6 +54,32 @@ class Rollout:
     def tokens(self) -> list[list[int]]:
         """The token ids of each completion."""
         return [ids[kept].tolist() for ids, kept in zip(self.completion_ids_NT, self.mask_NT, strict=True)]
+
+    def select(self, rows: slice) -> "Rollout":
+        """The completions of these rows, without what tells how they were decoded."""
+        return Rollout(
+            self.completion_ids_NT[rows],
+            self.mask_NT[rows],
+            self.logp_NT[rows],
+            self.finished_N[rows],
+            self.texts[rows],
+        )
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Rollout]", pad: int) -> "Rollout":
+        """The completions of several calls as one batch, right-padded to the longest."""
+        longest = max(part.mask_NT.shape[1] for part in parts)
+
+        def stacked(tensors: Iterable[Tensor], value: float = 0) -> Tensor:
+            return torch.cat([nn.functional.pad(rows, (0, longest - rows.shape[1]), value=value) for rows in tensors])
+
+        return cls(
+            stacked((part.completion_ids_NT for part in parts), pad),
+            stacked(part.mask_NT for part in parts),
+            stacked(part.logp_NT for part in parts),
+            torch.cat([part.finished_N for part in parts]),
+            [text for part in parts for text in part.texts],
+        )
 
 
 def sample(

@@ -107,13 +107,14 @@ class VLLMServer:
         num_completions: int,
         max_new_tokens: int,
         temperature: float,
-        seed: int,
+        seed: int | Sequence[int],
         part: tuple[int, int] = (0, 1),
     ) -> Rollout:
         """As `rollouts.sample`, by the server and with the weights of the last `push`; waits for a lost server.
 
         Args:
             records: what `prompts` were made of.
+            seed: from which seeds are drawn, or those of each prompt.
             part: number of this process and of all; each draws seeds for its own part of the step's prompts.
 
         Returns:
@@ -123,8 +124,10 @@ class VLLMServer:
             MedR1Error: as `push`; or the server reads a prompt otherwise than we do, refuses it, or was given other
                 weights by somebody else.
         """
-        generator = torch.Generator().manual_seed(seed)
-        seeds = torch.randint(2**31, (part[1], len(records)), generator=generator)[part[0]].tolist()
+        if isinstance(seed, int):
+            generator = torch.Generator().manual_seed(seed)
+            seed = torch.randint(2**31, (part[1], len(records)), generator=generator)[part[0]].tolist()
+        seeds = seed
         settings: dict[str, Any] = {
             "n": num_completions,
             "max_tokens": max_new_tokens,

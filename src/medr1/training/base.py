@@ -105,6 +105,7 @@ class RecordTrainer(Trainer):
         if config.model.compile == "on" or (config.model.compile == "auto" and vlm.device.type == "cuda"):
             compile_text_layers(vlm)
         self.vlm, self.config, self.out = vlm, config, output_dir
+        self.train_records = train_records
         self.num_records, self.num_test_records = len(train_records), len(test_records)
         weights = record_weights(train_records, config.draws.weights)
         self.order = partial(draw_order, train_records, weights, config.draws.balance, config.optimizer.seed)

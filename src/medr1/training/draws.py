@@ -1,10 +1,14 @@
 """Which records a step gets: an endless seeded order, by weights of one's own and in balance over what was asked.
 
 The order depends on the records, the recipe and the seed alone, so that a resumed run, and any number of processes,
-go on in it.
+go on in it. `Draws` goes along it by what the replies were worth: records whose completions all earned the same are
+replaced, and those that are far from a wanted pass rate are left aside more often.
 """
 
+import math
+import random
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -94,3 +98,73 @@ def record_weights(records: Sequence[Record], name: str) -> Tensor:
     if not any(numbers):
         raise MedR1Error(f"weights {name!r} gave 0 for every training record; return a number above 0 for some")
     return torch.tensor(numbers, dtype=torch.float64)
+
+
+SHARPNESS = 4.0
+"""Of the curriculum: a record of one nat of divergence from the wanted pass rate is drawn exp(-4) times as often."""
+LEAST = 0.05
+"""Smallest chance of a record that is drawn not to be left aside, so that none is lost as the policy changes."""
+PRIOR = 2.0
+"""Replies that what is known of a record's modality and question type counts for, beside those to the record itself."""
+
+
+class Draws:
+    """How far a run has come in its order, and how often the policy was right about each record.
+
+    Every process of a run holds the same, asks for the same and is told the same.
+
+    Args:
+        order: begins the order; it is the same each time.
+    """
+
+    def __init__(self, records: Sequence[Record], order: Callable[[], Iterator[int]], seed: int) -> None:
+        self.cells = [stratum(record, "both") for record in records]
+        self.begin, self.seed = order, seed
+        self.load({"drawn": 0, "left_aside": 0, "passed": []})
+
+    def take(self, count: int, rate: float | None = None) -> list[int]:
+        """Indices of the next `count` records; with a pass rate in (0, 1) each is left aside but for its `chance`."""
+        taken: list[int] = []
+        while len(taken) < count:
+            index = next(self.order)
+            self.drawn += 1
+            if rate is None or random.Random(f"{self.seed} {self.drawn}").random() < self.chance(index, rate):
+                taken.append(index)
+            else:
+                self.left_aside += 1
+        return taken
+
+    def chance(self, index: int, rate: float) -> float:
+        """exp(-SHARPNESS KL(rate ‖ the record's pass rate)), LEAST at least: 1 where the policy is right that often.
+
+        A record's pass rate is that of its last group, drawn by PRIOR replies towards that of its modality and question
+        type, which stands alone where the record was not asked yet, and is 1/2 where none of them was.
+        """
+        cell_right, cell_replies = self.of_cells.get(self.cells[index], (0, 0))
+        right, replies = self.passed.get(index, (0, 0))
+        known = (right + PRIOR * (cell_right + 1) / (cell_replies + 2)) / (replies + PRIOR)
+        divergence = rate * math.log(rate / known) + (1 - rate) * math.log((1 - rate) / (1 - known))
+        return max(LEAST, math.exp(-SHARPNESS * divergence))
+
+    def learn(self, index: int, right: int, replies: int) -> None:
+        """A record's group had so many right replies; what the group before it had is forgotten."""
+        before, (cell_right, cell_replies) = (
+            self.passed.get(index, (0, 0)),
+            self.of_cells.get(self.cells[index], (0, 0)),
+        )
+        self.of_cells[self.cells[index]] = cell_right + right - before[0], cell_replies + replies - before[1]
+        self.passed[index] = right, replies
+
+    def state(self) -> dict[str, Any]:
+        """What `load` takes, as JSON."""
+        passed = [[index, *counts] for index, counts in self.passed.items()]
+        return {"drawn": self.drawn, "left_aside": self.left_aside, "passed": passed}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from where a `state` was taken."""
+        self.drawn, self.left_aside = state["drawn"], state["left_aside"]
+        self.order = islice(self.begin(), self.drawn, None)
+        self.passed: dict[int, tuple[int, int]] = {}
+        self.of_cells: dict[tuple[Any, ...], tuple[int, int]] = {}
+        for index, right, replies in state["passed"]:
+            self.learn(index, right, replies)

@@ -81,9 +81,12 @@ def check_recipe(config: Config, out: Path, *, extend: bool = False) -> dict[str
     if not 0 < before < after:
         raise MedR1Error(f"{out}: {listed}; a run can be extended, not shortened. Choose another --out")
     schedule = config.optimizer.schedule
-    if schedule != STATELESS and not extend:
+    ended = f"{schedule} schedule came down to 0" if schedule != STATELESS else ""
+    if len(set(config.draws.curriculum)) > 1:
+        ended = ended or "curriculum came to its last pass rate"
+    if ended and not extend:
         raise MedR1Error(
-            f"{out}: {listed}; its {schedule} schedule came down to 0 at the old end, so that going on is not the run"
+            f"{out}: {listed}; its {ended} at the old end, so that going on is not the run"
             f" that {after} {name} from the start would be. Add --extend to go on all the same, or choose another --out"
         )
     return {"from_steps": before, "to_steps": after, "schedule": schedule}

@@ -16,8 +16,9 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,7 +28,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from medr1.config import Config
-from medr1.data.answers import format_ok, read_answer
+from medr1.data.answers import Answer, format_ok, is_correct, read_answer
 from medr1.data.records import Record, read_jsonl, to_json, write_atomic
 from medr1.errors import MedR1Error
 from medr1.policy.drafts import Drafts
@@ -37,8 +38,10 @@ from medr1.policy.shared_prefix import completion_logprobs
 from medr1.policy.vlm import VLM, evaluating
 from medr1.processes import agree, gather
 from medr1.training.base import LOG, RecordTrainer
+from medr1.training.draws import Draws, stratum
 from medr1.training.looking import OtherImages
 from medr1.training.objective import (
+    entropy_share,
     group_advantages,
     group_deviation,
     loss_denominator,
@@ -50,11 +53,14 @@ from medr1.training.trackers import SendCompletions
 
 if TYPE_CHECKING:
     from medr1.policy.rollouts_vllm import VLLMServer
+    from medr1.training.judge import Judge
 
 COMPLETIONS = "completions.jsonl"
 DRAFTS = "drafts.json"
 """In a checkpoint: what next tokens are guessed from. Without it a resumed run would make other calls, whose rounding
 could draw another token."""
+DRAWS = "draws.json"
+"""In a checkpoint: how far the run is in the order of its records, and how often each was answered right."""
 TRACEBACK = "reward-error.txt"
 """What a reward of the user's own raised."""
 DIFFERENCE = "rollout_difference"
@@ -67,6 +73,8 @@ WEIGHTS = "vllm-weights"
 class Experience:
     """The sampled and rewarded groups of one step on one process."""
 
+    records: list[Record]
+    """As they were asked."""
     prompts: PromptBatch
     rollout: Rollout
     advantages_BG: Tensor
@@ -75,6 +83,33 @@ class Experience:
     bfloat16, or of a server, not quite the policy's."""
     ref_logp_NT: Tensor
     """Of the reference, which the first update asks once for all; zeros without one."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt's completions and what they earned."""
+
+    record: Record
+    rollout: Rollout
+    parts: dict[str, list[float | None]]
+    """Of each completion by each reward."""
+    rewards_G: Tensor
+    """Their weighted sums, NaN where none applies."""
+    redraw: int
+    """How many records had been drawn for this prompt's place in the step before it."""
+
+    @cached_property
+    def answers(self) -> list[Answer]:
+        return [read_answer(text, self.record) for text in self.rollout.texts]
+
+    @property
+    def right(self) -> list[bool]:
+        return [is_correct(answer, self.record) for answer in self.answers]
+
+    @property
+    def is_alike(self) -> bool:
+        """Whether no completion earned more than another, so that the group teaches nothing."""
+        return not group_advantages(self.rewards_G[None], scale="none").any()
 
 
 class GRPOTrainer(RecordTrainer):
@@ -96,7 +131,8 @@ class GRPOTrainer(RecordTrainer):
         test_records: list[Record],
         output_dir: Path,
     ) -> None:
-        self.rewards = load_rewards(config.grpo.rewards)
+        judge = self._judge(config.grpo.judge, output_dir) if config.grpo.judge else None
+        self.rewards = load_rewards(config.grpo.rewards, {"judge": judge} if judge else None)
         self.repeats = config.grpo.num_iterations
         if config.rollout.num_completions < 2:
             raise MedR1Error("rollout.num_completions is 1, and GRPO compares completions of one prompt; set 2 or more")
@@ -139,10 +175,22 @@ class GRPOTrainer(RecordTrainer):
         )
         whole = optimizer.prompts_per_forward in (0, optimizer.prompts_per_step)
         alone = self.args.world_size == 1 and not self.is_sharded and not optimizer.gradient_checkpointing
-        self.reads_prompts_once = self.repeats == 1 and whole and alone and not dropout
+        self.reads_prompts_once = self.repeats == 1 and whole and alone and not (dropout or config.draws.redraws)
         self.server = self._connect() if config.rollout.engine == "vllm" else None
         self.reads_prompts_once &= self.server is None
         self.drafts = Drafts() if config.rollout.drafts and self.server is None else None
+        self.draws: Draws | None = None
+        if config.draws.redraws or config.draws.curriculum:
+            self.draws = Draws(train_records, self.order, config.optimizer.seed)
+
+        if judge and self.is_world_process_zero():
+            judge.measure(train_records, config.grpo.judge_agreement, config.optimizer.seed)
+
+    @staticmethod
+    def _judge(name: str, output_dir: Path) -> "Judge":
+        from medr1.training.judge import FOLDER, Judge  # needs the openai client
+
+        return Judge(name, output_dir / FOLDER)
 
     def _connect(self) -> "VLLMServer":
         from medr1.policy.rollouts_vllm import VLLMServer  # needs the openai client
@@ -165,6 +213,7 @@ class GRPOTrainer(RecordTrainer):
         began = time.perf_counter()
         if self.is_first_update:
             self.experience = self.collect(records)
+        self.step_records = self.experience.records
         model.train()
         loss = self._update(model, self.experience)
         world = self.args.world_size
@@ -172,40 +221,124 @@ class GRPOTrainer(RecordTrainer):
         return loss
 
     def collect(self, records: list[Record]) -> Experience:
-        """Sample, reward and compare G completions of each record; write those of all processes down."""
+        """Sample, reward and compare G completions of each record; write those of all processes down.
+
+        Records are those of the step, or with `Draws` the next ones, drawn as often as it takes.
+        """
         server, step = self.server, self.state.global_step
-        records = [self.as_asked(record, step + 1) for record in records]
         if server:
             self._write_folder(self.out / WEIGHTS, training_state=False)
             agree(lambda: server.push(step, load=self.is_world_process_zero()))
-        with self.whole_weights():
-            prompts, rollout = agree(lambda: self._sample(records))
-        owners = [record for record in records for _ in range(self.config.rollout.num_completions)]
-        parts = self._reward(rollout.texts, owners)
-        rewards_BG = agree(lambda: self._weighted(parts))
-        advantages_BG = group_advantages(rewards_BG, scale=self.config.grpo.advantage_scale).float()
-        rows = self._log_rollout(owners, rollout, parts, rewards_BG, advantages_BG)
-        if self.drafts is not None:
-            for tokens, guesses in gather((rollout.tokens, rollout.guesses)):
-                self.drafts.learn(tokens, guesses)
-        self.completions = [row for part in gather(rows) for row in part]
+        prompts, rollout, groups, thrown = self._drawn(records)
+        records = [group.record for group in groups]
+        advantages_BG = self._advantages(torch.stack([group.rewards_G for group in groups]), records)
+        used = [self._rows(*pair) for pair in zip(groups, advantages_BG, strict=True)]
+        unused = [self._rows(group, torch.zeros_like(group.rewards_G)) for group in thrown]
+        parts = gather((used, unused))
+        self.completions = [row for used, _ in parts for rows in used for row in rows]
+        if self.config.draws.redraws:
+            rest = sorted(
+                (row for _, unused in parts for rows in unused for row in rows), key=lambda row: row["redraw"]
+            )
+            self.completions = [{**row, "used": True} for row in self.completions]
+            self.completions += [{**row, "used": False} for row in rest]
         self._tell_unscored()
         self.first_appends(COMPLETIONS, self.completions)
         zeros_NT = torch.zeros_like(rollout.logp_NT)
         device = prompts.input_ids_BP.device
-        return Experience(prompts, rollout, advantages_BG.to(device), zeros_NT, zeros_NT.clone())
+        return Experience(records, prompts, rollout, advantages_BG.to(device), zeros_NT, zeros_NT.clone())
+
+    def _drawn(self, records: list[Record]) -> tuple[PromptBatch, Rollout, list[Group], list[Group]]:
+        """This process's prompts of a step, their completions, and these by group; then the groups thrown away.
+
+        Each place of the step that has a group without a difference is drawn for again, and sampled by the process
+        that has it: so all have as many prompts, and any number of processes draws the same.
+        """
+        draws, rank, count = self.draws, self.args.process_index, len(records)
+        first, thrown = rank * count, list[Group]()
+        if draws is None:
+            prompts, rollout, groups = self._round(records, range(first, first + count), 0)
+            assert prompts is not None and rollout is not None
+            return prompts, rollout, groups, thrown
+        before = draws.drawn, draws.left_aside
+        rate = self._wanted_rate()
+        indices = draws.take(self.args.world_size * count, rate)[first : first + count]
+        prompts, rollout, groups = self._round(self._at(indices), range(first, first + count), 0, indices)
+        for redraw in range(1, self.config.draws.redraws + 1):
+            alike = [place for place, group in enumerate(groups) if group.is_alike]
+            counts = gather(len(alike))
+            if not any(counts):
+                break
+            indices = draws.take(sum(counts), rate)[sum(counts[:rank]) :][: len(alike)]
+            _, _, fresh = self._round(self._at(indices), [first + place for place in alike], redraw, indices)
+            for place, group in zip(alike, fresh, strict=True):
+                thrown.append(groups[place])
+                groups[place] = group
+            prompts = rollout = None
+        if prompts is None or rollout is None:
+            prompts = agree(lambda: self._read([group.record for group in groups]))
+            rollout = Rollout.joined([group.rollout for group in groups], self.vlm.pad_token_id)
+        self.add_to_log({"used": count, "thrown_away": len(thrown)})
+        if self.is_world_process_zero():
+            self.add_to_log({"drawn": draws.drawn - before[0], "left_aside": draws.left_aside - before[1]})
+        return prompts, rollout, groups, thrown
+
+    def _at(self, indices: Sequence[int]) -> list[Record]:
+        return [self.train_records[index] for index in indices]
+
+    def _wanted_rate(self) -> float | None:
+        """The pass rate near which this step draws its prompts."""
+        rates = self.config.draws.curriculum
+        return rates[0] + (rates[-1] - rates[0]) * self.state.global_step / self.num_steps if rates else None
+
+    def _round(
+        self, records: list[Record], places: Sequence[int], redraw: int, indices: Sequence[int] = ()
+    ) -> tuple[PromptBatch | None, Rollout | None, list[Group]]:
+        """Prompts, completions, and these by group with what they earned; of no records, which a redraw may have, None.
+
+        Args:
+            places: of these prompts among those of the whole step.
+            redraw: rounds of the step before this one.
+            indices: of the records, for `Draws.learn`.
+        """
+        records = [self.as_asked(record, self.state.global_step + 1) for record in records]
+        with self.whole_weights():
+            prompts, rollout = agree(lambda: self._sample(records, places, redraw) if records else (None, None))
+        num_completions = self.config.rollout.num_completions
+        parts = self._reward(
+            rollout.texts if rollout else [], [record for record in records for _ in range(num_completions)]
+        )
+        rewards_BG = agree(lambda: self._weighted(parts))
+        if self.drafts is not None:
+            for tokens, guesses in gather((rollout.tokens, rollout.guesses) if rollout else ([], [])):
+                self.drafts.learn(tokens, guesses)
+        groups = []
+        for place, record in enumerate(records):
+            assert rollout is not None
+            rows = slice(place * num_completions, (place + 1) * num_completions)
+            values = {name: of_all[rows] for name, of_all in parts.items()}
+            groups.append(Group(record, rollout.select(rows), values, rewards_BG[place], redraw))
+        self._log_groups(groups)
+        if self.draws and self.config.draws.curriculum:
+            told = [(index, sum(group.right), num_completions) for index, group in zip(indices, groups, strict=True)]
+            for part in gather(told):
+                for index, right, replies in part:
+                    self.draws.learn(index, right, replies)
+        return prompts, rollout, groups
 
     def as_asked(self, record: Record, step: int) -> Record:
         """A record as it is asked in a step."""
         return self.others.exchanged(record, self.config.grpo.exchanged_images, f"{self.config.optimizer.seed} {step}")
 
     def save_more(self, folder: Path) -> None:
-        if self.drafts is not None:
-            write_atomic(folder / DRAFTS, to_json(self.drafts.state()))
+        for name, kept in ((DRAFTS, self.drafts), (DRAWS, self.draws)):
+            if kept is not None:
+                write_atomic(folder / name, to_json(kept.state()))
 
     def load_more(self, folder: Path) -> None:
-        if self.drafts is not None:
-            self.drafts.load(json.loads((folder / DRAFTS).read_text(encoding="utf-8")))
+        for name, kept in ((DRAFTS, self.drafts), (DRAWS, self.draws)):
+            if kept is not None:
+                kept.load(json.loads((folder / name).read_text(encoding="utf-8")))
 
     def _tell_unscored(self) -> None:
         """Say once that no reward applied to a reply, which may be meant and may be a mistake in them."""
@@ -219,15 +352,24 @@ class GRPOTrainer(RecordTrainer):
                 highlight=False,
             )
 
-    def _sample(self, records: list[Record]) -> tuple[PromptBatch, Rollout]:
+    def _read(self, records: list[Record]) -> PromptBatch:
+        return with_vision_features(self.vlm, self.encode(records), self.features)
+
+    def _sample(self, records: list[Record], places: Sequence[int], redraw: int) -> tuple[PromptBatch, Rollout]:
         config = self.config
-        prompts = with_vision_features(self.vlm, self.encode(records), self.features)
+        prompts = self._read(records)
+        # A stream of its own for each step, so that a resumed run samples what it would have sampled; in later rounds
+        # for each place of it, so that any number of processes samples the same.
+        seed: int | list[int] = (config.optimizer.seed * 1_000_003 + self.state.global_step) * 1_009
+        if redraw:
+            shape = config.draws.redraws, config.optimizer.prompts_per_step
+            of_places = torch.randint(2**31, shape, generator=torch.Generator().manual_seed(seed + 1))
+            seed = of_places[redraw - 1, list(places)].tolist()
         settings: dict[str, Any] = {
             "num_completions": config.rollout.num_completions,
             "max_new_tokens": config.rollout.max_new_tokens,
             "temperature": config.rollout.temperature,
-            # A stream of its own for each step, so that a resumed run samples what it would have sampled.
-            "seed": (config.optimizer.seed * 1_000_003 + self.state.global_step) * 1_009,
+            "seed": seed,
             "part": (self.args.process_index, self.args.world_size),
         }
         if self.server is None:
@@ -282,19 +424,38 @@ class GRPOTrainer(RecordTrainer):
             raise MedR1Error(
                 f"step {self.state.global_step + 1}: rewards times weights exceed {MAX_REWARD:.1g}; lower them"
             )
-        return rewards_N.view(-1, self.config.rollout.num_completions)
+        num_completions = self.config.rollout.num_completions
+        return rewards_N.view(len(rewards_N) // num_completions, num_completions)
+
+    def _advantages(self, rewards_BG: Tensor, records: list[Record]) -> Tensor:
+        """Of this process's groups, scaled by all groups of the step where the recipe says so."""
+        scale = self.config.grpo.advantage_scale
+        if scale in ("group", "none"):
+            return group_advantages(rewards_BG, scale=scale).float()
+        by = "off" if scale == "batch" else scale
+        parts = gather((rewards_BG, [stratum(record, by) for record in records]))
+        domains = [domain for _, part in parts for domain in part]
+        numbers = {domain: number for number, domain in enumerate(dict.fromkeys(domains))}
+        domain_B = torch.tensor([numbers[domain] for domain in domains])
+        whole_BG = group_advantages(torch.cat([rewards for rewards, _ in parts]), scale="domain", domain_B=domain_B)
+        first = sum(len(rewards) for rewards, _ in parts[: self.args.process_index])
+        return whole_BG[first : first + len(records)].float()
 
     def _update(self, model: nn.Module, experience: Experience) -> Tensor:
         config, objective = self.config, self.config.grpo
         num_completions, temperature = config.rollout.num_completions, config.rollout.temperature
         mask_NT = experience.rollout.mask_NT
+        if objective.mask_truncated:  # arXiv:2503.14476, section 3.4
+            mask_NT = mask_NT & experience.rollout.finished_N[:, None]
         denominator = loss_denominator(mask_NT, objective.aggregate, config.rollout.max_new_tokens)
-        carries_B = (experience.advantages_BG.abs().sum(1) > 0) | (objective.beta > 0)
-        denominators, counts = zip(*gather((denominator, int(carries_B.sum()))), strict=True)
-        denominator = sum(denominators)
+        learns_N = (experience.advantages_BG.flatten() != 0) | (objective.beta > 0) | (objective.entropy_bonus > 0)
+        carries_B = (learns_N & mask_NT.any(1)).view(-1, num_completions).any(1)
+        told = gather((denominator, float(mask_NT.sum()), int(carries_B.sum())))
+        denominator, num_tokens, _ = map(sum, zip(*told, strict=True))
+        most = max(count for _, _, count in told)
         # Every process makes the same calls of a wrapped model: those with fewer groups to learn from take others too,
         # with nothing scored.
-        indices = (~carries_B).to(torch.uint8).argsort(stable=True)[: max(counts)].tolist()
+        indices = (~carries_B).to(torch.uint8).argsort(stable=True)[:most].tolist()
         size = config.optimizer.prompts_per_forward or len(indices)
         chunks = [indices[start : start + size] for start in range(0, len(indices), size or 1)]
         total = torch.zeros((), device=mask_NT.device)
@@ -327,7 +488,7 @@ class GRPOTrainer(RecordTrainer):
                     ids_NT,
                     rows_mask_NT,
                     temperature=temperature,
-                    entropy=True,
+                    entropy="gradient" if objective.entropy_bonus else True,
                     model=model,
                     prefill=prefill,
                 )
@@ -350,16 +511,23 @@ class GRPOTrainer(RecordTrainer):
                     experience.advantages_BG[chunk].flatten(),
                     rows_mask_NT,
                     denominator=denominator,
+                    objective=objective.objective,
                     aggregate=objective.aggregate,
                     clip_low=objective.clip_low,
                     clip_high=objective.clip_high,
+                    delta=objective.delta,
                     beta=objective.beta,
                     ref_logp_NT=experience.ref_logp_NT[part] if objective.beta > 0 else None,
+                    kl_by_ratio=objective.kl_by_ratio,
+                    kl_clamp=objective.kl_clamp,
                     weight_NT=weight_NT,
                 )
+                assert entropy_NT is not None
+                if objective.entropy_bonus:
+                    share = entropy_share(entropy_NT, rows_mask_NT, num_tokens=num_tokens)
+                    loss = loss - objective.entropy_bonus * share
                 # DDP averages gradients over processes, and the denominator already counts them all.
                 self.accelerator.backward(loss * self.args.world_size)
-            assert entropy_NT is not None
             self.add_to_log({f"policy_{name}": value for name, value in sums.items()})
             self.add_to_log({"policy_entropy": float(entropy_NT.sum())})
             total += loss.detach()
@@ -385,51 +553,51 @@ class GRPOTrainer(RecordTrainer):
             with evaluating(self.vlm.model), self.vlm.model.disable_adapter():  # type: ignore[operator]
                 yield self.vlm
 
-    def _log_rollout(
-        self,
-        owners: list[Record],
-        rollout: Rollout,
-        parts: dict[str, list[float | None]],
-        rewards_BG: Tensor,
-        advantages_BG: Tensor,
-    ) -> list[dict[str, Any]]:
-        """Add a rollout's sums to the log; its rows of COMPLETIONS."""
+    def _log_groups(self, groups: list[Group]) -> None:
+        """Add what was sampled to the log."""
         mode = self.config.rollout.mode
-        answers = [read_answer(text, owner) for text, owner in zip(rollout.texts, owners, strict=True)]
-        lengths = rollout.mask_NT.sum(1)
-        self.add_to_log(
-            {
-                "completions": len(owners),
-                "groups": len(rewards_BG),
-                "tokens": float(lengths.sum()),
-                "reward": float(rewards_BG.nansum()),
-                "scored": float((~rewards_BG.isnan()).sum()),
-                "group_std": float(group_deviation(rewards_BG).sum()),
-                "zero_variance": float((advantages_BG == 0).all(1).sum()),
-                "truncated": float((~rollout.finished_N).sum()),
-                "unparsed": sum(answer.outcome not in ("letter", "text") for answer in answers),
-                "format_ok": sum(format_ok(text, mode) for text in rollout.texts),
-                **{f"reward_{name}": sum(value or 0.0 for value in values) for name, values in parts.items()},
-                **{f"given_{name}": sum(value is not None for value in values) for name, values in parts.items()},
-            }
-        )
-        step, exchanged = self.state.global_step + 1, self.config.grpo.exchanged_images > 0
-        rewards, advantages = rewards_BG.flatten().tolist(), advantages_BG.flatten().tolist()
+        for group in groups:
+            self.add_to_log(
+                {
+                    "completions": len(group.answers),
+                    "groups": 1,
+                    "tokens": float(group.rollout.mask_NT.sum()),
+                    "reward": float(group.rewards_G.nansum()),
+                    "scored": float((~group.rewards_G.isnan()).sum()),
+                    "group_std": float(group_deviation(group.rewards_G[None])),
+                    "zero_variance": float(group.is_alike),
+                    "truncated": float((~group.rollout.finished_N).sum()),
+                    "unparsed": sum(answer.outcome not in ("letter", "text") for answer in group.answers),
+                    "format_ok": sum(format_ok(text, mode) for text in group.rollout.texts),
+                    **{f"reward_{name}": sum(value or 0.0 for value in values) for name, values in group.parts.items()},
+                    **{
+                        f"given_{name}": sum(value is not None for value in values)
+                        for name, values in group.parts.items()
+                    },
+                }
+            )
+
+    def _rows(self, group: Group, advantages_G: Tensor) -> list[dict[str, Any]]:
+        """Of COMPLETIONS, one for each completion of a group."""
+        record, rollout, config = group.record, group.rollout, self.config
+        images = [os.path.relpath(path, self.out) for path in record.images]
+        rewards, lengths = group.rewards_G.tolist(), rollout.mask_NT.sum(1).tolist()
         return [
             {
-                "step": step,
-                "id": owner.id,
-                "answer": owner.answer,
-                **({"images": [os.path.relpath(path, self.out) for path in owner.images]} if exchanged else {}),
+                "step": self.state.global_step + 1,
+                "id": record.id,
+                "answer": record.answer,
+                **({"images": images} if config.grpo.exchanged_images else {}),
                 "reply": rollout.texts[row],
-                "outcome": answers[row].outcome,
-                "letter": answers[row].letter,
-                "tokens": int(lengths[row]),
+                "outcome": group.answers[row].outcome,
+                "letter": group.answers[row].letter,
+                "tokens": lengths[row],
                 "reward": None if math.isnan(rewards[row]) else round(rewards[row], 6),
-                "rewards": {name: values[row] for name, values in parts.items()},
-                "advantage": round(advantages[row], 6),
+                "rewards": {name: values[row] for name, values in group.parts.items()},
+                "advantage": round(advantage, 6),
+                **({"redraw": group.redraw} if config.draws.redraws else {}),
             }
-            for row, owner in enumerate(owners)
+            for row, advantage in enumerate(advantages_G.tolist())
         ]
 
     def log_line(self, sums: dict[str, float]) -> dict[str, float]:
@@ -447,6 +615,7 @@ class GRPOTrainer(RecordTrainer):
                 "unparsed_rate": sums["unparsed"] / completions,
                 "completion_tokens": sums["tokens"] / completions,
                 "tokens_per_second": sums["tokens"] / sums["seconds"],
+                **{name: sums[name] for name in ("drawn", "used", "thrown_away", "left_aside") if name in sums},
             }
         if tokens := sums.get("policy_tokens"):
             line |= {

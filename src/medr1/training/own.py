@@ -1,19 +1,24 @@
 """Functions that a recipe names: the package's own by a word, the user's by a Python path or a file."""
 
+import asyncio
 import contextlib
 import difflib
 import importlib
 import importlib.util
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from decimal import Decimal
+from functools import cache
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from medr1.errors import MedR1Error
+
+T = TypeVar("T")
 
 
 def find_function(name: str, known: Mapping[str, Callable[..., Any]], kind: str) -> Callable[..., Any]:
@@ -101,3 +106,22 @@ def as_number(value: Any) -> float | None:
         return float(value) if isinstance(value, Real | Decimal) else None
     except (TypeError, ValueError, OverflowError, RuntimeError):  # several values, or more than a float holds
         return None
+
+
+def awaited(coroutine: Coroutine[Any, Any, T]) -> T:
+    """What a coroutine gives, run on the one event loop that this process keeps for all of them.
+
+    One, as a client belongs to the loop that it first ran on; and a thread's, as a notebook has its own running here.
+    """
+    under_way = asyncio.run_coroutine_threadsafe(coroutine, _loop())
+    try:
+        return under_way.result()
+    finally:
+        under_way.cancel()  # where Ctrl-C came first
+
+
+@cache
+def _loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    return loop

@@ -11,9 +11,7 @@ evaluation share one extractor, so what is trained is what is measured. A reward
 import asyncio
 import inspect
 import math
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ import torch
 from medr1.data.answers import exact_match, extract_answer, format_ok, is_correct, read_answer, token_f1
 from medr1.data.records import LETTERS, Record
 from medr1.errors import MedR1Error
-from medr1.training.own import as_number, find_function, naming
+from medr1.training.own import as_number, awaited, find_function, naming
 
 Reward = Callable[..., Any]
 """Of a reply or of a step, see above."""
@@ -108,30 +106,19 @@ def _called(name: str, reward: Reward, calls: Sequence[tuple[str, tuple[Any, ...
     if not any(map(inspect.isawaitable, values)):
         return values
 
-    async def awaited(what: str, value: Any) -> Any:
+    async def settled(what: str, value: Any) -> Any:
         with naming(said, what, remedy):
             return await value if inspect.isawaitable(value) else value
 
-    async def all_awaited() -> list[Any]:
+    async def all_settled() -> list[Any]:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(awaited(what, value)) for (what, _), value in zip(calls, values, strict=True)]
+            tasks = [group.create_task(settled(what, value)) for (what, _), value in zip(calls, values, strict=True)]
         return [task.result() for task in tasks]
 
-    under_way = asyncio.run_coroutine_threadsafe(all_awaited(), _loop())
     try:
-        return under_way.result()
+        return awaited(all_settled())
     except ExceptionGroup as failures:  # the first says enough
         raise failures.exceptions[0] from failures.exceptions[0].__cause__
-    finally:
-        under_way.cancel()  # where Ctrl-C came first
-
-
-@cache
-def _loop() -> asyncio.AbstractEventLoop:
-    """One for all steps, as a client belongs to the loop it first ran on; a thread's, as a notebook has one running."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, daemon=True).start()
-    return loop
 
 
 def _checked(name: str, value: Any, record: Record) -> float | None:
@@ -162,8 +149,13 @@ _NAMED: dict[str, Reward] = {
 }
 
 
-def load_rewards(weights: Mapping[str, float]) -> list[tuple[str, Reward, float]]:
+def load_rewards(
+    weights: Mapping[str, float], more: Mapping[str, Reward] | None = None
+) -> list[tuple[str, Reward, float]]:
     """(name, function, weight) for each entry, e.g. of {"accuracy": 1.0, "my_package.rewards:brevity": 0.1}.
+
+    Args:
+        more: rewards by a word that this run has beside those of the package.
 
     Raises:
         MedR1Error: there is no entry, a name is neither known nor an importable "module:function" or
@@ -174,4 +166,5 @@ def load_rewards(weights: Mapping[str, float]) -> list[tuple[str, Reward, float]
     for name, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             raise MedR1Error(f"the weight of reward {name!r} is {weight!r}; give a number")
-    return [(name, find_function(name, _NAMED, "reward"), float(weight)) for name, weight in weights.items()]
+    known = {**_NAMED, **(more or {})}
+    return [(name, find_function(name, known, "reward"), float(weight)) for name, weight in weights.items()]
