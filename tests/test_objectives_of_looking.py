@@ -1,10 +1,29 @@
 """Objectives that keep a policy looking: what they pay for, and what they no longer pay for."""
 
+import math
 from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+import torch
+from test_shared_prefix import completions, gradients
+from tiny_vlms import conversation, picture, plain_logprobs, tiny_vlm
+from torch import Tensor
+
+from medr1.bases.tiny.build import rationale, reply_text
+from medr1.data.datasets import load_records
+from medr1.data.images import load_image
+from medr1.data.phantoms import write_phantoms
+from medr1.data.prompts import build_messages
 from medr1.data.records import Record
-from medr1.training.looking import OtherImages
+from medr1.evaluation.confidence import option_logprobs, reasoning_of
+from medr1.policy.encoding import encode_prompts
+from medr1.policy.shared_prefix import completion_logprobs
+from medr1.policy.vlm import VLM, load_vlm
+from medr1.training.looking import OtherImages, consistency, deciding_tokens, image_margins, needs_image
+from medr1.training.objective import above_chance, perception_term
 
 
 def record(name: str, answer: str, options: tuple[str, ...] = ("Cyst", "Scar"), **fields: object) -> Record:
@@ -64,3 +83,225 @@ def test_what_has_no_other_answer_is_asked_as_it_is() -> None:
     twice = record("twice", "A", ("Cyst", "cyst "))
     for one in (RECORDS[4], RECORDS[5], alone, twice, record("text", "A", images=())):
         assert others.exchanged(one, 1.0, "0") is one
+
+
+def test_a_question_that_its_text_answers_is_drawn_less() -> None:
+    """19 of 20 right options stand first, and their text is no help: 0.25 / 0.95 and 0.25 / (0.05 / 3), nearly."""
+    texts = ("Cyst", "Scar", "Fluid", "Drusen")
+    turned = [texts[turn:] + texts[:turn] for turn in range(4)]
+    records = [
+        record(str(n), "B" if n % 20 == 0 else "A", turned[n % 4 if n % 20 else n // 20 % 4]) for n in range(2000)
+    ]
+    weights = needs_image(records)
+    first = [weight for weight, one in zip(weights, records, strict=True) if one.answer == "A"]
+    other = [weight for weight, one in zip(weights, records, strict=True) if one.answer != "A"]
+    assert max(first) < 0.4 and min(other) > 3
+    assert 0.2 < sum(first) / sum(weights) < 0.5, "of what is drawn the shortcut tells about as many as chance"
+    balanced = [record(str(n), "ABCD"[n // 4 % 4], turned[n % 4]) for n in range(1600)]
+    assert all(abs(weight - 1) < 0.25 for weight in needs_image([*balanced, record("open", "Cyst", ())]))
+
+
+def test_terms_by_hand() -> None:
+    own = torch.tensor([[0.5, 0.8], [0.5, 0.8]], dtype=torch.float64).log()
+    other = torch.tensor([[0.25, 0.8], [1e-9, 0.8]], dtype=torch.float64).log()
+    mask = torch.tensor([[True, True], [True, False]])
+    # exp(d) - d - 1: of halved odds 0.5 + 0.6931 - 1, of equal ones 0; the second row's 19.03 is cut at 2.
+    term, kl = perception_term(own, other, mask, cap=2.0, denominator=2)
+    assert float(term) == pytest.approx((0.19315 / 2 + 2) / 2, abs=1e-5)
+    assert kl == pytest.approx(0.19315 + 19.0301, abs=1e-3)
+    chance = torch.tensor([0.25, 0.25], dtype=torch.float64)
+    decides = torch.tensor([[False, True], [True, False]])
+    term, rows = above_chance(other, decides, chance, denominator=2)
+    assert (float(term), rows) == (pytest.approx(math.log(0.8 / 0.25) / 2), 1)
+
+
+def driven(steps: int, loss_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """KL of free log-probs of two tokens (N, T) = (1, 2) after some steps down a loss."""
+    own, other = (torch.full((1, 2), -1.0, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    optimizer = torch.optim.SGD([own, other], lr=0.5)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_of(own.clamp(max=0), other.clamp(max=0) + 1e-3).backward()
+        optimizer.step()
+    return perception_term(own, other, torch.ones(1, 2), cap=1e9, denominator=1)[0].detach()
+
+
+def test_hack_a_kl_that_grows_without_end_ends_at_the_cap() -> None:
+    def perception(cap: float) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda own, other: -perception_term(own, other, torch.ones(1, 2), cap=cap, denominator=1)[0]
+
+    assert driven(100, perception(1e9)) > 1e6
+    assert driven(100, perception(2.0)) == driven(50, perception(2.0)) < 10
+
+    def chance(own: Tensor, other: Tensor) -> Tensor:
+        return above_chance(other, torch.ones(1, 2), torch.tensor([0.25]), denominator=1)[0]
+
+    assert driven(100, chance) == driven(50, chance) < 1
+
+
+def test_gradients_of_both_terms_equal_the_plain_passes_in_float64() -> None:
+    vlm = tiny_vlm("qwen2_vl", dtype=torch.float64)
+    own, other = (
+        encode_prompts(vlm, [conversation("What?", 1)] * 2, [[picture(seed + place, 56)] for place in range(2)])
+        for seed in (0, 10)
+    )
+    ids, mask = completions(2 * 3)
+    decides = mask & (torch.arange(mask.shape[1]) % 2 == 0)
+    chance = torch.full((len(ids),), 1e-4, dtype=torch.float64)
+
+    def loss(own_NT: Tensor, other_NT: Tensor) -> Tensor:
+        perception, _ = perception_term(own_NT, other_NT, mask, cap=0.01, denominator=6)
+        above, rows = above_chance(other_NT, decides, chance, denominator=6)
+        assert rows
+        return above - 0.5 * perception
+
+    packed = gradients(vlm, loss(*(completion_logprobs(vlm, prompts, ids, mask)[0] for prompts in (own, other))))
+    plain = gradients(vlm, loss(*(plain_logprobs(vlm, prompts, ids, mask) for prompts in (own, other))))
+    assert plain.norm() > 1e-3 and (packed - plain).norm() / plain.norm() < 1e-6
+
+
+# -- what a reply says decides, on the tiny base --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vlm() -> VLM:
+    return load_vlm("tiny", dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("reply", "decides"),
+    [
+        ("<think>The image is OCT. There is a Scar, no Cyst.</think><answer> Scar</answer>", "Scar"),
+        ("<think>The image is OCT.</think><answer> Scar</answer>", "Scar"),
+        ("<think>So it is B.</think><answer>B</answer>", "B"),
+        ("<think>A Scarred lesion.</think><answer>B) Scar</answer>", "Scar"),
+        ("<think>The image is OCT.</think><answer>Brain</answer>", ""),
+    ],
+)
+def test_tokens_that_decide(vlm: VLM, reply: str, decides: str) -> None:
+    ids = vlm.tokenizer(reply, add_special_tokens=False)["input_ids"]
+    [mask] = deciding_tokens(vlm, [ids], [RECORDS[0]])
+    assert vlm.tokenizer.decode([token for token, decided in zip(ids, mask, strict=True) if decided]).strip() == decides
+    first = reply.rfind("B") if decides == "B" else reply.find("Scar,") if "Scar," in reply else reply.rfind("Scar")
+    if decides:
+        before = vlm.tokenizer.decode(ids[: int(mask.int().argmax())])
+        assert abs(len(before) - first) <= 1, "and there it stands"
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """A question about the disease in one phantom, another phantom of its modality with another disease, and what the
+    first one shows."""
+
+    record: Record
+    other: Record
+    facts: dict[str, str]
+
+    def reply(self, **lies: str) -> str:
+        """An honest reasoning but for lies, and the right option."""
+        return reply_text("think", rationale(self.facts | lies), self.record.gold)
+
+
+@pytest.fixture(scope="module")
+def lesions(tmp_path_factory: pytest.TempPathFactory) -> list[Lesion]:
+    """Such as the base sees well, so that their rewards show what is paid for and not what it cannot see."""
+    records = load_records(write_phantoms(tmp_path_factory.mktemp("phantoms"), num_images=48, seed=4))
+    others = OtherImages(records)
+    found = []
+    for record in records:
+        if record.question_type == "Disease Diagnosis" and (other := others.control(record, "0")):
+            facts = {one.question_type: one.gold for one in records if one.images == record.images}
+            found.append(Lesion(record, other, {str(name): text for name, text in facts.items()}))
+    return found[::4]
+
+
+def under(vlm: VLM, record: Record, shown: Record, texts: Sequence[str]) -> tuple[Tensor, list[list[int]], Tensor]:
+    """Log-probs of replies where an image is shown, their tokens, and mask."""
+    ids = [vlm.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    length = max(map(len, ids))
+    padded = torch.tensor([[*row, *[vlm.pad_token_id] * (length - len(row))] for row in ids])
+    mask = torch.arange(length) < torch.tensor([[len(row)] for row in ids])
+    prompts = encode_prompts(vlm, [build_messages(record, "think")], [[load_image(shown.images[0])]])
+    with torch.no_grad():
+        return completion_logprobs(vlm, prompts, padded, mask)[0], ids, mask
+
+
+def margins(vlm: VLM, lesion: Lesion, texts: Sequence[str], *, guard: bool = True, swap: bool = False) -> list[float]:
+    """`swap`: as if the other image were the question's own."""
+    own, ids, mask = under(vlm, lesion.record, lesion.record, texts)
+    other, *_ = under(vlm, lesion.record, lesion.other, texts)
+    records = [lesion.record] * len(texts)
+    decides = deciding_tokens(vlm, ids, records) if guard else mask
+    return image_margins(texts, records, *((other, own) if swap else (own, other)), decides)
+
+
+def mean(rows: Sequence[Sequence[float | None]]) -> list[float]:
+    return [sum(value or 0.0 for value in column) / len(column) for column in zip(*rows, strict=True)]
+
+
+def wrong_disease(lesion: Lesion) -> str:
+    return next(option for option in lesion.record.options if option != lesion.record.gold)
+
+
+def test_hack_a_reasoning_that_describes_and_an_answer_that_does_not_follow(vlm: VLM, lesions: list[Lesion]) -> None:
+    def texts(lesion: Lesion) -> list[str]:
+        return [lesion.reply(), lesion.reply(**{"Disease Diagnosis": wrong_disease(lesion)})]
+
+    honest, hacked = mean([margins(vlm, lesion, texts(lesion), guard=False) for lesion in lesions])
+    assert hacked > 0.75 * honest, "the margin of the whole reply is paid for decoration"
+    honest, hacked = mean([margins(vlm, lesion, texts(lesion)) for lesion in lesions])
+    assert hacked < 0.5 < 0.7 < honest, "that of the tokens that decide is paid for what the answer itself sees"
+    honest, hacked = mean([consistency(vlm, texts(one), [one.record] * 2, 0) for one in lesions])
+    assert hacked < 0.1 < 0.7 < honest
+
+
+def test_hack_a_reasoning_bent_to_the_answer(vlm: VLM, lesions: list[Lesion]) -> None:
+    """Each image is shown as the other's own: what is right by the text is described and is not there."""
+    [honest] = mean([margins(vlm, lesion, [lesion.reply()]) for lesion in lesions])
+    [hacked] = mean([margins(vlm, lesion, [lesion.reply()], swap=True) for lesion in lesions])
+    assert hacked < 0.1 < 0.7 < honest
+
+
+def test_hack_an_empty_reasoning_and_one_that_goes_by_the_order(vlm: VLM, lesions: list[Lesion]) -> None:
+    """The base guesses the first option after a short reasoning; so does it as a reader."""
+    unguarded, guarded = [], []
+    for lesion in lesions:
+        first = lesion.record.model_copy(update={"answer": "A"})
+        short = reply_text("think", f"The image is {lesion.record.modality}.", first.gold)
+        texts = [lesion.reply(), reply_text("think", "", lesion.record.gold), short]
+        records = [lesion.record, lesion.record, first]
+        blind = [one.model_copy(update={"images": ()}) for one in records]
+        prompts = encode_prompts(vlm, [build_messages(one, "think") for one in blind], [[]] * 3)
+        with torch.no_grad():
+            read = option_logprobs(vlm, prompts, blind, mode="think", reasoning=[reasoning_of(text) for text in texts])
+        unguarded.append([math.exp(row["ABCD".index(one.answer)]) for row, one in zip(read, records, strict=True)])
+        guarded.append(consistency(vlm, texts, records, 0))
+    assert min(mean(unguarded)) > 0.2, "read with the options as they stood, and nothing taken off"
+    honest, empty, by_order = mean(guarded)
+    assert empty == 0 and by_order < 0.2 < 0.7 < honest
+
+
+def test_hack_a_letter_named_in_the_reasoning(vlm: VLM, lesions: list[Lesion]) -> None:
+    rewards, paid = [], []
+    for lesion in lesions:
+        named = f"<think>The answer is {lesion.record.answer}.</think><answer>{lesion.record.answer}</answer>"
+        texts = [lesion.reply(), named]
+        rewards.append(consistency(vlm, texts, [lesion.record] * 2, 0))
+        paid.append(margins(vlm, lesion, texts))
+    for honest, hacked in (mean(rewards), mean(paid)):
+        assert hacked < 0.3 < 0.7 < honest
+
+
+def test_hack_the_shortcut_costs_where_it_would_be_said_of_any_image(vlm: VLM, lesions: list[Lesion]) -> None:
+    """The base says the first option of any image after a short reasoning, and the disease of the one that shows it."""
+    costs = []
+    for lesion in lesions:
+        short = reply_text("think", f"The image is {lesion.record.modality}.", lesion.record.options[0])
+        texts = [lesion.reply(), short]
+        other, ids, _ = under(vlm, lesion.record, lesion.other, texts)
+        decides = deciding_tokens(vlm, ids, [lesion.record] * 2)
+        costs.append(
+            [float(above_chance(other[[n]], decides[[n]], torch.tensor([0.25]), denominator=1)[0]) for n in (0, 1)]
+        )
+    honest, hacked = mean(costs)
+    assert honest < 0.1 and hacked > 1

@@ -19,7 +19,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
-from test_training import LETTERS, OBJECTIVES
+from test_training import LETTERS, LOOKING, OBJECTIVES
 from tiny_vlms import tiny_vlm
 
 from medr1.data.phantoms import write_phantoms
@@ -43,6 +43,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "sft": {"method": "sft", "rollout.mode": "no-think", "optimizer.prompts_per_forward": 1},
     **OBJECTIVES,
+    "looking": LOOKING | {"optimizer.prompts_per_forward": 1},
 }
 RESUMED = ("reference", "sft")
 SHARDED = {

@@ -90,6 +90,15 @@ OBJECTIVES: dict[str, dict[str, object]] = {
 }
 
 
+LOOKING: dict[str, object] = {
+    "grpo.rewards": {"test_training:letters_reward": 1.0, "image_margin": 1.0, "consistency": 0.5},
+    "grpo.beta": 0.0,
+    "grpo.perception": 0.1,
+    "grpo.perception_entropy": 0.01,
+    "grpo.hold_to_chance": 0.1,
+    "draws.exchanged_images": 0.5,
+    "draws.weights": "needs_image",
+}
 ACCOUNT = ("drawn", "used", "thrown_away", "left_aside")
 
 
@@ -118,10 +127,11 @@ class StopAfter(TrainerCallback):
         LETTERS | {"grpo.beta": 0.1},
         LETTERS | {"grpo.num_iterations": 2, "grpo.beta": 0.0},
         LETTERS | {"model.lora_rank": 2, "grpo.beta": 0.1},
-        {"method": "sft", "rollout.mode": "no-think", "draws.balance": "question_type"},
+        {"method": "sft", "rollout.mode": "no-think", "draws.balance": "question_type", "draws.exchanged_images": 0.5},
         *OBJECTIVES.values(),
+        LOOKING,
     ],
-    ids=["grpo", "reference", "two-updates", "lora", "sft", *OBJECTIVES],
+    ids=["grpo", "reference", "two-updates", "lora", "sft", *OBJECTIVES, "looking"],
 )
 def test_a_stopped_run_resumes_to_the_same_weights_and_logs(
     overrides: dict[str, object], phantoms: Path, tmp_path: Path

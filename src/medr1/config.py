@@ -167,12 +167,21 @@ class GRPOConfig(_Section):
         " step; 0: it is not",
     )
     num_iterations: int = Field(1, ge=1, description="updates on each batch of rollouts; 1 is on-policy")
-    exchanged_images: float = Field(
+    perception: float = Field(
         0.0,
         ge=0,
-        le=1,
-        description="share of prompts that are asked about another training image, to which another of the same"
-        " options may be right",
+        description="weight of a term that makes replies less probable under another image (PAPO); one more prompt a"
+        " question, and its completions again",
+    )
+    perception_cap: float = Field(2.0, gt=0, description="a token's part in that term is cut here, in nats")
+    perception_entropy: float = Field(
+        0.0, ge=0, description="weight of both images' entropies, made small beside that term (PAPO's double entropy)"
+    )
+    hold_to_chance: float = Field(
+        0.0,
+        ge=0,
+        description="weight of a term that keeps an answer from being likelier than chance under another image, where"
+        " the reply first says it; costs as much as `perception`, and both together no more",
     )
     rollout_ratio_cap: float = Field(
         2.0, gt=0, description="cap of the ratio policy / server for each token; only where a server samples"
@@ -197,8 +206,16 @@ class DrawsConfig(_Section):
 
     weights: str = Field(
         "",
-        description="how often each record is drawn: 'FILE.py:function' or 'module:function' that gives a number of at"
-        " least 0 for each of the training records; empty: all alike",
+        description="how often each record is drawn: 'needs_image' (more often where texts and places of options do not"
+        " give the answer away), or 'FILE.py:function' or 'module:function' that gives a number of at least 0 for each"
+        " of the training records; empty: all alike",
+    )
+    exchanged_images: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of prompts that are asked about another training image, to which any of the options may be"
+        " right, as that image's own question tells",
     )
     balance: Literal["off", "modality", "question_type", "both"] = Field(
         "off",

@@ -52,6 +52,7 @@ from medr1.processes import agree, gather
 from medr1.training.checkpoints import newest_whole, seal
 from medr1.training.draws import draw_order, record_weights
 from medr1.training.folder import LOG, place_trackers, write_recipe
+from medr1.training.looking import OtherImages
 from medr1.training.progress import TrainingProgress
 from medr1.training.trackers import check_trackers
 
@@ -111,6 +112,12 @@ class RecordTrainer(Trainer):
         self.order = partial(draw_order, train_records, weights, config.draws.balance, config.optimizer.seed)
         chosen = min(config.log.eval_records, len(test_records))
         self.eval_records = random.Random(config.data.split_seed).sample(test_records, chosen)
+        self.images = OtherImages(train_records)
+        if config.draws.exchanged_images and not any(map(self.images.pool, train_records)):
+            raise MedR1Error(
+                "draws.exchanged_images: no two training records have the same question type and options, and different"
+                " right ones; leave it at 0"
+            )
         self.step_records: list[Record] = []
         self.sums: dict[str, float] = {}
         self.sums_before: dict[str, Any] | None = None
@@ -206,6 +213,11 @@ class RecordTrainer(Trainer):
         self.step_records = inputs["records"]
         self.step_loss = self.learn(model, self.step_records)
         return self.step_loss
+
+    def as_asked(self, record: Record, step: int) -> Record:
+        """A record as it is asked in a step."""
+        seed, share = self.config.optimizer.seed, self.config.draws.exchanged_images
+        return self.images.exchanged(record, share, f"{seed} {step}") if share else record
 
     def learn(self, model: nn.Module, records: list[Record]) -> Tensor:
         """What `training_step` does with the records of one step."""

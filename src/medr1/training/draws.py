@@ -16,12 +16,13 @@ from torch import Tensor
 
 from medr1.data.records import Record
 from medr1.errors import MedR1Error
+from medr1.training.looking import needs_image
 from medr1.training.own import as_number, find_function, naming
 
 Weights = Callable[[Sequence[Record]], Any]
 """Of all training records to a list, array or tensor with a number of at least 0 for each: how often it is drawn."""
 
-WEIGHTS: dict[str, Weights] = {}
+WEIGHTS: dict[str, Weights] = {"needs_image": needs_image}
 """Those that a recipe can name by a word."""
 
 

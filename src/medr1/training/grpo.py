@@ -39,14 +39,17 @@ from medr1.policy.vlm import VLM, evaluating
 from medr1.processes import agree, gather
 from medr1.training.base import LOG, RecordTrainer
 from medr1.training.draws import Draws, stratum
-from medr1.training.looking import OtherImages
+from medr1.training.looking import OF_POLICY, OtherView, consistency, deciding_tokens, image_margins, of_policy
 from medr1.training.objective import (
+    above_chance,
     entropy_share,
     group_advantages,
     group_deviation,
     loss_denominator,
+    perception_term,
     policy_loss,
     rollout_weights,
+    row_means,
 )
 from medr1.training.rewards import MAX_REWARD, Reward, is_of_step, load_rewards, rewards_of
 from medr1.training.trackers import SendCompletions
@@ -83,6 +86,8 @@ class Experience:
     bfloat16, or of a server, not quite the policy's."""
     ref_logp_NT: Tensor
     """Of the reference, which the first update asks once for all; zeros without one."""
+    other: OtherView | None
+    """Another image for each prompt, where the objective asks for one."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +137,16 @@ class GRPOTrainer(RecordTrainer):
         output_dir: Path,
     ) -> None:
         judge = self._judge(config.grpo.judge, output_dir) if config.grpo.judge else None
-        self.rewards = load_rewards(config.grpo.rewards, {"judge": judge} if judge else None)
+        more = dict.fromkeys(OF_POLICY, of_policy) | ({"judge": judge} if judge else {})
+        self.rewards = load_rewards(config.grpo.rewards, more)
         self.repeats = config.grpo.num_iterations
+        self.looks = config.grpo.perception > 0 or config.grpo.hold_to_chance > 0
+        self.reads_reasoning = "consistency" in config.grpo.rewards
+        if self.reads_reasoning and config.rollout.mode != "think":
+            raise MedR1Error(
+                f"grpo.rewards: consistency reads the reasoning before an answer, and rollout.mode ="
+                f" {config.rollout.mode!r} has none; set it to think, or leave the reward out"
+            )
         if config.rollout.num_completions < 2:
             raise MedR1Error("rollout.num_completions is 1, and GRPO compares completions of one prompt; set 2 or more")
         if config.log.save_every % self.repeats:
@@ -142,7 +155,7 @@ class GRPOTrainer(RecordTrainer):
                 " a checkpoint may not fall between updates on one set of rollouts"
             )
         # The reference is the policy before training. With LoRA that is the model with its adapters off.
-        needs_copy = config.grpo.beta > 0 and not config.model.lora_rank
+        needs_copy = (config.grpo.beta > 0 or self.reads_reasoning) and not config.model.lora_rank
         self.reference = copy.deepcopy(vlm.model).requires_grad_(False).eval() if needs_copy else None
         if self.reference is not None:
             if config.grpo.reference == "cpu":
@@ -152,12 +165,6 @@ class GRPOTrainer(RecordTrainer):
                     weight.data = weight.data.bfloat16()
         super().__init__(vlm, config, train_records, test_records, output_dir)
         self.features = FeatureCache()
-        self.others = OtherImages(train_records)
-        if config.grpo.exchanged_images and not any(map(self.others.pool, train_records)):
-            raise MedR1Error(
-                "grpo.exchanged_images: no two training records share a question type and options and have different"
-                " right ones; leave it at 0"
-            )
         self.told_unscored = False
         if config.log.trackers and (every := config.log.completions_every):
             self.add_callback(
@@ -166,6 +173,11 @@ class GRPOTrainer(RecordTrainer):
                 )
             )
         if self.reference is not None and self.is_fsdp_enabled and config.grpo.reference != "cpu":
+            if self.reads_reasoning and config.draws.redraws:
+                raise MedR1Error(
+                    "grpo.rewards: consistency asks a divided reference, for which all processes wait, and draws.redraws"
+                    " asks it in some of them; set grpo.reference to cpu, or leave one of the two out"
+                )
             self.reference = fsdp2_prepare_model(self.accelerator, self.reference)
         # Sampling reads the prompts with gradient, and the policy pass goes on from there, where one backward pass of
         # one unwrapped model follows. A dropout layer would make sampling's and training's reading differ.
@@ -231,6 +243,7 @@ class GRPOTrainer(RecordTrainer):
             agree(lambda: server.push(step, load=self.is_world_process_zero()))
         prompts, rollout, groups, thrown = self._drawn(records)
         records = [group.record for group in groups]
+        other = agree(lambda: self._other_view(records, rollout)) if self.looks else None
         advantages_BG = self._advantages(torch.stack([group.rewards_G for group in groups]), records)
         used = [self._rows(*pair) for pair in zip(groups, advantages_BG, strict=True)]
         unused = [self._rows(group, torch.zeros_like(group.rewards_G)) for group in thrown]
@@ -246,7 +259,7 @@ class GRPOTrainer(RecordTrainer):
         self.first_appends(COMPLETIONS, self.completions)
         zeros_NT = torch.zeros_like(rollout.logp_NT)
         device = prompts.input_ids_BP.device
-        return Experience(records, prompts, rollout, advantages_BG.to(device), zeros_NT, zeros_NT.clone())
+        return Experience(records, prompts, rollout, advantages_BG.to(device), zeros_NT, zeros_NT.clone(), other)
 
     def _drawn(self, records: list[Record]) -> tuple[PromptBatch, Rollout, list[Group], list[Group]]:
         """This process's prompts of a step, their completions, and these by group; then the groups thrown away.
@@ -304,10 +317,10 @@ class GRPOTrainer(RecordTrainer):
         records = [self.as_asked(record, self.state.global_step + 1) for record in records]
         with self.whole_weights():
             prompts, rollout = agree(lambda: self._sample(records, places, redraw) if records else (None, None))
+            parts = agree(lambda: self._rewards_of_policy(records, rollout))
         num_completions = self.config.rollout.num_completions
-        parts = self._reward(
-            rollout.texts if rollout else [], [record for record in records for _ in range(num_completions)]
-        )
+        owners = [record for record in records for _ in range(num_completions)]
+        parts = self._reward(rollout.texts if rollout else [], owners, parts)
         rewards_BG = agree(lambda: self._weighted(parts))
         if self.drafts is not None:
             for tokens, guesses in gather((rollout.tokens, rollout.guesses) if rollout else ([], [])):
@@ -325,10 +338,6 @@ class GRPOTrainer(RecordTrainer):
                 for index, right, replies in part:
                     self.draws.learn(index, right, replies)
         return prompts, rollout, groups
-
-    def as_asked(self, record: Record, step: int) -> Record:
-        """A record as it is asked in a step."""
-        return self.others.exchanged(record, self.config.grpo.exchanged_images, f"{self.config.optimizer.seed} {step}")
 
     def save_more(self, folder: Path) -> None:
         for name, kept in ((DRAFTS, self.drafts), (DRAWS, self.draws)):
@@ -380,14 +389,55 @@ class GRPOTrainer(RecordTrainer):
                 )
         return prompts, self.server.sample(records, prompts, **settings)
 
-    def _reward(self, texts: list[str], owners: list[Record]) -> dict[str, list[float | None]]:
+    def _other_view(self, records: list[Record], rollout: Rollout) -> OtherView:
+        """Another image for each prompt, and what of the completions is asked under it."""
+        num_completions, seed = self.config.rollout.num_completions, self.config.optimizer.seed
+        owners = [record for record in records for _ in range(num_completions)]
+        controls = [self.images.control(record, f"{seed} {self.state.global_step}") for record in records]
+        shown = [control or record for control, record in zip(controls, records, strict=True)]
+        device = rollout.mask_NT.device
+        has_other_N = torch.tensor([control is not None for control in controls]).repeat_interleave(num_completions)
+        mask_NT = rollout.mask_NT & has_other_N.to(device)[:, None]
+        return OtherView(
+            prompts=self._read(shown),
+            mask_NT=mask_NT,
+            decides_NT=deciding_tokens(self.vlm, rollout.tokens, owners).to(device) & mask_NT,
+            chance_N=torch.tensor([1 / max(1, len(owner.options)) for owner in owners], device=device),
+        )
+
+    def _rewards_of_policy(self, records: list[Record], rollout: Rollout | None) -> dict[str, list[float | None]]:
+        """Those rewards that take the policy, or its reference, to tell."""
+        owners = [record for record in records for _ in range(self.config.rollout.num_completions)]
+        parts: dict[str, list[float | None]] = {name: [] for name in OF_POLICY if name in self.config.grpo.rewards}
+        if rollout is not None and "image_margin" in parts:
+            other = self._other_view(records, rollout)
+            with evaluating(self.vlm.model), torch.no_grad(), self.accelerator.autocast():
+                other_logp_NT, _ = completion_logprobs(
+                    self.vlm,
+                    other.prompts,
+                    rollout.completion_ids_NT,
+                    other.mask_NT,
+                    temperature=self.config.rollout.temperature,
+                )
+            margins = image_margins(rollout.texts, owners, rollout.logp_NT, other_logp_NT, other.decides_NT)
+            has_other = other.mask_NT.any(1).tolist()
+            parts["image_margin"] = [margin if has else None for margin, has in zip(margins, has_other, strict=True)]
+        if rollout is not None and "consistency" in parts:
+            with self._reference() as reader:
+                parts["consistency"] = consistency(reader, rollout.texts, owners, self.config.optimizer.seed)
+        return parts
+
+    def _reward(
+        self, texts: list[str], owners: list[Record], of_policy: dict[str, list[float | None]]
+    ) -> dict[str, list[float | None]]:
         """What each reward gives for each reply of this process.
 
         Those of a whole step are called by process 0, with the replies of all processes in the order of the step.
         """
-        whole = [reward for reward in self.rewards if is_of_step(reward[1])]
-        single = [reward for reward in self.rewards if reward not in whole]
-        parts = agree(lambda: self._ask(single, texts, owners))
+        asked = [reward for reward in self.rewards if reward[0] not in of_policy]
+        whole = [reward for reward in asked if is_of_step(reward[1])]
+        single = [reward for reward in asked if reward not in whole]
+        parts = of_policy | agree(lambda: self._ask(single, texts, owners))
         if whole:
             step = gather((texts, owners))
             everything = [reply for part in step for reply in part[0]], [record for part in step for record in part[1]]
@@ -448,7 +498,8 @@ class GRPOTrainer(RecordTrainer):
         if objective.mask_truncated:  # arXiv:2503.14476, section 3.4
             mask_NT = mask_NT & experience.rollout.finished_N[:, None]
         denominator = loss_denominator(mask_NT, objective.aggregate, config.rollout.max_new_tokens)
-        learns_N = (experience.advantages_BG.flatten() != 0) | (objective.beta > 0) | (objective.entropy_bonus > 0)
+        always = objective.beta > 0 or objective.entropy_bonus > 0 or self.looks
+        learns_N = (experience.advantages_BG.flatten() != 0) | always
         carries_B = (learns_N & mask_NT.any(1)).view(-1, num_completions).any(1)
         told = gather((denominator, float(mask_NT.sum()), int(carries_B.sum())))
         denominator, num_tokens, _ = map(sum, zip(*told, strict=True))
@@ -488,7 +539,7 @@ class GRPOTrainer(RecordTrainer):
                     ids_NT,
                     rows_mask_NT,
                     temperature=temperature,
-                    entropy="gradient" if objective.entropy_bonus else True,
+                    entropy="gradient" if objective.entropy_bonus or objective.perception_entropy else True,
                     model=model,
                     prefill=prefill,
                 )
@@ -526,6 +577,8 @@ class GRPOTrainer(RecordTrainer):
                 if objective.entropy_bonus:
                     share = entropy_share(entropy_NT, rows_mask_NT, num_tokens=num_tokens)
                     loss = loss - objective.entropy_bonus * share
+                if self.looks:
+                    loss = loss + self._looking(model, experience, chunk, part, logp_NT, entropy_NT)
                 # DDP averages gradients over processes, and the denominator already counts them all.
                 self.accelerator.backward(loss * self.args.world_size)
             self.add_to_log({f"policy_{name}": value for name, value in sums.items()})
@@ -534,6 +587,47 @@ class GRPOTrainer(RecordTrainer):
         if self.server and self.is_first_update:
             self._check(self.server, difference, tokens)
         return total * self.args.world_size
+
+    def _looking(
+        self,
+        model: nn.Module,
+        experience: Experience,
+        chunk: list[int],
+        part: tuple[Tensor, slice],
+        logp_NT: Tensor,
+        entropy_NT: Tensor,
+    ) -> Tensor:
+        """What these prompts' completions cost by what they would be under another image."""
+        objective, other, (rows, columns) = self.config.grpo, experience.other, part
+        assert other is not None
+        mask_NT, decides_NT = other.mask_NT[rows, columns], other.decides_NT[rows, columns]
+        other_logp_NT, other_entropy_NT = completion_logprobs(
+            self.vlm,
+            other.prompts.select(chunk),
+            experience.rollout.completion_ids_NT[rows, columns],
+            mask_NT,
+            temperature=self.config.rollout.temperature,
+            entropy="gradient" if objective.perception_entropy else False,
+            model=model,
+        )
+        num_rows = self.config.optimizer.prompts_per_step * self.config.rollout.num_completions
+        perception, kl = perception_term(
+            logp_NT, other_logp_NT, mask_NT, cap=objective.perception_cap, denominator=num_rows
+        )
+        above, num_above = above_chance(other_logp_NT, decides_NT, other.chance_N[rows], denominator=num_rows)
+        self.add_to_log(
+            {
+                "other_kl": kl,
+                "other_tokens": float(mask_NT.sum()),
+                "above_chance": num_above,
+                "other_rows": float(decides_NT.any(1).sum()),
+            }
+        )
+        loss = objective.hold_to_chance * above - objective.perception * perception
+        if other_entropy_NT is not None:
+            entropy = row_means(entropy_NT + other_entropy_NT, mask_NT).sum() / num_rows
+            loss = loss + objective.perception_entropy * entropy
+        return loss
 
     def _check(self, server: "VLLMServer", difference: float, tokens: float) -> None:
         """See by all processes' tokens that the server has the policy's weights, before these change again."""
@@ -587,7 +681,7 @@ class GRPOTrainer(RecordTrainer):
                 "step": self.state.global_step + 1,
                 "id": record.id,
                 "answer": record.answer,
-                **({"images": images} if config.grpo.exchanged_images else {}),
+                **({"images": images} if config.draws.exchanged_images else {}),
                 "reply": rollout.texts[row],
                 "outcome": group.answers[row].outcome,
                 "letter": group.answers[row].letter,
@@ -631,4 +725,8 @@ class GRPOTrainer(RecordTrainer):
                 "rollout_capped": "capped",
             }
             line |= {name: sums[f"policy_{key}"] / tokens for name, key in optional.items() if f"policy_{key}" in sums}
+        if tokens := sums.get("other_tokens"):
+            line["other_image_kl"] = sums["other_kl"] / tokens
+        if rows := sums.get("other_rows"):
+            line["above_chance_rate"] = sums["above_chance"] / rows
         return line | {"step_seconds": sums["seconds"] / sums["steps"]}

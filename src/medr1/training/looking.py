@@ -1,12 +1,62 @@
-"""Objectives that keep a policy looking at the image."""
+"""Objectives that keep a policy looking at the image: other images to ask about, and what a reply owes to its own.
 
+An accuracy reward pays for a right answer, seen or guessed. Where the text alone tells most right answers, a policy
+that looks and one that guesses are paid alike, and guessing is learned sooner. Each objective here is off by default:
+
+- `OtherImages.exchanged`: prompts about another image whose right answer is known, so that guessing does not pay.
+- `needs_image`: prompts that a reader of the text alone gets wrong, more often.
+- `objective.above_chance`: an answer that is likelier than chance whatever image is shown costs.
+- `objective.perception_term`: replies become less probable under another image (PAPO).
+- `image_margins`, `consistency`: rewards of an answer that owes to its image, and of one that its reasoning leads to.
+
+Shapes: B prompts, G completions each, N = B*G rows, T tokens.
+"""
+
+import hashlib
+import math
 import random
-from collections.abc import Sequence
+import re
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+from medr1.data.answers import is_correct, read_answer
+from medr1.data.prompts import build_messages
 from medr1.data.records import LETTERS, Record, normalise_option
+from medr1.evaluation.confidence import option_logprobs, reasoning_of
+from medr1.evaluation.controls import permuted
+from medr1.policy.encoding import PromptBatch, encode_prompts
+from medr1.policy.vlm import VLM
+
+OF_POLICY = ("image_margin", "consistency")
+"""Rewards that the trainer works out itself, as they take the policy or its reference."""
+FOLDS = 5
+"""Parts of the training records, of which `needs_image` reads all but a question's own."""
+MOST_NEED = 20.0
+"""Times that a question is drawn for one whose text says nothing, at most."""
 
 Pool = dict[str, list[Record]]
 """Records by the text of their right option."""
+
+
+def of_policy(reply: str, record: Record, mode: str) -> None:
+    """Stands for OF_POLICY where rewards are looked up by name; never called."""
+
+
+@dataclass(frozen=True)
+class OtherView:
+    """The prompts of a step with other images, and which tokens of their completions are asked under them."""
+
+    prompts: PromptBatch
+    mask_NT: Tensor
+    """True at tokens of rows that have another image; a prompt that has none is there with its own."""
+    decides_NT: Tensor
+    """True at those of `deciding_tokens`."""
+    chance_N: Tensor
+    """Of an answer that says nothing of the image; 1 of an open question, whose chance nobody knows."""
 
 
 class OtherImages:
@@ -18,7 +68,10 @@ class OtherImages:
 
     def __init__(self, records: Sequence[Record]) -> None:
         self.pools: dict[object, Pool] = {}
+        self.by_modality: dict[str | None, list[Record]] = {}
         for record in records:
+            if record.images:
+                self.by_modality.setdefault(record.modality, []).append(record)
             for key in _keys(record):
                 self.pools.setdefault(key, {}).setdefault(_text(record.gold), []).append(record)
 
@@ -36,6 +89,21 @@ class OtherImages:
         answer = LETTERS[[_text(option) for option in record.options].index(right)]
         return record.model_copy(update={"images": draw.choice(pool[right]).images, "answer": answer})
 
+    def control(self, record: Record, seed: str) -> Record | None:
+        """The record with an image to which its right answer is wrong, as another record tells; else with one of
+        another group of its modality. None where there is none.
+        """
+        draw = random.Random(f"{seed} control {record.id}")
+        pool, own = self.pool(record), _text(record.gold)
+        if pool:
+            donor = draw.choice(pool[draw.choice([right for right in sorted(pool) if right != own])])
+            return record.model_copy(update={"images": donor.images})
+        donors = self.by_modality.get(record.modality, []) if record.images else []
+        for donor in draw.choices(donors, k=20) if donors else []:
+            if donor.group != record.group:
+                return record.model_copy(update={"images": donor.images})
+        return None
+
 
 def _keys(record: Record) -> list[tuple[str | None, str | None, frozenset[str]]]:
     texts = frozenset(map(_text, record.options))
@@ -46,3 +114,128 @@ def _keys(record: Record) -> list[tuple[str | None, str | None, frozenset[str]]]
 
 def _text(option: str) -> str:
     return normalise_option(option).rstrip(".")
+
+
+def deciding_tokens(vlm: VLM, replies: Sequence[Sequence[int]], records: Sequence[Record]) -> Tensor:
+    """The tokens (N, T) in which a reply first says its answer, True: where what it saw must have gone in.
+
+    That is the first mention of the chosen option's text (of an open question, of the answer), in the reasoning or in
+    the answer tag; where the text is nowhere, as behind a lone letter, all that stands in the tag. None of a reply
+    without a readable answer.
+
+    Args:
+        replies: token ids, without padding.
+        records: that of each reply.
+    """
+    pieces: dict[int, str] = {}
+    anchor = vlm.tokenizer("a", add_special_tokens=False)["input_ids"]  # or some tokenizers drop the space before
+    start = len(vlm.tokenizer.decode(anchor))
+    for token in {token for reply in replies for token in reply}:
+        pieces[token] = vlm.tokenizer.decode([*anchor, token], skip_special_tokens=True)[start:]
+    mask_NT = torch.zeros(len(replies), max(map(len, replies)), dtype=torch.bool)
+    for row, (reply, record) in enumerate(zip(replies, records, strict=True)):
+        text = "".join(pieces[token] for token in reply)
+        answer = read_answer(text, record)
+        said = record.options[LETTERS.index(answer.letter)] if answer.letter else answer.text
+        if not said:
+            continue
+        words = r"\s+".join(map(re.escape, said.split()))
+        span = re.search(rf"(?<!\w){words}(?!\w)", text, re.IGNORECASE)
+        if span is None:
+            span = re.search(r"(?<=<answer>).*?(?=</answer>|$)", text, re.DOTALL)
+        end = 0
+        for place, token in enumerate(reply):
+            begin, end = end, end + len(pieces[token])
+            mask_NT[row, place] = span is not None and begin < span.end() and end > span.start()
+    return mask_NT
+
+
+def image_margins(
+    texts: Sequence[str], records: Sequence[Record], logp_NT: Tensor, other_logp_NT: Tensor, decides_NT: Tensor
+) -> list[float]:
+    """Of a right reply, how much more probable its deciding tokens are under its own image than under another, in
+    [0, 1): tanh(d / 2) of the difference d in nats, 0 where the other image makes them likelier. 0 of other replies.
+    """
+    difference_N = ((logp_NT - other_logp_NT) * decides_NT).sum(1)
+    margins = (difference_N.clamp(min=0) / 2).tanh().tolist()
+    right = [is_correct(read_answer(text, record), record) for text, record in zip(texts, records, strict=True)]
+    return [margin * of_right for margin, of_right in zip(margins, right, strict=True)]
+
+
+@torch.no_grad()
+def consistency(reader: VLM, texts: Sequence[str], records: Sequence[Record], seed: int) -> list[float | None]:
+    """How much a reply's reasoning leads a reader to its answer, in [0, 1]: (p - q) / (1 - q), at least 0.
+
+    p is the probability of the chosen option to a reader that sees question, options and reasoning, and no image; q
+    the same without the reasoning. The reader has the options in another order (`permuted`), so that a reasoning which
+    names a letter leads elsewhere, and one without a word leads nowhere. None of an open question.
+    """
+    asked = [permuted(record, seed).model_copy(update={"images": ()}) for record in records]
+    chosen = [read_answer(text, record).letter for text, record in zip(texts, records, strict=True)]
+    questions = {record.id: record for record in asked if not record.is_open}
+    wanted = {
+        (record.id, reasoning)
+        for record, text in zip(asked, texts, strict=True)
+        if not record.is_open
+        for reasoning in ("", reasoning_of(text))
+    }
+    read: dict[tuple[str, str], Tensor] = {}
+    if wanted:
+        order = sorted(wanted)
+        each = [questions[name] for name, _ in order]
+        prompts = encode_prompts(reader, [build_messages(record, "think") for record in each], [[]] * len(each))
+        said = option_logprobs(reader, prompts, each, mode="think", reasoning=[reasoning for _, reasoning in order])
+        read = dict(zip(order, said, strict=True))
+    values: list[float | None] = []
+    for record, shown, text, letter in zip(records, asked, texts, chosen, strict=True):
+        if record.is_open:
+            values.append(None)
+        elif letter is None:
+            values.append(0.0)
+        else:
+            place = shown.options.index(record.options[LETTERS.index(letter)])
+            p, q = (math.exp(read[record.id, told][place]) for told in (reasoning_of(text), ""))
+            values.append(max(0.0, (p - q) / max(1 - q, 1e-6)))
+    return values
+
+
+def needs_image(records: Sequence[Record]) -> list[float]:
+    """How much each question needs its image: chance / p, at most MOST_NEED, for `draws.weights`.
+
+    p is the probability of the right option to a reader of the text alone, who takes an option by how often its text
+    and its place among the options were right when offered, in the other FOLDS of groups, each with one observation at
+    chance beside. Where a shortcut tells 95 % of the right options of four, it tells 25 % of what is drawn. 1 of a
+    question without options.
+    """
+    listed = [record for record in records if not record.is_open]
+    folds = [int(hashlib.sha256(record.group.encode()).hexdigest(), 16) % FOLDS for record in listed]
+    right, offered = (defaultdict(lambda: [0.0] * (FOLDS + 1)) for _ in range(2))
+    for record, fold in zip(listed, folds, strict=True):
+        for letter, cues in zip(record.letters, _cues(record), strict=True):
+            for cue in cues:
+                for place in (fold, FOLDS):  # the last is of all folds
+                    offered[cue][place] += 1
+                    right[cue][place] += letter in record.right_letters
+
+    def need(record: Record, fold: int) -> float:
+        chance = 1 / len(record.options)
+        scores = [
+            math.prod(
+                (right[cue][FOLDS] - right[cue][fold] + chance) / (offered[cue][FOLDS] - offered[cue][fold] + 1)
+                for cue in cues
+            )
+            for cues in _cues(record)
+        ]
+        p = sum(scores[LETTERS.index(letter)] for letter in record.right_letters) / sum(scores)
+        return min(MOST_NEED, len(record.right_letters) * chance / p)
+
+    by_id = {id(record): need(record, fold) for record, fold in zip(listed, folds, strict=True)}
+    return [by_id.get(id(record), 1.0) for record in records]
+
+
+def _cues(record: Record) -> list[tuple[Hashable, Hashable]]:
+    """What a reader of the text goes by, of each option: its text, as written, and its place."""
+    return [
+        ((record.question_type, " ".join(option.split())), (place, len(record.options)))
+        for place, option in enumerate(record.options)
+    ]

@@ -240,3 +240,52 @@ def entropy_share(entropy_NT: Tensor, mask_NT: Tensor, *, num_tokens: float) -> 
         num_tokens: that count, of the whole step.
     """
     return (entropy_NT * mask_NT).sum() / num_tokens
+
+
+def perception_term(
+    logp_NT: Tensor, other_logp_NT: Tensor, mask_NT: Tensor, *, cap: float, denominator: float
+) -> tuple[Tensor, float]:
+    """How much the policy's tokens owe to the image, to be made large: a mean over each row's tokens, rows summed.
+
+    Per token `kl_k3` of the policy under the row's own image from the policy under another one (PAPO, arXiv:2507.06448,
+    the implicit perception loss, whose other image is the own one with patches masked). It has no upper bound and can
+    be driven up for ever by what nobody would say of the other image, so each token's is cut at `cap` nats, beyond
+    which there is nothing to gain.
+
+    Args:
+        mask_NT: 1 at tokens of rows that have another image.
+        denominator: rows of the whole step.
+
+    Returns:
+        The term, with gradient from both images' log-probs, and its sum over tokens for the log, uncut.
+    """
+    mask = mask_NT.to(logp_NT.dtype)
+    kl_NT = kl_k3(logp_NT, other_logp_NT) * mask
+    return row_means(kl_NT.clamp(max=cap), mask_NT).sum() / denominator, float(kl_NT.detach().sum())
+
+
+def row_means(values_NT: Tensor, mask_NT: Tensor) -> Tensor:
+    """Mean over each row's tokens (N,); 0 of a row without one."""
+    mask = mask_NT.to(values_NT.dtype)
+    return (values_NT * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def above_chance(
+    other_logp_NT: Tensor, decides_NT: Tensor, chance_N: Tensor, *, denominator: float
+) -> tuple[Tensor, float]:
+    """How much likelier than chance an answer is under another image, to be made small: nats, summed over rows.
+
+    Per row max(0, log p - log chance), with p the probability under the other image of the tokens that decide
+    (`looking.deciding_tokens`): 1.386 of an answer among four that is certain whatever is shown. At chance the gradient
+    ends, so that nothing is driven on without end.
+
+    Args:
+        decides_NT: 1 at tokens that decide; rows without one count nothing.
+        denominator: rows of the whole step.
+
+    Returns:
+        The term, with gradient, and the number of rows above chance.
+    """
+    decides = decides_NT.to(other_logp_NT.dtype)
+    above_N = ((other_logp_NT * decides).sum(1) - chance_N.log()).clamp(min=0) * (decides.sum(1) > 0)
+    return above_N.sum() / denominator, float((above_N > 0).sum())

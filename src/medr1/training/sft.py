@@ -46,6 +46,7 @@ class SFTTrainer(RecordTrainer):
 
     def learn(self, model: nn.Module, records: list[Record]) -> Tensor:
         """One backward pass; the mean negative log-probability of the answer's tokens over the whole step."""
+        records = [self.as_asked(record, self.state.global_step + 1) for record in records]
         end = self.vlm.tokenizer.eos_token_id
         targets = [[*self.vlm.tokenizer(f"<answer> {record.gold}</answer>")["input_ids"], end] for record in records]
         denominator = sum(gather(sum(map(len, targets))))
