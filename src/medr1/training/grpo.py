@@ -175,8 +175,8 @@ class GRPOTrainer(RecordTrainer):
         if self.reference is not None and self.is_fsdp_enabled and config.grpo.reference != "cpu":
             if self.reads_reasoning and config.draws.redraws:
                 raise MedR1Error(
-                    "grpo.rewards: consistency asks a divided reference, for which all processes wait, and draws.redraws"
-                    " asks it in some of them; set grpo.reference to cpu, or leave one of the two out"
+                    "grpo.rewards: consistency asks a divided reference, which all processes wait for; draws.redraws"
+                    " asks in some; set grpo.reference to cpu, or leave one of the two out"
                 )
             self.reference = fsdp2_prepare_model(self.accelerator, self.reference)
         # Sampling reads the prompts with gradient, and the policy pass goes on from there, where one backward pass of
@@ -582,7 +582,7 @@ class GRPOTrainer(RecordTrainer):
                 # DDP averages gradients over processes, and the denominator already counts them all.
                 self.accelerator.backward(loss * self.args.world_size)
             self.add_to_log({f"policy_{name}": value for name, value in sums.items()})
-            self.add_to_log({"policy_entropy": float(entropy_NT.sum())})
+            self.add_to_log({"policy_entropy": float(entropy_NT.detach().sum())})
             total += loss.detach()
         if self.server and self.is_first_update:
             self._check(self.server, difference, tokens)
