@@ -25,6 +25,7 @@ class JudgeServer(Server):
     """Says yes to a synonym and to the same word, nothing of use to "hm", and else no; `lies`: the other way round."""
 
     lies = False
+    request_queue_size = 64
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
         (turn,) = body["messages"]
