@@ -124,7 +124,8 @@ def test_change_is_paired() -> None:
         "p": 1.0,
     }
     assert found["sensitivity"]["difference"] == -0.5
-    assert set(found) == {"reliance", "sensitivity", "claims", "hallucinated"}
+    assert set(found) == {"accuracy", "accuracy_other", "reliance", "sensitivity", "claims", "hallucinated"}
+    assert found["accuracy_other"]["difference"] == -found["reliance"]["difference"]
     with pytest.raises(MedR1Error, match="no question in common"):
         change(before, {way: [{**one, "id": f"x{one['id']}"} for one in part] for way, part in after.items()})
 

@@ -30,7 +30,7 @@ from medr1.processes import agree, gather, is_first
 ROOT = Path(__file__).parents[1]
 BASE = {"optimizer.prompts_per_step": 4, "log.eval_every": 2, "log.eval_records": 5}
 RECIPES: dict[str, dict[str, Any]] = {
-    "grpo": LETTERS | {"grpo.beta": 0.0},
+    "grpo": LETTERS | {"grpo.beta": 0.0, "data.test_fraction": 0.7, "log.looking_every": 2, "log.looking_records": 3},
     "reference": LETTERS | {"grpo.beta": 0.1, "optimizer.gradient_checkpointing": True},
     "lora": {"model.lora_rank": 2, "grpo.beta": 0.1, "grpo.rewards": {"processes_worker:unlike_the_step": 1.0}},
     "two-updates": LETTERS

@@ -8,6 +8,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from medr1.data.parts import load_parts
 from medr1.data.phantoms import write_phantoms
 from medr1.data.records import Record, read_jsonl
 from medr1.errors import MedR1Error
+from medr1.evaluation.looking import measure
 from medr1.training import GRPOTrainer, SFTTrainer
 from medr1.training.base import RecordOrder, RecordTrainer
 from medr1.training.draws import draw_order
@@ -124,7 +126,7 @@ class StopAfter(TrainerCallback):
     "overrides",
     [
         LETTERS | {"grpo.beta": 0.0},
-        LETTERS | {"grpo.beta": 0.1},
+        LETTERS | {"grpo.beta": 0.1, "data.test_fraction": 0.7, "log.looking_every": 1, "log.looking_records": 3},
         LETTERS | {"grpo.num_iterations": 2, "grpo.beta": 0.0},
         LETTERS | {"model.lora_rank": 2, "grpo.beta": 0.1},
         {"method": "sft", "rollout.mode": "no-think", "draws.balance": "question_type", "draws.exchanged_images": 0.5},
@@ -162,6 +164,9 @@ def test_a_stopped_run_resumes_to_the_same_weights_and_logs(
                 for run in ("whole", "stopped")
             ]
             assert [row["step"] for row in timeless[0]] == [row["step"] for row in timeless[1]]
+            assert [row for row in timeless[0] if "looking_reliance" in row] == [
+                row for row in timeless[1] if "looking_reliance" in row
+            ]
             if name == "completions.jsonl":
                 assert timeless[0] == timeless[1]
             else:
@@ -260,6 +265,45 @@ def test_log_and_completions_say_what_happened(phantoms: Path, tmp_path: Path) -
     assert {"step", "id", "reply", "outcome", "reward", "advantage"} <= completions[0].keys()
 
 
+class StopAtOnce(TrainerCallback):
+    def on_step_begin(self, args: object, state: object, control: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+
+def test_whether_the_policy_looks_is_measured_on_the_way(phantoms: Path, tmp_path: Path, capsys: Any) -> None:
+    settings = {
+        "data.test_fraction": 0.7,
+        "log.looking_every": 2,
+        "log.looking_records": 6,
+        "log.log_every": 3,
+        "log.eval_every": 4,
+    }
+    config = recipe(phantoms, **settings)
+    stopped = make_trainer(config, tmp_path)
+    stopped.add_callback(StopAtOnce)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    trainer = make_trainer(config, tmp_path)
+    trainer.run()
+    log = read_jsonl(tmp_path / "log.jsonl")
+    rows = [row for row in log if "looking_reliance" in row]
+    assert [row["step"] for row in rows] == [0, 2, 4]
+    assert [row["step"] for row in log if "eval_accuracy" in row] == [4]
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.count("step 0: the image adds") == 2 and "of answers change with it" in told
+    for row in rows:
+        own, other = (read_jsonl(tmp_path / f"looking-{way}-step-{row['step']}.jsonl") for way in ("image", "shuffled"))
+        assert measure({"image": own, "shuffled": other})["reliance"]["value"] == row["looking_reliance"]
+        assert row["looking_reliance"] == pytest.approx(row["looking_accuracy"] - row["looking_accuracy_other"])
+        assert row["looking_reliance_low"] <= row["looking_reliance"] <= row["looking_reliance_high"]
+        assert 0 <= row["looking_sensitivity"] <= 1
+        assert {one["id"] for one in own} == {one["id"] for one in other} == {r.id for r in trainer.looking_records}
+        for one, two in zip(own, other, strict=True):
+            assert one["id"] == two["id"] and one["images"] != two["images"] and one["modality"] == two["modality"]
+    held_out = {record.id for record in load_parts(config.data)[1]}
+    assert {record.id for record in trainer.looking_records} <= held_out
+
+
 def test_groups_without_a_difference_change_nothing(phantoms: Path, tmp_path: Path) -> None:
     config = recipe(phantoms, **{"grpo.rewards": {"test_training:equal_reward": 1.0}, "grpo.beta": 0.0})
     trainer = make_trainer(config, tmp_path)
@@ -302,6 +346,10 @@ def test_order_drops_no_record_and_repeats_batches() -> None:
         ({"grpo.rewards": {"nonsense": 1.0}}, "unknown reward"),
         ({"grpo.num_iterations": 3}, "multiple of grpo.num_iterations"),
         ({"method": "sft"}, "use --mode no-think"),
+        (
+            {"log.looking_every": 1, "data.test_fraction": 0.2},
+            "log.looking_every: no held-out record has another image of its modality to show; set it to 0",
+        ),
     ],
 )
 def test_mistakes_are_named(overrides: dict[str, object], message: str, phantoms: Path, tmp_path: Path) -> None:

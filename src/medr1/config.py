@@ -278,6 +278,15 @@ class LogConfig(_Section):
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept")
     eval_every: int = Field(0, ge=0, description="steps between evaluations on held-out records; 0: none")
     eval_records: int = Field(200, ge=1, description="held-out records in such an evaluation, drawn by the split seed")
+    looking_every: int = Field(
+        0,
+        ge=0,
+        description="steps between measurements of whether the policy looks: held-out records, each asked greedily with"
+        " its own image and with another one of the modality, from before the first step on; 0: none",
+    )
+    looking_records: int = Field(
+        64, ge=1, description="held-out records in such a measurement, the same each time, drawn by the split seed"
+    )
     trackers: tuple[str, ...] = Field(
         (), description="integrations of transformers: tensorboard, wandb, mlflow, trackio"
     )

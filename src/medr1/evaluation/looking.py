@@ -5,6 +5,7 @@ all); `WAYS` names them. Two of them give a measure: what exchanging the image d
 reasoning stays. After *Beyond Accuracy* (arXiv:2603.03437); reliance with the reasoning kept and removed, and
 consistency, are our own.
 
+- accuracy, accuracy_other, accuracy_blank: shares of right answers, each question counting once.
 - reliance, reliance_blank: accuracy with the own image less accuracy with another record's image of the same modality,
   or with a blank one (its visual reliance score).
 - sensitivity: share of answers that change when the image is exchanged for another of the modality.
@@ -56,6 +57,9 @@ WAYS = {
     "unread": "a reader who sees neither",
 }
 MEASURES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "accuracy": ("accuracy with its own image", ("image",)),
+    "accuracy_other": ("accuracy with another image of the modality", ("shuffled",)),
+    "accuracy_blank": ("accuracy with a blank image", ("blank",)),
     "reliance": ("accuracy that the image adds, over another image", ("image", "shuffled")),
     "reliance_blank": ("accuracy that the image adds, over a blank one", ("image", "blank")),
     "sensitivity": ("answers that change with the image", ("image", "shuffled")),
@@ -185,6 +189,8 @@ def _values(name: str, asked: Asked) -> dict[str, float]:
 
 
 def _value(name: str, row: Row, *others: Row) -> float:
+    if name.startswith("accuracy"):
+        return float(row["correct"])
     if name.startswith("reliance"):
         return float(row["correct"]) - float(others[0]["correct"])
     same = all(chosen(row) == chosen(other) for other in others)

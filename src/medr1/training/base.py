@@ -41,6 +41,8 @@ from medr1.data.images import load_image
 from medr1.data.prompts import build_messages
 from medr1.data.records import Record, append_jsonl, read_jsonl, to_json, write_atomic, write_jsonl
 from medr1.errors import MedR1Error, NotFiniteError
+from medr1.evaluation.controls import as_shown
+from medr1.evaluation.looking import measure
 from medr1.evaluation.metrics import summarise
 from medr1.evaluation.run import Row, evaluate, weights_fingerprint
 from medr1.policy import four_bit
@@ -118,6 +120,8 @@ class RecordTrainer(Trainer):
                 "draws.exchanged_images: no two training records have the same question type and options, and different"
                 " right ones; leave it at 0"
             )
+        self.donors = [record for record in test_records if record.images] if config.log.looking_every else []
+        self.looking_records = self._looking_records()
         self.step_records: list[Record] = []
         self.sums: dict[str, float] = {}
         self.sums_before: dict[str, Any] | None = None
@@ -175,10 +179,11 @@ class RecordTrainer(Trainer):
             processing_class=vlm.processor,
         )
         plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
-        if plugin and plugin.zero_stage == 3 and (config.method == "grpo" or log.eval_every):
+        if plugin and plugin.zero_stage == 3 and (config.method == "grpo" or log.eval_every or log.looking_every):
             raise MedR1Error(
                 "DeepSpeed ZeRO-3 waits for all processes in each call of the model, and sampling makes another number"
-                " of calls in each; use configs/accelerate/fsdp2.yaml (ZeRO-3 is for SFT with log.eval_every = 0)"
+                " of calls in each; use configs/accelerate/fsdp2.yaml (ZeRO-3 is for SFT with log.eval_every and"
+                " log.looking_every = 0)"
             )
         if self.is_sharded and four_bit.is_four_bit(vlm.core):
             raise MedR1Error(
@@ -186,6 +191,8 @@ class RecordTrainer(Trainer):
                 " copy of it, or leave model.quantize at none"
             )
         self.add_callback(_TakeUpSums(self))
+        if log.looking_every:
+            self.add_callback(_Look(self))
         self.remove_callback(ProgressCallback)
         self.progress = TrainingProgress()
         self.add_callback(self.progress)
@@ -310,34 +317,70 @@ class RecordTrainer(Trainer):
         agree(lambda: append_jsonl(self.out / name, rows) if self.is_world_process_zero() else None)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Greedy accuracy on held-out records by the one evaluator; rows are kept as eval-step-N.jsonl.
+        """Greedy answers to held-out records by the one evaluator: accuracy, or whether the policy looks, or both.
 
-        Multiple choice is "eval_accuracy", open questions are "eval_open_accuracy".
-        Each process answers its share into a file of its own; process 0 joins them.
+        Multiple choice is "eval_accuracy", open questions are "eval_open_accuracy"; what `medr1.evaluation.looking`
+        measures of another image of the modality is "looking_…", each with its limits "…_low" and "…_high".
         """
-        rank, world, step = self.args.process_index, self.args.world_size, self.state.global_step
-        records = self.eval_records[rank::world]
-        path = self.out / f"eval-step-{step}.jsonl"
-        part = path if world == 1 else path.with_suffix(f".{rank}.jsonl")
-        fingerprint = weights_fingerprint(self.vlm.model)
-        with self.whole_weights():
-            rows = agree(lambda: self._answer(records, part, fingerprint) if records else [])
-        parts = gather(rows)
-        rows = [parts[place % world][place // world] for place in range(len(self.eval_records))]
-        if world > 1:
-            agree(lambda: write_jsonl(path, rows) if self.is_world_process_zero() else None)
-            part.unlink(missing_ok=True)
-        summary = summarise(rows)
+        log, step = self.config.log, self.state.global_step
+        looks = log.looking_every > 0 and step % log.looking_every == 0
         metrics: dict[str, float] = {}
-        for name, cell in (("eval", summary), ("eval_open", summary["open"])):
-            if cell and cell["n"]:
-                low, high = cell["ci95"]
-                metrics |= {f"{name}_accuracy": cell["accuracy"], f"{name}_ci_low": low, f"{name}_ci_high": high}
+        if not looks or (step and log.eval_every and step % log.eval_every == 0):
+            summary = summarise(self._held_out(self.eval_records, "eval"))
+            for name, cell in (("eval", summary), ("eval_open", summary["open"])):
+                if cell and cell["n"]:
+                    low, high = cell["ci95"]
+                    metrics |= {f"{name}_accuracy": cell["accuracy"], f"{name}_ci_low": low, f"{name}_ci_high": high}
+        if looks:
+            ways = ("image", "shuffled")
+            asked = {way: self._held_out(self.looking_records, f"looking-{way}", condition=way) for way in ways}
+            for name, found in measure(asked).items():
+                if found["n"]:
+                    low, high = found["ci95"]
+                    limits = {f"looking_{name}_low": low, f"looking_{name}_high": high}
+                    metrics |= {f"looking_{name}": found["value"], **limits}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _answer(self, records: list[Record], out: Path, fingerprint: str) -> list[Row]:
+    def _looking_records(self) -> list[Record]:
+        """Of those held-out records that have another group's image of their modality, as many as are asked for."""
+        if not self.config.log.looking_every:
+            return []
+        groups: dict[Any, set[str]] = {}
+        for record in self.donors:
+            groups.setdefault((record.modality, len(record.images)), set()).add(record.group)
+        possible = [record for record in self.donors if len(groups[record.modality, len(record.images)]) > 1]
+        if not possible:
+            raise MedR1Error(
+                "log.looking_every: no held-out record has another image of its modality to show; set it to 0, or hold"
+                " out more (data.test_fraction)"
+            )
+        seed, num = self.config.data.split_seed, min(self.config.log.looking_records, len(possible))
+        chosen = random.Random(seed).sample(possible, num)
+        as_shown(chosen, "shuffled", seed, self.donors)  # now, rather than at the first measurement
+        return chosen
+
+    def _held_out(self, records: list[Record], name: str, condition: str = "image") -> list[Row]:
+        """Rows of held-out records, kept as NAME-step-N.jsonl.
+
+        Each process answers its share into a file of its own; process 0 joins them.
+        """
+        rank, world, step = self.args.process_index, self.args.world_size, self.state.global_step
+        share = records[rank::world]
+        path = self.out / f"{name}-step-{step}.jsonl"
+        part = path if world == 1 else path.with_suffix(f".{rank}.jsonl")
+        fingerprint = weights_fingerprint(self.vlm.model)
+        with self.whole_weights():
+            rows = agree(lambda: self._answer(share, part, fingerprint, condition) if share else [])
+        parts = gather(rows)
+        rows = [parts[place % world][place // world] for place in range(len(records))]
+        if world > 1:
+            agree(lambda: write_jsonl(path, rows) if self.is_world_process_zero() else None)
+            part.unlink(missing_ok=True)
+        return rows
+
+    def _answer(self, records: list[Record], out: Path, fingerprint: str, condition: str) -> list[Row]:
         with self.naming_step(self.state.global_step, records):
             return evaluate(
                 self.vlm,
@@ -345,6 +388,9 @@ class RecordTrainer(Trainer):
                 mode=self.config.rollout.mode,
                 out=out,
                 max_new_tokens=self.config.rollout.max_new_tokens,
+                condition=condition,
+                seed=self.config.data.split_seed,
+                donors=self.donors or None,
                 fingerprint=fingerprint,
             )
 
@@ -391,11 +437,13 @@ class RecordTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         for path in self.out.glob("*.jsonl"):
-            if path.name.startswith("eval-step-"):
+            if "-step-" in path.name:
                 if int(path.name.split(".")[0].rsplit("-", 1)[1]) > step:
                     path.unlink()
             else:
                 rows = [row for row in read_jsonl(path) if row["step"] <= step and "train_loss" not in row]
+                if not step:  # what was measured before the first step is measured again
+                    rows = [row for row in rows if "looking_reliance" not in row]
                 write_jsonl(path, rows)
 
     def _load_weights(self, checkpoint: str) -> None:
@@ -547,6 +595,20 @@ class _TakeUpSums(TrainerCallback):
         trainer._tr_loss = torch.tensor(before["_tr_loss"], device=args.device)
         trainer._total_loss_scalar = before["_total_loss_scalar"]
         trainer._globalstep_last_logged = before["_globalstep_last_logged"]
+
+
+class _Look(TrainerCallback):
+    """Has the trainer measure whether the policy looks: before the first step, and at each step that is due."""
+
+    def __init__(self, trainer: RecordTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.global_step:
+            self.trainer.evaluate()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_evaluate |= state.global_step % self.trainer.config.log.looking_every == 0
 
 
 def _refuse(message: str) -> None:

@@ -6,6 +6,8 @@ be extended, and where trackers write.
     RUN/log.jsonl            numbers of each logged step
     RUN/completions.jsonl    what was sampled (GRPO)
     RUN/eval-step-N.jsonl    held-out answers on the way
+    RUN/looking-image-step-N.jsonl, looking-shuffled-step-N.jsonl
+                             the same of fewer records, with their own image and with another one of the modality
     RUN/checkpoint-N/        a plain model folder, and what is needed to go on from there
     RUN/model/               the trained model
     RUN/result.json          {"steps", "train_records", "test_records"}; there once the run is complete

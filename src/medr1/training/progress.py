@@ -83,6 +83,14 @@ class TrainingProgress(TrainerCallback):
                 accuracy, low, high = (100 * logs[f"{name}_{part}"] for part in ("accuracy", "ci_low", "ci_high"))
                 self._say(f"step {state.global_step}: {words} {accuracy:.1f} % ({low:.1f} to {high:.1f})")
 
+        if "looking_reliance" in logs:
+            parts = ("looking_reliance", "looking_reliance_low", "looking_reliance_high", "looking_sensitivity")
+            reliance, low, high, changed = (100 * logs[part] for part in parts)
+            self._say(
+                f"step {state.global_step}: the image adds {reliance:+.1f} points of held-out accuracy over another one"
+                f" ({low:+.1f} to {high:+.1f}), and {changed:.0f} % of answers change with it"
+            )
+
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.start()
