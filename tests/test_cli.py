@@ -73,9 +73,13 @@ def test_train_eval_score_report_ask(run: Any, phantoms: Path, tmp_path: Path) -
         files[name] = tmp_path / f"{name}.jsonl"
         said = run(
             "eval", "--model", model, "--data", phantoms, "--condition", condition, "--out", files[name],
-            "--max-new-tokens", "48", "--json",
+            "--max-new-tokens", "48", "--json", *(["--looking"] if name == "trained" else []),
         )  # fmt: skip
         assert said.status == 0, said.err
+        if name == "trained":
+            assert {"reliance_blank", "claims", "consistency", "unread"} <= said.json["looking"].keys()
+            assert said.json["looking"]["consistency"]["reader"] == "tiny"  # the run's base
+            assert {"blank", "reader"} <= {path.stem for path in (tmp_path / "trained.looking").glob("*.jsonl")}
         assert {"accuracy", "ci95", "n", "chance", "by_modality", "by_question_type", "unparsed"} <= said.json.keys()
         assert said.json["n"] == len(read_jsonl(files[name])) == 50  # by hash, of ten of the 40 images
         assert set(said.json["by_modality"]["CT"]) == {"accuracy", "ci95", "n", "chance"}
@@ -87,7 +91,10 @@ def test_train_eval_score_report_ask(run: Any, phantoms: Path, tmp_path: Path) -
         "--control", f"blank={files['blank']}", "--out", page, "--json",
     )  # fmt: skip
     assert said.status == 0, said.err
-    assert "not for clinical use" in page.read_text()
+    assert "not for clinical use" in page.read_text() and "Does it look?" in page.read_text()
+    assert {"after", "before", "change"} == set(said.json["looking"])
+    wrong = run("eval", "--data", phantoms, "--looking", "--condition", "blank", "--out", tmp_path / "wrong.jsonl")
+    assert wrong.status == 1 and "leave --condition blank out" in wrong.err
     image = next((phantoms / "Images" / "Phantom CT").glob("*.png"))
     said = run("ask", image, "Which modality made this image?", *options("MRI", "CT", "OCT", "X-Ray"), "--json")
     assert said.status == 0, said.err
@@ -437,9 +444,11 @@ def test_a_recipe_in_one_go(run: Any, phantoms: Path, tmp_path: Path) -> None:
     assert said.status == 0, said.err
     for words in ("before training", "after 1 steps", "image blanked", "option texts alone", "report.html", "next"):
         assert words in said.out
+    assert "Does it look?" in (tmp_path / "all" / "report.html").read_text()
     again = alone(*asked, "--json")
     assert again.stderr.splitlines()[-1] == "status 0 False"
     result = json.loads(again.stdout.splitlines()[-1])
+    assert result["looking"]["after"]["reliance_blank"]["n"] == 8
     assert result["n"] == 8 and set(result["ci95"]) >= {"base_macro", "trained_macro", "blank", "gain_points"}
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -130,6 +131,24 @@ def test_change_is_paired() -> None:
         change(before, {way: [{**one, "id": f"x{one['id']}"} for one in part] for way, part in after.items()})
 
 
+@pytest.mark.parametrize(
+    ("reply", "reasoning"),
+    [
+        ("<think> A ring. </think><answer>B</answer>", " A ring. "),
+        ("A ring.</think><answer>B</answer>", "A ring."),  # a template that opens the tag itself
+        ("A ring.<answer>B</answer>", "A ring."),
+        ("<think>A ring.<answer>B</answer>", "A ring."),
+        ("<answer>B</answer><think>A ring.</think>", "A ring."),
+        ("<think>A ring, and", ""),  # cut off: what it would have said is not known
+        ("<answer>B</answer>", ""),
+        ("It is B, a ring.", ""),
+        ("", ""),
+    ],
+)
+def test_the_reasoning_that_is_kept(reply: str, reasoning: str) -> None:
+    assert kept_reasoning(reply) == reasoning
+
+
 FINDINGS = ("Cyst", "Wart", "Scar")
 
 
@@ -206,10 +225,8 @@ class Stub:
 def looked(stub: Stub, reader: Stub | None, records: list[Record], folder: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {"mode": "think", "max_new_tokens": 9, "donors": records}
 
-    def ask(part: list[Record], condition: str, out: Path) -> list[dict[str, Any]]:
-        return evaluate(stub.vlm, part, out=out, condition=condition, **settings)
-
-    rows = ask(records, "image", folder / "answers.jsonl")
+    ask = partial(evaluate, stub.vlm, **settings)
+    rows = ask(records, out=folder / "answers.jsonl")
     out = folder_of(folder / "answers.jsonl")
     return look(rows, records, ask, out=out, vlm=stub.vlm, reader=reader.vlm if reader else None, donors=records)
 

@@ -57,6 +57,7 @@ command = partial(app.command, cls=Command, rich_help_panel="Measure")
     epilog=examples(
         "medr1 eval --model tiny --data DATA --out base.jsonl",
         "medr1 eval --model runs/ct --data DATA --condition blank --out blank.jsonl",
+        "medr1 eval --model runs/ct --data DATA --out ct.jsonl --looking",
         "medr1 eval runs/ct --checkpoints",
         "medr1 eval --model openai:MODEL@http://localhost:8000/v1 --data DATA --out server.jsonl",
     ),
@@ -145,6 +146,15 @@ def evaluate_command(
             rich_help_panel=HOW,
         ),
     ] = None,
+    looking: Annotated[
+        bool,
+        typer.Option(
+            "--looking",
+            help="ask also with other images, with the reasoning kept and removed, and a reader without the image: does"
+            " it look?",
+            rich_help_panel=HOW,
+        ),
+    ] = False,
     skip_unreadable: SkipOption = False,
     checkpoints: Annotated[
         bool,
@@ -187,6 +197,7 @@ def evaluate_command(
         "score_options": score_options,
         "num_samples": samples,
         "reader": reader,
+        "looking": looking,
     }
     if checkpoints:
         summaries = evaluate_checkpoints(Path(model), resolved, out, **how)

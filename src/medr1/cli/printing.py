@@ -77,6 +77,12 @@ def finish_run(result: Mapping[str, Any], out: Path, as_json: bool, *, complete:
         said.append(
             f"training changed it by {gain:+.1f} points" + (f" ({span[0]:+.1f} to {span[1]:+.1f})" if span else "")
         )
+    if (looking := result.get("looking")) and (cell := looking["after"].get("reliance")):
+        before = looking["before"].get("reliance")
+        adds = f"its own image adds {100 * cell['value']:+.1f} points over another image of the modality"
+        said.append(
+            f"{adds} ({interval(cell)})" + (f"; before training {100 * before['value']:+.1f}" if before else "")
+        )
     model = shown(result["model"])
     made = {"report": result["report"], "model": result["model"], "answers": f"{out}/*.jsonl"}
     finish(result, as_json, said=said, made=made, then=f"open the report, or ask the model: medr1 app --model {model}")
@@ -122,6 +128,8 @@ def print_summary(
         console.print(", ".join(counts), highlight=False)
     if cell := summary.get("answered"):
         print_answered(cell)
+    if found := summary.get("looking"):
+        Console().print(_looking_table(found))
     if cell := summary.get("reader"):
         console.print(
             f"with the reader {cell['model']}: {percent(cell['accuracy'])} ({interval(cell)}), {cell['read']} read,"
@@ -134,15 +142,19 @@ def print_summary(
 def print_checkpoints(summaries: Sequence[dict[str, Any]], as_json: bool, *, cut_at: int, out: Path) -> None:
     """One line a checkpoint, and the outcomes of the last."""
     table = Table(title="the same questions, asked of each")
-    for heading in ("", "step", "accuracy", "95 % interval", "no answer", "n"):
+    looked = ["the image adds"] if any("looking" in summary for summary in summaries) else []
+    for heading in ("", "step", "accuracy", "95 % interval", "no answer", "n", *looked):
         table.add_column(heading, justify="left" if not heading else "right")
     for summary in summaries:
         cell = summary if summary["n"] else summary["open"]
-        numbers = (percent(cell["accuracy"]), interval(cell), f"{cell['unparsed']:,}", f"{cell['n']:,}")
+        numbers = [percent(cell["accuracy"]), interval(cell), f"{cell['unparsed']:,}", f"{cell['n']:,}"]
+        if looked:
+            numbers.append(percent(summary["looking"].get("reliance", {}).get("value")))
         table.add_row(summary["name"], f"{summary['step']:,}", *numbers)
     if not as_json:
         Console().print(table)
-    then = f"medr1 report --base {shown(out / 'base.jsonl')} --trained {shown(out / summaries[-1]['name'])}.jsonl"
+    asked = " ".join(f"--trained {shown(out / summary['name'])}.jsonl" for summary in summaries[1:])
+    then = f"medr1 report --base {shown(out / 'base.jsonl')} {asked}"
     said = outcome_lines(summaries[-1], cut_at)
     finish({"checkpoints": list(summaries)}, as_json, said=said, made={"rows": f"{out}/*.jsonl"}, then=then)
 
@@ -207,6 +219,18 @@ def _open_table(found: dict[str, Any]) -> Table:
     for name, part in OPEN_SCORES.items():
         if (cell := found[part])["n"]:
             table.add_row(name, percent(cell["accuracy"]), interval(cell), percent(cell["chance"]), str(cell["n"]))
+    return table
+
+
+def _looking_table(found: dict[str, Any]) -> Table:
+    from medr1.evaluation.looking import MEASURES
+
+    table = Table("", title="does it look?")
+    for heading in ("%", "95 % interval", "n"):
+        table.add_column(heading, justify="right")
+    for name, (words, _) in MEASURES.items():
+        if (cell := found.get(name)) and cell["n"]:
+            table.add_row(words, percent(cell["value"]), interval(cell), str(cell["n"]))
     return table
 
 

@@ -34,7 +34,6 @@ from typing import Any
 from medr1.data.claims import claims_to_see
 from medr1.data.records import Record
 from medr1.errors import MedR1Error
-from medr1.evaluation.confidence import reasoning_of
 from medr1.evaluation.controls import ALONE, can_be_asked
 from medr1.evaluation.intervals import interval
 from medr1.evaluation.metrics import by_kind, chosen, paired_p, untrained
@@ -78,9 +77,10 @@ READERS = ("reader", "unread")
 def look(
     rows: Sequence[Row],
     records: Sequence[Record],
-    ask: Callable[[list[Record], str, Path], list[Row]],
+    ask: Callable[..., list[Row]],
     *,
     out: Path,
+    given: Mapping[str, Sequence[Row]] | None = None,
     vlm: VLM | None = None,
     reader: VLM | None = None,
     donors: Sequence[Record] | None = None,
@@ -94,8 +94,9 @@ def look(
 
     Args:
         rows: of these records, condition "image".
-        ask: answers records under a condition into a file, as the rows were made.
+        ask: `evaluate` or `evaluate_remote` with all that the rows were made with but records, condition and out.
         out: a folder; `folder_of` names the one beside a file of rows.
+        given: controls "shuffled" and "blank" that were asked before.
         vlm: the model, whose options can be weighed; None: behind a server.
         reader: see this module's head; None: no consistency.
         donors, seed: whose images are shown instead, see `evaluate`; those that `ask` has.
@@ -109,7 +110,7 @@ def look(
         return asked
     shown = [name for name in ("shuffled", "blank") if can_be_asked(records, name, donors)]
     for name in shown:
-        asked[name] = ask(records, name, out / f"{name}.jsonl")
+        asked[name] = (given or {}).get(name) or ask(records, condition=name, out=out / f"{name}.jsonl")
     listed = [record for record in records if not record.is_open]
     if vlm is None or rows[0]["mode"] != "think" or not listed:
         return asked
@@ -197,13 +198,15 @@ def _value(name: str, row: Row, *others: Row) -> float:
     if name.startswith("sensitivity"):
         return float(not same)
     if name == "claims":
-        return float(claims_to_see(row["reply"], row["question"]))
+        return float(_claims(row))
     if chosen(row) is None or not same:
         return 0.0
-    told = (
-        claims_to_see(row["reply"], row["question"]) if name == "hallucinated" else kept_reasoning(row["reply"]).strip()
-    )
-    return float(bool(told))
+    return float(_claims(row) if name == "hallucinated" else bool(kept_reasoning(row["reply"]).strip()))
+
+
+def _claims(row: Row) -> bool:
+    """By its reply, or as was found before where the long texts are not kept."""
+    return row["claims"] if "claims" in row else claims_to_see(row["reply"], row["question"])
 
 
 def measure(asked: Asked) -> dict[str, dict[str, Any]]:
@@ -213,10 +216,10 @@ def measure(asked: Asked) -> dict[str, dict[str, Any]]:
     `consistency` also `reader`, the reader's name.
     """
     groups = _groups(asked)
-    found = {name: _cell(name, of, groups) for name, of in values(asked).items()}
+    found = {name: cell_of(name, of, groups) for name, of in values(asked).items()}
     if "hallucinated" in found:
         of, claiming = _values("hallucinated", asked), _values("claims", asked)
-        found["hallucinated"]["of_claims"] = _cell(
+        found["hallucinated"]["of_claims"] = cell_of(
             "hallucinated", {number: value for number, value in of.items() if claiming[number]}, groups
         )
     if "consistency" in found:
@@ -225,19 +228,23 @@ def measure(asked: Asked) -> dict[str, dict[str, Any]]:
 
 
 def change(before: Asked, after: Asked, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Paired change of each measure that both allow: {difference, ci95, n, groups, p}, as `metrics.paired_change`.
-
-    Raises:
-        MedR1Error: the two do not cover the same questions.
-    """
+    """Paired change of each measure that both allow, see `paired`."""
     groups = _groups(before) | _groups(after)
     old, new = values(before), values(after)
-    return {name: _change(name, old[name], new[name], groups, seed) for name in old if name in new}
+    return {name: paired(name, old[name], new[name], groups, seed) for name in old if name in new}
 
 
-def _change(
-    name: str, old: Mapping[str, float], new: Mapping[str, float], groups: Mapping[str, str], seed: int
+def paired(
+    name: str, old: Mapping[str, float], new: Mapping[str, float], groups: Mapping[str, str], seed: int = 0
 ) -> dict[str, Any]:
+    """Paired change of a measure from its `values`: {difference, ci95, n, groups, p}, as `metrics.paired_change`.
+
+    Args:
+        groups: by question.
+
+    Raises:
+        MedR1Error: the two have no question in common.
+    """
     common = [number for number in old if number in new]
     if (old or new) and not common:
         raise MedR1Error("two evaluations to compare have no question in common; evaluate both on the same data")
@@ -252,7 +259,8 @@ def _change(
     }
 
 
-def _cell(name: str, of: Mapping[str, float], groups: Mapping[str, str]) -> dict[str, Any]:
+def cell_of(name: str, of: Mapping[str, float], groups: Mapping[str, str]) -> dict[str, Any]:
+    """A measure from its `values`: {value, ci95 (over groups, by question), n}."""
     return {
         "value": sum(of.values()) / len(of) if of else None,
         "ci95": _list(interval([*of.values()], [groups[number] for number in of], _span(name))),
@@ -278,5 +286,9 @@ def _list(ci: tuple[float, float] | None) -> list[float] | None:
 
 
 def kept_reasoning(reply: str) -> str:
-    """The reasoning that is held fixed: `confidence.reasoning_of`, up to an answer that it may hold unclosed."""
-    return reasoning_of(reply).partition("<answer>")[0]
+    """The reasoning that is held fixed: what stands in <think></think>, also where only one of the two is there, or
+    before <answer> where neither is; "" of a reply that does not part it from its answer.
+    """
+    text = reply.partition("<think>")[2] if "<think>" in reply else reply
+    thought = text.partition("</think>")[0]
+    return thought.partition("<answer>")[0] if "<answer>" in text or "</think>" in text else ""

@@ -4,9 +4,12 @@
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+
+from rich.console import Console
 
 from medr1.config import RECIPE, Config, recipe_of
 from medr1.data.heldout import RunSplit, split_of, tell_seen
@@ -15,10 +18,11 @@ from medr1.data.records import Record, write_jsonl
 from medr1.errors import MedR1Error
 from medr1.evaluation.calibration import answered, applied, calibrating, read_calibration
 from medr1.evaluation.controls import SHUFFLED
+from medr1.evaluation.looking import folder_of, look, measure
 from medr1.evaluation.metrics import summarise
 from medr1.evaluation.run import Row, evaluate, leave_out_too_long
 from medr1.policy.names import checkpoints, step_of
-from medr1.policy.vlm import load_vlm
+from medr1.policy.vlm import VLM, load_vlm
 from medr1.processes import alone
 
 Part = Literal["test", "train", "all"]
@@ -43,6 +47,7 @@ def evaluate_named(
     num_samples: int = 0,
     calibration: Path | None = None,
     reader: str | None = None,
+    looking: bool = False,
 ) -> dict[str, Any]:
     """Ask a model, by name, a part of the recipe's data in the recipe's mode; rows go to `out`.
 
@@ -54,10 +59,12 @@ def evaluate_named(
         score_options, num_samples: weigh the options, or let so many sampled replies vote; see `evaluate`.
         calibration: what `medr1 calibrate` wrote; rows then say `abstained`.
         reader: openai:MODEL@URL, which reads again what is unparsed or ambiguous (see `medr1.evaluation.reader`).
+        looking: ask in the other ways of `medr1.evaluation.looking` too; rows go to `looking.folder_of(out)`.
 
     Returns:
         `summarise` of the rows; from a server its tokens too (`token_totals`), with `calibration` under "answered" what
-        is answered of the groups that it was not fitted on, and with `reader` under "reader" what `with_reader` counts.
+        is answered of the groups that it was not fitted on, with `reader` under "reader" what `with_reader` counts, and
+        with `looking` under "looking" what `looking.measure` gives.
 
     Raises:
         MedR1Error: settings that exclude each other, bad data, or what the evaluation raises.
@@ -69,6 +76,10 @@ def evaluate_named(
         raise MedR1Error("--calibration needs options that are weighed; add --score-options or --samples")
     if model.startswith(REMOTE) and weighed:
         raise MedR1Error(f"{model}: a server's options cannot be weighed; use a local model")
+    if looking and condition != "image":
+        raise MedR1Error(
+            f"--looking asks with the image and with others in its place; leave --condition {condition} out"
+        )
     if reader:
         from medr1.evaluation.remote import parse_name
 
@@ -88,27 +99,69 @@ def evaluate_named(
         "out": out,
         "max_new_tokens": max_new_tokens,
         "condition": condition,
-        "donors": _donors(config, run, part, asked, out) if condition in SHUFFLED else None,
+        "donors": _donors(config, run, part, asked, out) if looking or condition in SHUFFLED else None,
     }
     if model.startswith(REMOTE):
         from medr1.evaluation.remote import evaluate_remote, token_totals  # its client is an extra
 
-        rows = evaluate_remote(model, records, concurrency=concurrency, **settings)
-        return summarise(rows) | token_totals(rows) | _read_again(reader, rows, out, concurrency)
+        ask = partial(evaluate_remote, model, concurrency=concurrency)
+        rows = ask(records, **settings)
+        found = _looking(ask, rows, records, settings, None) if looking else {}
+        return summarise(rows) | token_totals(rows) | _read_again(reader, rows, out, concurrency) | found
     if split := split_of(model):
         tell_seen(split, split.seen(records), "they are counted apart")
     vlm = load_vlm(model, **config.model.loading)
     if config.data.skip_unreadable:
         records = leave_out_too_long(vlm, records, mode=config.rollout.mode, max_new_tokens=max_new_tokens, out=out)
     scoring = "votes" if num_samples else "options" if score_options else "reply"
-    rows = evaluate(vlm, records, batch_size=batch_size, scoring=scoring, num_samples=num_samples, **settings)
+    ask = partial(evaluate, vlm, batch_size=batch_size, scoring=scoring, num_samples=num_samples)
+    rows = ask(records, **settings)
+    found = _looking(ask, rows, records, settings, vlm, model, batch_size) if looking else {}
     if thresholds is None:
-        return summarise(rows) | _read_again(reader, rows, out, concurrency)
+        return summarise(rows) | _read_again(reader, rows, out, concurrency) | found
     rows = applied(rows, thresholds)
     with alone(out):
         write_jsonl(out, rows)
     judged = answered(calibrating(rows, thresholds.share, thresholds.seed)[1])
-    return {**summarise(rows), "answered": judged, **_read_again(reader, rows, out, concurrency)}
+    return {**summarise(rows), "answered": judged, **_read_again(reader, rows, out, concurrency), **found}
+
+
+def _looking(
+    ask: Callable[..., list[Row]],
+    rows: list[Row],
+    records: list[Record],
+    settings: dict[str, Any],
+    vlm: VLM | None,
+    model: str = "",
+    batch_size: int = 32,
+) -> dict[str, Any]:
+    """Under "looking" what the other ways of asking give."""
+    asked = look(
+        rows,
+        records,
+        partial(ask, **{name: value for name, value in settings.items() if name not in ("condition", "out")}),
+        out=folder_of(settings["out"]),
+        vlm=vlm,
+        reader=reader_of(model, vlm) if vlm else None,
+        donors=settings["donors"],
+        batch_size=batch_size,
+    )
+    return {"looking": measure(asked)}
+
+
+def reader_of(model: str, vlm: VLM) -> VLM | None:
+    """Who reads a model's reasoning without the image: the model that its run began with, or the model itself where no
+    run made it. None, and a line on stderr, where that cannot be loaded.
+    """
+    recipe = recipe_of(model)
+    if recipe is None:
+        return vlm
+    try:
+        return load_vlm(recipe.model.name, **recipe.model.loading)
+    except MedR1Error as error:
+        line = f"whether answers follow from their reasoning is left out, the run's base cannot be loaded: {error}"
+        Console(stderr=True, soft_wrap=True).print(line, style="yellow", markup=False, highlight=False)
+        return None
 
 
 def _read_again(reader: str | None, rows: Sequence[Row], out: Path, concurrency: int) -> dict[str, Any]:

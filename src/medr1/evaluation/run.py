@@ -356,11 +356,13 @@ def open_evaluation(
             )
         if foreign := rows.keys() - by_key.keys():
             raise MedR1Error(f"{out}: holds {len(foreign)} rows of another model, setting or data; name another file")
-        task = progress.add_task(f"{name}, {condition}", total=len(records), completed=len(rows))
         stated = {"model": name, "condition": condition, "mode": mode, "max_new_tokens": max_new_tokens}
         stated |= {"weights": weights} if weights else {}
+        told = f"{name}, {condition}"
         if reasoning is not None:
             stated["reasoning"] = "kept" if any(reasoning.values()) else "removed"
+            told += f", reasoning {stated['reasoning']}"
+        task = progress.add_task(told, total=len(records), completed=len(rows))
         yield Evaluation(stated, out, by_key, seen, rows, progress, task)
 
 

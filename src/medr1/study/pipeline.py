@@ -5,6 +5,7 @@ What lies in the folder is not done again, so that the same command goes on wher
     OUT/base.jsonl                      the base on the held-out part
     OUT/train/                          the training run
     OUT/trained.jsonl, blank.jsonl …    the trained model, and with controls in the image's place
+    OUT/base.looking/, trained.looking/ the other ways of asking of `medr1.evaluation.looking`, of LOOKED questions
     OUT/report.html
     OUT/result.json                     the recipe, and what `run_recipe` returned; there once all of it is complete
 """
@@ -12,6 +13,7 @@ What lies in the folder is not done again, so that the same command goes on wher
 import json
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from medr1.training.folder import check_recipe
 
 CONTROLS = ("blank", "shuffled")
 """Conditions under which the trained model is asked beside the image."""
+LOOKED = 200
+"""Held-out records on which is measured whether base and trained model look, drawn by the split seed."""
 SECONDS = "seconds.json"
 RESULT = "result.json"
 
@@ -42,18 +46,22 @@ def completed(config: Config, out: Path, *, limit: int = 0) -> dict[str, Any] | 
     return {**there["result"], **places} if whole else None
 
 
-def run_recipe(config: Config, out: Path, *, limit: int = 0, batch_size: int = 64) -> dict[str, Any]:
+def run_recipe(
+    config: Config, out: Path, *, limit: int = 0, batch_size: int = 64, forced: bool = True
+) -> dict[str, Any]:
     """Evaluate the recipe's base, train, evaluate with controls, report; or go on with what is in `out`.
 
     Args:
         limit: so many held-out records, drawn by the split seed; 0: all.
         batch_size: prompts decoded together in evaluation.
+        forced: ask also with the reasoning kept, removed and read by the base, which costs more than the replies do
+            where a model is small.
 
     Returns:
         base_macro, trained_macro, chance, text_only, and one for each of CONTROLS that can be asked: accuracies in
         [0, 1] averaged over modalities (over all rows where no modality is stated); gain_points; ci95 (of each of these
-        by name, in [0, 1]; of gain_points in points); n, num_modalities, steps, seconds (of all calls together), model,
-        report.
+        by name, in [0, 1]; of gain_points in points); looking (see `write_report`; None without); n, num_modalities,
+        steps, seconds (of all calls together), model, report.
 
     Raises:
         MedR1Error: bad data, another recipe in the folder, several processes, or what the parts raise.
@@ -63,6 +71,7 @@ def run_recipe(config: Config, out: Path, *, limit: int = 0, batch_size: int = 6
     from medr1.data.heldout import split_of
     from medr1.data.parts import load_parts  # torch and all the rest, which a complete run does not need
     from medr1.evaluation.controls import can_be_asked, text_only_prior
+    from medr1.evaluation.looking import folder_of, look
     from medr1.evaluation.metrics import compare, summarise
     from medr1.evaluation.named import limited
     from medr1.evaluation.run import evaluate
@@ -85,16 +94,24 @@ def run_recipe(config: Config, out: Path, *, limit: int = 0, batch_size: int = 6
         "batch_size": batch_size,
     }
     possible = [name for name in CONTROLS if can_be_asked(records, name, held_out)]  # before hours of training
-    before = evaluate(load_vlm(config.model.name, **config.model.loading), records, out=out / "base.jsonl", **settings)
+    sample = limited(records, LOOKED, config)
+    base = load_vlm(config.model.name, **config.model.loading)
+    before = evaluate(base, records, out=out / "base.jsonl", **settings)
+    ask = partial(evaluate, donors=held_out, **settings)
+    more: dict[str, Any] = {"donors": held_out, "batch_size": batch_size}
+    own = base if forced else None
+    look(before, sample, partial(ask, base), out=folder_of(out / "base.jsonl"), vlm=own, reader=own, **more)
+    del base, own
     run = finished(config, out / "train") or train(config, out / "train")
     vlm = load_vlm(run["model"], **config.model.loading)
     after = evaluate(vlm, records, out=out / "trained.jsonl", **settings)
-    controls = {
-        name: evaluate(vlm, records, out=out / f"{name}.jsonl", condition=name, donors=held_out, **settings)
-        for name in possible
-    }
+    controls = {name: ask(vlm, records, out=out / f"{name}.jsonl", condition=name) for name in possible}
+    more |= {"given": controls}
+    if forced:
+        more |= {"vlm": vlm, "reader": load_vlm(config.model.name, **config.model.loading)}
+    look(after, sample, partial(ask, vlm), out=folder_of(out / "trained.jsonl"), **more)
     prior = text_only_prior(train_records, records)
-    report_from_files(
+    page = report_from_files(
         out / "base.jsonl",
         out / "trained.jsonl",
         run=out / "train",
@@ -113,6 +130,7 @@ def run_recipe(config: Config, out: Path, *, limit: int = 0, batch_size: int = 6
             **{name: cell["ci95"] for name, cell in cells.items()},
             "gain_points": change["ci95"] and [100 * end for end in change["ci95"]],
         },
+        "looking": page.get("looking"),
         "n": len(after),
         "num_modalities": summarise(after)["macro"]["n"],
         "steps": run["steps"],
