@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from test_report import LOG, make_data, weighed
-from test_several import page_of
+from test_several import page_of, rows_of, write
 from test_study_report import planted
 
 from medr1.ask.ask import Case, load_respondent, question_about
@@ -19,6 +19,7 @@ from medr1.data.phantoms import write_phantoms
 from medr1.policy.vlm import load_vlm
 from medr1.report.checks import check_data, write_check
 from medr1.report.heatmaps import write_heatmaps_page
+from medr1.report.plots import LOOKED
 from medr1.report.run import write_report
 from medr1.report.show import write_samples
 from medr1.study.report import write_study_report
@@ -41,11 +42,17 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_page(folder: Path, phantoms: Path) -> Path:
     base, trained = weighed(16, 0.9), weighed(32, 0.9)
     trained[0]["reply"] = LONG
-    write_report(make_data(folder, base=base, trained=trained, log=LOG), folder / "report.html")
+    looking = ({"image": base, "shuffled": base}, {"image": trained, "shuffled": base, "blank": base})
+    line = {f"{name}{end}": 0.4 for name in ("looking_reliance", *LOOKED) for end in ("", "_low", "_high")}
+    log = [*LOG, *({"step": step, **line} for step in (0, 10, 20))]
+    write_report(make_data(folder, base=base, trained=trained, log=log, looking=looking), folder / "report.html")
     return folder / "report.html"
 
 
 def several_page(folder: Path, phantoms: Path) -> Path:
+    for name in ("strong", "worse"):
+        others = rows_of("weak", condition="shuffled", model=f"models/{name}", weights=(name * 16)[:16])
+        write(folder / f"{name}.looking", "shuffled", others)
     page_of(folder, "weak", "strong", "worse")
     return folder / "page.html"
 

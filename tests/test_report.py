@@ -446,3 +446,60 @@ def test_whether_reasoning_is_used_is_shown(tmp_path: Path, followed: float, wor
     assert faithfulness_section(nothing)["story"] == [
         ("open", "No reasoning could be edited: whether it is used cannot be told.")
     ]
+
+
+def test_whether_it_looks_before_and_after(tmp_path: Path) -> None:
+    """By the rows beside the two files: a table with changes, a picture, sentences that hold beyond the noise."""
+    seen = "<think>The image shows a cyst.</think><answer>A</answer>"
+    ways = {
+        "base": {"image": 8, "shuffled": 8, "blank": 8},
+        "trained": {"image": 18, "shuffled": 8, "blank": 8, "kept": 18, "kept_shuffled": 18, "reader": 18, "unread": 2},
+    }
+    for name, asked in ways.items():
+        for way, right in asked.items():
+            fields = {"model": name, "reply": seen, "condition": way if way in ("shuffled", "blank") else "image"}
+            if way in ("reader", "unread"):
+                fields |= {"model": "base", "condition": "reasoning_alone"}
+            if way not in ("image", "shuffled", "blank"):
+                fields |= {"reasoning": "kept", "scoring": "options"}
+            path = tmp_path / (f"{name}.jsonl" if way == "image" else f"{name}.looking/{way}.jsonl")
+            append_jsonl(path, make_rows(right, **fields))
+    Image.new("RGB", (30, 20)).save(tmp_path / "picture.png")
+    files = [tmp_path / "base.jsonl", tmp_path / "trained.jsonl"]
+    result = report_from_files(*files, out=tmp_path / "report.html")
+    after, change = result["looking"]["after"], result["looking"]["change"]
+    assert after["reliance"]["value"] == after["sensitivity"]["value"] == 0.5
+    assert after["reliance_kept"]["value"] == 0 and after["hallucinated"]["value"] == 0.5
+    assert after["consistency"]["value"] == 1 and after["consistency"]["reader"] == "base"
+    assert change["reliance"]["difference"] == 0.5 and "consistency" not in change
+    assert result["blank"] == result["shuffled"] == 0.4  # controls of the page, without a --control
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    section = " ".join(re.sub("<[^>]*>", "", page.split(">Does it look?</h2>")[1].split("<h2")[0]).split())
+    assert (
+        "The trained model: its own image adds +50.0 points over another image of the modality (+29.6 to +66.2), and"
+        " 50.0 % of its answers change with the image; 50.0 % of its replies claim to see something while no image"
+        " changes the answer." in section
+    )
+    assert "training made it lean more on the image, by +50.0 points" in section
+    assert "100.0 % of its answers are those that a reader draws from its reasoning alone (20.0 % without" in section
+    assert "The reader of the reasoning is base, who sees" in section
+
+    for path in tmp_path.glob("*.looking/*"):
+        path.unlink()
+    result = report_from_files(*files, out=tmp_path / "report.html")
+    assert "looking" not in result and "Does it look?" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+    other = tmp_path / "other.jsonl"
+    append_jsonl(other, make_rows(18, model="trained", condition="shuffled"))
+    result = report_from_files(*files, controls=[f"shuffled={other}"], out=tmp_path / "report.html")
+    assert result["looking"]["after"]["reliance"]["value"] == 0 and "reliance" not in result["looking"]["before"]
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "0.0 % of its answers change with the image" in page and "nothing here shows that it looks." in page
+
+
+def test_the_moment_when_a_policy_stops_looking_is_drawn() -> None:
+    keys = ("reliance", "accuracy", "accuracy_other", "sensitivity")
+    line = {f"looking_{key}{end}": 0.5 for key in keys for end in ("", "_low", "_high")}
+    (title, drawn), *others = learning_curves([{"step": step, **line} for step in (0, 10, 20)])
+    assert title == "Does it keep looking?" and not others
+    assert "right with another image" in drawn and drawn.count("<svg") == 2
+    assert [title for title, _ in learning_curves(LOG)] == ["Sampled in training"]

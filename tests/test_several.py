@@ -11,12 +11,12 @@ from test_report import LOG, embedded, make_rows
 
 from medr1.cli.evaluate import _named
 from medr1.config import Config, to_toml
-from medr1.data.records import append_jsonl
+from medr1.data.records import append_jsonl, read_jsonl
 from medr1.errors import MedR1Error
 from medr1.evaluation.controls import text_only_prior
 from medr1.evaluation.metrics import compare, holm, summarise
 from medr1.evaluation.rows import record_of
-from medr1.report.several import several_from_files
+from medr1.report.several import Model, _checkpoints, several_from_files
 
 RIGHT = {"base": 24, "weak": 26, "strong": 60, "other": 58, "worse": 4}
 """Of eighty in each of two modalities."""
@@ -257,6 +257,50 @@ def test_a_run_is_of_the_models_that_lie_in_it(tmp_path: Path) -> None:
     assert result["models"]["strong"]["text_only"] == prior["macro"]["accuracy"]
     with pytest.raises(MedR1Error, match="a second table of option texts"):
         several_from_files(base, given, out=tmp_path / "page.html", controls=[text, text])
+
+
+def test_checkpoints_of_a_run_are_a_curve_and_runs_have_theirs(tmp_path: Path) -> None:
+    run = tmp_path / "ct"
+    for place in ("checkpoint-10", "model"):
+        (run / place).mkdir(parents=True)
+    (run / "recipe.toml").write_text(to_toml(Config.model_validate({"data": {"num_phantoms": 40}})))
+    append_jsonl(run / "log.jsonl", LOG)
+    base = write(tmp_path, "base", rows_of("base", model="tiny"))
+    files = {}
+    for name, place in (("weak", "checkpoint-10"), ("strong", "model")):
+        files[place] = write(tmp_path, place, rows_of(name, model=str(run / place)))
+        shown = {"model": str(run / place), "condition": "shuffled", "weights": (name * 16)[:16]}
+        write(tmp_path / f"{place}.looking", "shuffled", rows_of("base", **shown))
+    given = [(None, path) for path in files.values()]
+    several_from_files(base, given, out=tmp_path / "page.html", runs=[run])
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert 'aria-label="Accuracy by step of training: ct, ct, another image"' in page
+    assert 'aria-label="Right answers sampled in training: ct"' in page
+    models = [Model(path.stem, path, rows_of(name)) for name, path in (("base", base), ("weak", files["model"]))]
+    assert _checkpoints(models) == {}  # in no run's folder
+    first, *others = [Model(path.stem, path, read_jsonl(path)) for path in (base, *files.values())]
+    curve = _checkpoints([first, *others])["ct"]
+    assert [(step, cell["accuracy"]) for step, cell in curve] == [(0, 0.3), (10, 0.325), (20, 0.75)]
+    first.rows = rows_of("base", model="another")
+    assert [step for step, _ in _checkpoints([first, *others])["ct"]] == [10, 20]
+    assert _checkpoints([first, others[0]]) == {}
+
+
+def test_whether_each_model_looks(tmp_path: Path) -> None:
+    for name in ("base", "strong"):
+        own = rows_of(name)
+        write(tmp_path / f"{name}.looking", "shuffled", [{**row, "condition": "shuffled"} for row in rows_of("weak")])
+        for path in (tmp_path / f"{name}.looking").iterdir():
+            rows = [{**row, "model": own[0]["model"], "weights": own[0]["weights"]} for row in read_jsonl(path)]
+            write(path.parent, "shuffled", rows)
+    result, page = page_of(tmp_path, "strong", "other")
+    assert result["models"]["strong"]["looking"]["reliance"]["value"] == pytest.approx((60 - 26) / 80)
+    assert set(result["models"]["other"]["looking"]) == {"accuracy", "claims"}
+    assert result["models"]["strong"]["shuffled"] == 26 / 80
+    told = page.split(">Does it look?</h2>")[1]
+    assert "strong: its own image adds +42.5 points over another image of the modality" in told
+    assert "strong: training made it lean more on the image, by +45.0 points" in told
+    assert "other: its own" not in told
 
 
 def test_open_questions_alone(tmp_path: Path) -> None:

@@ -357,6 +357,30 @@ def test_numbers_against_their_slow_definition(tmp_path: Path):
     assert numbers["order"][0]["permuted"]["rate"] > 0.5
 
 
+def test_whether_each_way_of_training_looks(tmp_path: Path):
+    """By the controls that there are: the base and the trained models with another image, seeds averaged a question."""
+    study = Planted(tmp_path, num_images=6, values=2, seeds=(0, 1))
+    folder = study.write(methods=(("grpo", "think"),), controls=("blank", "shuffled"))
+    numbers = study_numbers(StudyResults(folder))
+    for line in numbers["lines"]:
+        looked, blank = line["looking"], line["controls"]["blank"]
+        assert list(looked) == ["reliance", "reliance_blank", "sensitivity", "claims", "hallucinated"]
+        assert looked["reliance_blank"]["value"] == pytest.approx(blank["cost"]["difference"])  # values of one size
+        assert looked["reliance_blank"]["n"] == blank["cost"]["n"] and looked["reliance"]["change"] is None
+        assert looked["claims"] == {"value": 0, "ci95": looked["claims"]["ci95"], "n": looked["reliance"]["n"]} | {
+            "change": looked["claims"]["change"]
+        }
+        assert 0 < looked["sensitivity"]["value"] < 1
+    study.add("base", "think", None, None, None, study.rows(lambda _: study.base, "other", mode="think"), "shuffled")
+    results = json.loads((folder / "results.json").read_text()) | {"evaluations": study.evaluations}
+    write_atomic(folder / "results.json", json.dumps(results))
+    moved = study_numbers(StudyResults(folder))["lines"][0]["looking"]["reliance"]
+    assert moved["change"]["n"] == moved["n"] and moved["change"]["difference"] > 0
+    write_study_report(folder)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "Does it look?</h2>" in page and "answers that change with the image" in page
+
+
 def test_nothing_within_the_noise_is_marked(tmp_path: Path):
     folder = planted(tmp_path / "noise", own=0.4, others=0.4)
     write_study_report(folder)

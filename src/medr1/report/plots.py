@@ -7,8 +7,9 @@ are names of the page's own (style.css), which differ in the dark, with the one 
 
 import functools
 import html
+import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any, Concatenate, ParamSpec
@@ -166,6 +167,8 @@ def learning_curves(log: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     shares = {key: style for key, style in SHARES.items() if any(key in line for line in log)}
     if shares:
         figures.append(("Sampled in training", _sampled(log, shares)))
+    if any("looking_reliance" in line for line in log):
+        figures.append(("Does it keep looking?", _looked(log)))
     for key, title in (("completion_tokens", "Tokens a completion"), ("loss", "Loss")):
         if sum(key in line for line in log) > 1 and not (key == "loss" and shares):
             figures.append((title, _logged(log, key, title)))
@@ -186,11 +189,36 @@ def _sampled(
         high = np.array([line.get("eval_ci_high", line["eval_accuracy"]) for line in tested]) - values
         steps = [line["step"] for line in tested]
         axes.errorbar(steps, values, yerr=[low, high], fmt="o", color=INK, ms=4, lw=1, label="held-out accuracy")
+    _shares(figure, axes, width)
+    return figure, f"Learning curve: {', '.join(label for label, _, _ in shares.values())}"
+
+
+LOOKED = {
+    "looking_accuracy": ("right with the own image", BLUE, "-"),
+    "looking_accuracy_other": ("right with another image", ORANGE, "--"),
+    "looking_sensitivity": ("answers that change with it", GREEN, "-."),
+}
+
+
+@twice
+def _looked(width: float, log: Sequence[dict[str, Any]]) -> tuple[Figure, str]:
+    figure, axes = _curve_axes(width, legend=66 if width == WIDE else 88)
+    lines = [line for line in log if "looking_reliance" in line]
+    steps = [line["step"] for line in lines]
+    for key, (label, colour, dash) in LOOKED.items():
+        axes.plot(steps, [line[key] for line in lines], "o", color=colour, linestyle=dash, ms=4, lw=2, label=label)
+        low, high = ([line[f"{key}_{end}"] for line in lines] for end in ("low", "high"))
+        axes.fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
+    _shares(figure, axes, width)
+    return figure, f"Does it keep looking: {', '.join(label for label, _, _ in LOOKED.values())}"
+
+
+def _shares(figure: Figure, axes: Axes, width: float) -> None:
+    """The axis of shares, and the legend below."""
     axes.set_ylim(-0.02, 1.02)
     axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %", decimals=0))
     columns = 2 if width == WIDE else 1
     figure.legend(frameon=False, labelcolor=INK, loc="lower center", ncols=columns, columnspacing=2)
-    return figure, f"Learning curve: {', '.join(label for label, _, _ in shares.values())}"
 
 
 @twice
@@ -219,6 +247,83 @@ def study_plot(width: float, lines: Sequence[dict[str, Any]], others: str) -> tu
             if cell["accuracy"] is not None:
                 axes.plot([cell["accuracy"]] * 2, [y - half, y + half], color=colour, linewidth=1.6, linestyle=dash)
     return figure, f"Accuracy before training, in the own domain, on {others}, and with the image blanked"
+
+
+@twice
+def looking_plot(width: float, lines: Sequence[tuple[str, Sequence[dict[str, Any] | None]]]) -> tuple[Figure, str]:
+    """Models (name, {value, ci95} with its own image, with another one of the modality, with a blank one; None where it
+    was not asked) along one axis: the gaps are what the image adds.
+    """
+    figure, axes = _line_axes(width, [clipped(name) for name, _ in lines], 34, left=142)
+    for y, (_, cells) in enumerate(lines):
+        for shift, cell, mark in zip((-0.2, 0, 0.2), cells, (AFTER, CONTROL, BEFORE), strict=True):
+            if cell:
+                _dot(axes, y + shift, {"accuracy": cell["value"], "ci95": cell["ci95"]}, mark)
+    return figure, "Accuracy with the own image, with another one of the modality, and with a blank one"
+
+
+@twice
+def steps_plot(width: float, curves: Mapping[str, Sequence[tuple[int, Cell]]]) -> tuple[Figure, str]:
+    """Accuracy (name to its points) by the step after which a checkpoint was written."""
+    rows = -(-len(curves) // (2 if width == WIDE else 1))
+    figure, axes = _curve_axes(width, legend=22 * rows)
+    for (name, points), (colour, dash) in zip(curves.items(), _styles(), strict=False):
+        steps = [step for step, _ in points]
+        values = np.array([cell["accuracy"] for _, cell in points])
+        limits = np.array([cell["ci95"] for _, cell in points]).T
+        spans = np.abs(limits - values)
+        axes.errorbar(steps, values, yerr=spans, fmt="o", ls=dash, color=colour, ms=5, lw=1.6, label=clipped(name, 36))
+    _shares(figure, axes, width)
+    return figure, f"Accuracy by step of training: {', '.join(curves)}"
+
+
+COMPARED = {
+    "reward_accuracy": "Right answers sampled in training",
+    "looking_reliance": "What the image adds over another one, held out",
+    "completion_tokens": "Tokens a completion",
+    "loss": "Loss",
+}
+
+
+def compared_curves(logs: Mapping[str, Sequence[dict[str, Any]]]) -> list[tuple[str, str]]:
+    """(title, SVG) of what the logs of several runs (by name) hold, one curve a run."""
+    figures = []
+    for key, title in COMPARED.items():
+        held = {name: log for name, log in logs.items() if sum(key in line for line in log) > 1}
+        if key == "loss":  # of GRPO it says little
+            held = {name: log for name, log in held.items() if not any("reward" in line for line in log)}
+        if held:
+            figures.append((title, _compared(held, key, title)))
+    return figures
+
+
+@twice
+def _compared(width: float, logs: Mapping[str, Sequence[dict[str, Any]]], key: str, title: str) -> tuple[Figure, str]:
+    rows = -(-len(logs) // (2 if width == WIDE else 1))
+    figure, axes = _curve_axes(width, legend=22 * rows)
+    for (name, log), (colour, dash) in zip(logs.items(), _styles(), strict=False):
+        _curve(axes, log, key, clipped(name, 36), colour, dash)
+    if key in ("reward_accuracy", "looking_reliance"):
+        _shares(figure, axes, width)
+    else:
+        figure.legend(frameon=False, labelcolor=INK, loc="lower center", ncols=2 if width == WIDE else 1)
+    if key == "looking_reliance":
+        axes.set_ylim(min(-0.05, axes.dataLim.ymin - 0.02), 1.02)
+        axes.axhline(0, color=INK, linewidth=0.8)
+    elif key != "reward_accuracy":
+        axes.set_ylim(bottom=0)
+    return figure, f"{title}: {', '.join(logs)}"
+
+
+def _styles() -> Iterator[tuple[str, str]]:
+    """Colours and dashes without end: the same four of each, paired anew every four."""
+    for number in itertools.count():
+        yield CURVES[number % 4][0], CURVES[(number + number // 4) % 4][1]
+
+
+def clipped(name: str, most: int = 18) -> str:
+    """A name that fits beside a plot, or into its legend."""
+    return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-(most // 2) :]}"
 
 
 @matplotlib.rc_context(STYLE)

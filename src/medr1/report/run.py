@@ -22,8 +22,10 @@ from medr1.data.records import read_jsonl, write_atomic
 from medr1.errors import MedR1Error
 from medr1.evaluation.calibration import Calibration, read_calibration
 from medr1.evaluation.controls import CONDITIONS, text_only_prior
+from medr1.evaluation.looking import Asked, read_looking
 from medr1.evaluation.metrics import OPEN_SCORES, Row, compare, summarise, untrained
 from medr1.evaluation.rows import check_pair, differing, read_rows, record_of, said
+from medr1.report.looking import BASE, TRAINED, looking_section
 from medr1.report.pages import environment, html_file, label, package_versions, percent, points, span_points, thumbnail
 from medr1.report.plots import AFTER, BEFORE, CHANCE, CONTROL, change_plot, learning_curves, story_plot
 from medr1.report.trust import calibration_section, faithfulness_section
@@ -55,6 +57,8 @@ class ReportData:
     """Of the trained model; None fits one where the rows have option_probs."""
     faithfulness: dict[str, Any] | None = None
     """What `faithfulness.conclude` returned for the trained model."""
+    looking: tuple[Asked, Asked] | None = None
+    """The ways in which base and trained model were asked, these rows among them; see `medr1.evaluation.looking`."""
     name: str | None = None
     """Of the trained model; None: as its rows say."""
     versions: Mapping[str, str] = field(default_factory=lambda: package_versions())
@@ -99,6 +103,7 @@ def report_from_files(
     before, after = condition_rows(base, "image"), condition_rows(trained, "image")
     check_pair(after, trained, before, base, ALIKE)
     tables: dict[str, dict[str, Any]] = {}
+    looking = (read_looking(base, before), read_looking(trained, after))
     if config:
         _check_run(run, Path(after[0]["model"]), trained)
         learned = load_parts(config.data, split_of(run))[0]
@@ -110,7 +115,8 @@ def report_from_files(
         else:
             rows = condition_rows(file, name)
             check_pair(rows, file, after, trained, ("model", *ALIKE))
-            tables[name] = summarise(rows)
+            looking[1][name] = rows
+    tables |= {name: summarise(rows) for name, rows in looking[1].items() if name in CONTROLS}
     of_trained: list[tuple[Path, Mapping[str, Any]]] = []
     found = read_calibration(calibration) if calibration else None
     edits = read_faithfulness(faithfulness) if faithfulness else None
@@ -131,6 +137,7 @@ def report_from_files(
         config=config,
         calibration=found,
         faithfulness=edits,
+        looking=looking,
         name=name,
     )
     return write_report(data, out)
@@ -141,7 +148,8 @@ def write_report(data: ReportData, out: Path, *, max_samples: int = MAX_SAMPLES)
 
     Returns:
         report (path), base_macro, trained_macro, gain_points, chance, and the macro accuracy of each
-        control: what the first screen says, as fractions; gain_points in percentage points.
+        control: what the first screen says, as fractions; gain_points in percentage points. looking: before, after
+        (what `looking.measure` gives) and change, where the trained model was asked in other ways too.
 
     Raises:
         MedR1Error: the two evaluations differ in their records, or the file cannot be written.
@@ -163,6 +171,7 @@ def write_report(data: ReportData, out: Path, *, max_samples: int = MAX_SAMPLES)
         "controls": {name: overall(table) for name, table in data.controls.items()},
     }
     recipe = to_toml(data.config) if data.config else ""
+    looking = looking_section([*zip((BASE, TRAINED), data.looking, strict=True)]) if data.looking else None
     page = (
         environment()
         .get_template("page.html.j2")
@@ -180,6 +189,7 @@ def write_report(data: ReportData, out: Path, *, max_samples: int = MAX_SAMPLES)
             modality_plot=_change_plot(base, trained, "by_modality"),
             type_plot=_change_plot(base, trained, "by_question_type"),
             curves=learning_curves(data.log),
+            looking=looking,
             calibration=calibration_section(data.base, data.trained, data.calibration),
             faithfulness=faithfulness_section(data.faithfulness) if data.faithfulness else None,
             how=how_trained(data.config, data.log),
@@ -199,6 +209,7 @@ def write_report(data: ReportData, out: Path, *, max_samples: int = MAX_SAMPLES)
         "gain_points": None if gain is None else 100 * gain,
         "chance": scores["trained"]["chance"],
         **{name: cell["accuracy"] for name, cell in scores["controls"].items()},
+        **({"looking": {**looking["measured"], "change": looking["changed"][TRAINED]}} if looking else {}),
     }
 
 
@@ -264,7 +275,7 @@ def how_trained(config: Config | None, log: Sequence[dict[str, Any]]) -> str:
     )
 
 
-ALIKE = ("mode", "max_new_tokens", "scoring")
+ALIKE = ("mode", "max_new_tokens", "scoring", "reasoning")
 """What evaluations must agree in to be set side by side."""
 
 

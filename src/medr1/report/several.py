@@ -19,10 +19,23 @@ from medr1.data.parts import load_parts
 from medr1.data.records import read_jsonl, write_atomic
 from medr1.errors import MedR1Error
 from medr1.evaluation.controls import text_only_prior
+from medr1.evaluation.looking import WAYS, read_looking
 from medr1.evaluation.metrics import MIN_N, Row, by_kind, judged, paired_change, summarise, untrained
 from medr1.evaluation.rows import check_pair, differing, record_of, said
+from medr1.policy.names import step_of
+from medr1.report.looking import looking_section
 from medr1.report.pages import environment, html_file, label, package_versions, percent, points
-from medr1.report.plots import AFTER, BEFORE, CHANCE, CONTROL, Mark, dot_plot
+from medr1.report.plots import (
+    AFTER,
+    BEFORE,
+    CHANCE,
+    CONTROL,
+    Mark,
+    clipped,
+    compared_curves,
+    dot_plot,
+    steps_plot,
+)
 from medr1.report.run import (
     ALIKE,
     MAX_SAMPLES,
@@ -52,6 +65,8 @@ class Model:
     rows: list[Row]
     controls: dict[str, list[Row]] = field(default_factory=dict)
     """Condition to its rows."""
+    asked: dict[str, Sequence[Row]] = field(default_factory=dict)
+    """Way of asking to its rows, these and the controls among them; see `medr1.evaluation.looking`."""
     prior: dict[str, Any] | None = None
     """`text_only_prior` of the training part of its run, or of the file that was given for all."""
     config: Config | None = None
@@ -83,7 +98,8 @@ def several_from_files(
     Returns:
         report (path), n (questions), left_out (questions that a model's run trained on), chance, base_macro, and
         models: name to macro, ci95, change {difference, ci95, n, groups, p, holm_p, significant}, verdict (of VERDICTS)
-        and the macro accuracy of each control; accuracies and differences as fractions.
+        and the macro accuracy of each control, and where one was asked in other ways too, looking: what
+        `looking.measure` gives; accuracies and differences as fractions.
 
     Raises:
         MedR1Error: a file is missing or not what it should be, two of them are not alike, two models have one name, a
@@ -97,12 +113,12 @@ def several_from_files(
         check_pair(models[-1].rows, path, first.rows, base, ALIKE)
     _name(models)
     texts = _give_controls([first, *models], controls)
+    _give_ways([first, *models])
     left_out = _keep_unseen([first, *models])
-    for run in runs:
-        _give_run(models, run)
+    logs = dict(_give_run(models, run) for run in runs)
     for model in models if texts else ():
         model.prior = model.prior or text_table(texts[-1], model.rows)
-    return _write([first, *models], left_out, out, max_samples)
+    return _write([first, *models], logs, left_out, out, max_samples)
 
 
 def _name(models: Sequence[Model]) -> None:
@@ -155,6 +171,16 @@ def _give_controls(models: Sequence[Model], controls: Sequence[str]) -> list[Pat
     return texts
 
 
+def _give_ways(models: Sequence[Model]) -> None:
+    """The other ways in which each was asked, beside its file; another image and a blank one are controls as well."""
+    for model in models:
+        model.asked = read_looking(model.path, model.rows)
+        for name in ("blank", "shuffled"):
+            if name in model.asked:
+                model.controls.setdefault(name, [*model.asked[name]])
+        model.asked |= {name: rows for name, rows in model.controls.items() if name in WAYS}
+
+
 def _keep_unseen(models: Sequence[Model]) -> int:
     """Leave out of all rows the questions that one model's run trained on; their number."""
     known = {row["id"] for model in models for row in model.rows} - set.intersection(
@@ -166,14 +192,13 @@ def _keep_unseen(models: Sequence[Model]) -> int:
         )
     for model in models:
         model.rows = [row for row in model.rows if row["id"] not in known]
-        model.controls = {
-            name: [row for row in rows if row["id"] not in known] for name, rows in model.controls.items()
-        }
+        for others in (model.controls, model.asked):
+            others |= {name: [row for row in rows if row["id"] not in known] for name, rows in others.items()}
     return len(known)
 
 
-def _give_run(models: Sequence[Model], run: Path) -> None:
-    """What a run says of the models that lie in its folder."""
+def _give_run(models: Sequence[Model], run: Path) -> tuple[str, list[dict[str, Any]]]:
+    """What a run says of the models that lie in its folder; its name, that of the model if it has one, and its log."""
     config = load_config(run / RECIPE)
     places = [(model, Path(model.rows[0]["model"])) for model in models]
     own = [
@@ -187,12 +212,50 @@ def _give_run(models: Sequence[Model], run: Path) -> None:
             f"{run}: none of the models lies in this run ({there}); leave it out, or report that model alone"
         )
     prior = text_only_prior(load_parts(config.data, split_of(run))[0], [record_of(row) for row in own[0].rows])
-    how = how_trained(config, read_jsonl(run / "log.jsonl"))
+    log = read_jsonl(run / "log.jsonl")
     for model in own:
-        model.prior, model.config, model.how = prior, config, how
+        model.prior, model.config, model.how = prior, config, how_trained(config, log)
+    return own[0].name if len(own) == 1 else run.resolve().name, log
 
 
-def _write(models: Sequence[Model], left_out: int, out: Path, max_samples: int) -> dict[str, Any]:
+def _checkpoints(models: Sequence[Model]) -> dict[str, list[tuple[int, dict[str, Any]]]]:
+    """(step, accuracy) of each run of which several steps were asked, of the base as step 0 where the run began with
+    it; and of those that were asked with another image the accuracy with that.
+    """
+    base, *others = models
+    runs: dict[Path, dict[int, Model]] = {}
+    for model in others:
+        if place := _step_of(Path(model.rows[0]["model"])):
+            runs.setdefault(place[0], {})[place[1]] = model
+    curves: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    for run, steps in runs.items():
+        if len(steps) < 2:
+            continue
+        if load_config(run / RECIPE).model.name == base.rows[0]["model"]:
+            steps[0] = base
+        ordered = sorted(steps.items())
+        curves[run.name] = [(step, overall(summarise(model.rows))) for step, model in ordered]
+        other = [(step, model.controls["shuffled"]) for step, model in ordered if "shuffled" in model.controls]
+        if len(other) > 1:
+            name = f"{run.name}, {label('shuffled')}"
+            curves[name] = [(step, overall(summarise(rows))) for step, rows in other]
+    return curves
+
+
+def _step_of(model: Path) -> tuple[Path, int] | None:
+    """The run that a model lies in, and the step after which it was written; None where that is not known."""
+    run = model.resolve() if (model / RECIPE).is_file() else model.resolve().parent
+    if not (run / RECIPE).is_file():
+        return None
+    if model.name.startswith("checkpoint-"):
+        return run, step_of(model)
+    log = run / "log.jsonl"
+    return (run, max((line["step"] for line in read_jsonl(log)), default=0)) if log.is_file() else None
+
+
+def _write(
+    models: Sequence[Model], logs: dict[str, list[dict[str, Any]]], left_out: int, out: Path, max_samples: int
+) -> dict[str, Any]:
     base, *others = models
     tables = [summarise(model.rows) for model in models]
     changes = judged([_change(base, model) for model in others])
@@ -214,6 +277,7 @@ def _write(models: Sequence[Model], left_out: int, out: Path, max_samples: int) 
         {"names": (others[one].name, others[other].name), "change": change, "verdict": _verdict(change)}
         for (one, other), change in zip(pairs, between, strict=True)
     ]
+    looking = looking_section([(model.name, model.asked) for model in models])
     samples, thumbnails = viewer_samples([model.rows for model in models], base.path.parent, max_samples)
     page = (
         environment()
@@ -229,6 +293,9 @@ def _write(models: Sequence[Model], left_out: int, out: Path, max_samples: int) 
             over=_over(tables[0]),
             story=tell_several(lines, pair_lines, left_out),
             plot=_plot(lines),
+            looking=looking,
+            steps=steps_plot(curves) if (curves := _checkpoints(models)) else "",
+            curves=compared_curves(logs),
             tables=tables,
             table=_by_part(tables),
             open_table=open_table(tables),
@@ -254,6 +321,7 @@ def _write(models: Sequence[Model], left_out: int, out: Path, max_samples: int) 
                 "verdict": line["verdict"],
                 **({"text_only": line["text_only"]["accuracy"]} if line["text_only"] else {}),
                 **{name: cell["accuracy"] for name, cell in line["controls"].items()},
+                **({"looking": looking["measured"][line["name"]]} if looking else {}),
             }
             for line in lines[1:]
         },
@@ -376,8 +444,7 @@ def _plot(lines: Sequence[dict[str, Any]]) -> str:
     chance = {"accuracy": lines[0]["cell"]["chance"], "ci95": None}
     marks: list[tuple[str, dict[str, Any], Mark]] = [("guessing", chance, CHANCE)]
     for line in lines:
-        name = line["name"] if len(line["name"]) <= 18 else f"{line['name'][:8]}…{line['name'][-9:]}"
-        marks.append((name, line["cell"], BEFORE if line is lines[0] else AFTER))
+        marks.append((clipped(line["name"]), line["cell"], BEFORE if line is lines[0] else AFTER))
         own = {"text_only": line["text_only"]} if line["text_only"] else {}
         marks += [(f"– {label(control)}", cell, CONTROL) for control, cell in (own | line["controls"]).items()]
     marks = [mark for mark in marks if mark[1]["accuracy"] is not None]

@@ -19,9 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from medr1.data.claims import claims_to_see
 from medr1.data.prompts import MODES
 from medr1.errors import MedR1Error
 from medr1.evaluation.intervals import mean_interval
+from medr1.evaluation.looking import cell_of, paired, values
 from medr1.evaluation.metrics import AXES, Row, accuracy_table, flip_rate, judged, macro, paired_change, summarise
 from medr1.evaluation.rows import differing, read_rows
 
@@ -158,6 +160,9 @@ def line_numbers(study: StudyResults, line: Line) -> dict[str, Any]:
         prior: average of the option-text prior learned on a value and tested on it.
         controls: condition to accuracy in the own domain, with `cost`: what the image adds on the same questions, see
             `metrics.paired_change`.
+        looking: what `looking.cell_of` gives of each measure that its controls allow, in the own domain, each question
+            once, averaged over seeds; with `change`, `looking.paired` against the untrained model, None where that was
+            not asked so.
         replies: of the own domain and all seeds, see `metrics.summarise`.
     """
     own, entries = study.own(line), study.of(line)
@@ -183,8 +188,45 @@ def line_numbers(study: StudyResults, line: Line) -> dict[str, Any]:
             [prior["table"][f"by_{line.axis}"][prior["trained_on"]] for prior in priors], line.axis
         ),
         "controls": controls,
+        "looking": _looking(study, line),
         "replies": summarise([row for entry in entries for row in entry.rows if tested_on_own(entry, row)]),
     }
+
+
+LOOKING = ("reliance", "reliance_blank", "sensitivity", "claims", "hallucinated")
+"""Measures of looking that a study's controls allow."""
+
+
+def _looking(study: StudyResults, line: Line) -> dict[str, dict[str, Any]]:
+    own = _looked(study, study.of(line), tested_on_own)
+    untrained = [e for e in study.entries if (e.method, e.mode, e.condition) == ("base", line.mode, "image")]
+    base = _looked(study, untrained, lambda entry, row: row[line.axis] is not None)
+    groups = {row["id"]: row["group"] for entry in study.of(line) for row in entry.rows}
+    if len(own) == 2:  # accuracy and claims, which need no control
+        return {}
+    return {
+        name: {
+            **cell_of(name, own[name], groups),
+            "change": paired(name, base[name], own[name], groups) if name in base else None,
+        }
+        for name in LOOKING
+        if name in own
+    }
+
+
+def _looked(
+    study: StudyResults, entries: Iterable[Entry], keep: Callable[[Entry, Row], bool]
+) -> dict[str, dict[str, float]]:
+    """`looking.values` of the kept rows, averaged over the models that answered a question."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for entry in entries:
+        asked = {"image": [row for row in entry.rows if keep(entry, row)]}
+        others = {name: study.same_model(entry, name) for name in ("shuffled", "blank")}
+        asked |= {name: other.rows for name, other in others.items() if other}
+        for name, of in values(asked).items():
+            for question, value in of.items():
+                found.setdefault(name, {}).setdefault(question, []).append(value)
+    return {name: {question: sum(v) / len(v) for question, v in of.items()} for name, of in found.items()}
 
 
 def comparisons(study: StudyResults) -> list[dict[str, Any]]:
@@ -377,4 +419,6 @@ def _read(path: Path, condition: str, mode: str) -> list[Row]:
         told = f"condition {rows[0]['condition']} and mode {rows[0]['mode']}, not of {condition} and {mode}"
         raise MedR1Error(f"{path}: its rows are of {told} as results.json says; run the study again")
     # None was trained on, since a study's cells train on the same division; were it so, it would not count here.
-    return [{name: row[name] for name in NEEDED} for row in rows if row.get("seen_by_run") != "trained on"]
+    kept = [row for row in rows if row.get("seen_by_run") != "trained on"]
+    claims = [{"claims": claims_to_see(row["reply"], row["question"])} if condition == "image" else {} for row in kept]
+    return [{name: row[name] for name in NEEDED} | more for row, more in zip(kept, claims, strict=True)]

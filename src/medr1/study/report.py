@@ -17,12 +17,13 @@ from typing import Any
 from markupsafe import Markup
 
 from medr1.data.records import LETTERS, read_jsonl, to_json, write_atomic
+from medr1.evaluation.looking import MEASURES
 from medr1.evaluation.metrics import AXES, MIN_N, Row
 from medr1.report.pages import environment, p_value, percent, points, span, span_points, thumbnail
 from medr1.report.plots import CURVES, curve_panel, standalone, study_plot
 from medr1.report.trust import faithfulness_section
 from medr1.study.exports import write_exports
-from medr1.study.numbers import Line, StudyResults, study_numbers
+from medr1.study.numbers import LOOKING, Line, StudyResults, study_numbers
 
 MAX_ROWS = 50_000
 """Rows of the viewer (a question and one way of training); of more questions a seeded sample is kept, and said."""
@@ -72,6 +73,8 @@ def write_study_report(folder: Path) -> dict[str, Any]:
         axes=axes,
         words=WORDS,
         conditions=CONDITIONS,
+        looking=LOOKING,
+        measures=MEASURES,
         outcomes=OUTCOMES,
         how=_how(study, numbers),
         verdict=verdict,
