@@ -82,7 +82,8 @@ def ask(arm: str, seed: int, steps: int, data: Path, folder: Path) -> None:
     """Train an arm (the base is as it is) and ask it: rows by condition, then those of a reader of its reasoning."""
     import torch
 
-    from medr1.evaluation.confidence import reasoning_of
+    from medr1.evaluation.controls import ALONE
+    from medr1.evaluation.looking import kept_reasoning
     from medr1.evaluation.run import evaluate
     from medr1.policy.vlm import load_vlm
     from medr1.training import GRPOTrainer
@@ -99,9 +100,9 @@ def ask(arm: str, seed: int, steps: int, data: Path, folder: Path) -> None:
     for condition in CONDITIONS:
         rows = evaluate(vlm, test, out=folder / f"{condition}.jsonl", condition=condition, **settings)
         if condition == "image":
-            reasoning = {row["id"]: reasoning_of(row["reply"]) for row in rows}
+            reasoning = {row["id"]: kept_reasoning(row["reply"]) for row in rows}
     reader, out = load_vlm("tiny", dtype="float32"), folder / "reader.jsonl"
-    evaluate(reader, test, out=out, condition="reasoning_alone", reasoning=reasoning, **settings)
+    evaluate(reader, test, out=out, condition=ALONE, reasoning=reasoning, **settings)
 
 
 def values(folder: Path, place: str) -> dict[str, dict[str, float]]:

@@ -1,5 +1,6 @@
 """The benchmark runs, and both of its sides do the same work; what it measures needs a quiet machine."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -9,6 +10,8 @@ pytest.importorskip("trl", reason="TRL is a test dependency: pip install 'medr1[
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import bench
+import looking
+from typer.testing import CliRunner
 from workload import Workload
 
 SMALL = {"new_tokens": 3, "num_completions": 2, "num_prompts": 2, "pixels": 56, "short_prompt": True, "small": True}
@@ -29,3 +32,30 @@ def test_a_comparison(overrides: dict[str, float]) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_evaluation_answers_as_generate_does() -> None:
     assert bench.compare_evaluation(rounds=1, num_records=5, new_tokens=4, questions=2, small=True)["ratio"] > 0
+
+
+def test_a_comparison_of_looking_ends_with_what_it_promises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(looking, "IMAGES", {"positions": 64, "texts": 64})
+    asked = ["--steps", "1", "--seeds", "1", "--shortcut", "1", "--out", str(tmp_path / "out"), "--json"]
+    done = CliRunner().invoke(looking.app, asked)
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.output.splitlines()[-1])
+    assert (result["seeds"], result["shortcut"], result["steps"]) == ([0], 1.0, 1) and result["seconds"] > 0
+    for arm in ("base", "accuracy", "looking"):
+        assert set(result[arm]) == set(looking.MEASURES)
+        for name, (mean, low, high) in result[arm].items():
+            assert (-1 if name in looking.SIGNED else 0) <= low <= mean <= high <= 1
+    again = json.loads(CliRunner().invoke(looking.app, asked).output.splitlines()[-1])
+    assert {**again, "seconds": 0} == {**result, "seconds": 0}, "nothing is done twice"
+    other = CliRunner().invoke(looking.app, [*asked, "--shortcut-in", "texts"])
+    assert other.exit_code and "other settings" in " ".join(other.output.split())
+
+
+def test_limits_over_seeds_and_groups() -> None:
+    """Two seeds that agree keep the limits of groups; apart by 0.2 they add t(1) 0.1 = 1.27, more than a share has."""
+    groups = {str(n): str(n) for n in range(100)}
+    one = {name: float(int(name) < 50) for name in groups}
+    mean, low, high = looking.cell([one, one], groups, signed=False)
+    assert mean == 0.5 and 0.38 < low < 0.42 and high == pytest.approx(1 - low)
+    better = {name: float(int(name) < 70) for name in groups}
+    assert looking.cell([one, better], groups, signed=False) == [0.6, 0.0, 1.0]

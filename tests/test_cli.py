@@ -139,6 +139,16 @@ def options(*texts: str) -> list[str]:
     return [argument for text in texts for argument in ("--option", text)]
 
 
+def test_phantoms_with_a_shortcut_on_request(run: Any, tmp_path: Path) -> None:
+    plain = run("data", "phantoms", "--n", 16, "--out", tmp_path / "plain", "--json")
+    assert len(load_records(Path(plain.json["data"]))) == 80
+    ways = ("--shortcut", 0.9, "--shortcut-in", "positions")
+    planted = run("data", "phantoms", "--n", 16, *ways, "--out", tmp_path / "planted", "--json").json
+    assert sum(record.answer == "A" for record in load_records(Path(planted["train"]))) > 60
+    assert len(load_records(Path(planted["test"]))) == 20
+    assert_one_line(run("data", "phantoms", "--n", 16, "--out", tmp_path / "plain"), "holds something already")
+
+
 def test_data_check_and_config(run: Any, phantoms: Path, tmp_path: Path) -> None:
     assert run("data", "check", phantoms, "--json").json["records"] == 200
     recipe = tmp_path / "recipe.toml"
