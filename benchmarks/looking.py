@@ -40,6 +40,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "perception": {"grpo.perception": 0.05},
     "image_margin": {"grpo.rewards": {"accuracy": 1.0, "format": 0.2, "image_margin": 1.0}},
     "consistency": {"grpo.rewards": {"accuracy": 1.0, "format": 0.2, "consistency": 1.0}},
+    "hold_and_consistency": {
+        "grpo.hold_to_chance": 0.2,
+        "grpo.rewards": {"accuracy": 1.0, "format": 0.2, "consistency": 0.5},
+    },
 }
 """Objectives by name: what the recipe says beside the demo's."""
 CONDITIONS = ("image", "shuffled")

@@ -26,8 +26,9 @@ from torch import Tensor
 from medr1.data.answers import is_correct, read_answer
 from medr1.data.prompts import build_messages
 from medr1.data.records import LETTERS, Record, normalise_option
-from medr1.evaluation.confidence import option_logprobs, reasoning_of
+from medr1.evaluation.confidence import option_logprobs
 from medr1.evaluation.controls import permuted
+from medr1.evaluation.looking import kept_reasoning
 from medr1.policy.encoding import PromptBatch, encode_prompts
 from medr1.policy.vlm import VLM
 
@@ -177,7 +178,7 @@ def consistency(reader: VLM, texts: Sequence[str], records: Sequence[Record], se
         (record.id, reasoning)
         for record, text in zip(asked, texts, strict=True)
         if not record.is_open
-        for reasoning in ("", reasoning_of(text))
+        for reasoning in ("", kept_reasoning(text))
     }
     read: dict[tuple[str, str], Tensor] = {}
     if wanted:
@@ -194,7 +195,7 @@ def consistency(reader: VLM, texts: Sequence[str], records: Sequence[Record], se
             values.append(0.0)
         else:
             place = shown.options.index(record.options[LETTERS.index(letter)])
-            p, q = (math.exp(read[record.id, told][place]) for told in (reasoning_of(text), ""))
+            p, q = (math.exp(read[record.id, told][place]) for told in (kept_reasoning(text), ""))
             values.append(max(0.0, (p - q) / max(1 - q, 1e-6)))
     return values
 
