@@ -21,7 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
-from medr1.config import RECIPE
+from medr1 import RECIPE
 from medr1.errors import MedR1Error
 from medr1.processes import is_first
 

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from transformers.image_utils import SizeDict
 
-from medr1.config import EXPORTED, RECIPE
+from medr1 import EXPORTED, RECIPE
 from medr1.errors import MedR1Error
 
 PUBLISHED = 401_408

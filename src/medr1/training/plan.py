@@ -15,17 +15,19 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-from medr1.config import Config
 from medr1.errors import MedR1Error
 from medr1.policy.names import find_model
 from medr1.policy.pixels import PUBLISHED
 from medr1.policy.shared_prefix import MAX_LOGITS
+
+if TYPE_CHECKING:
+    from medr1.config import Config
 
 KNOWN = Path(__file__).parent / "plan_configs"
 """Configurations of published models, a file each: weights (their published number, which ours must equal), min_pixels
@@ -157,7 +159,7 @@ def _described(model: str) -> tuple[Any, dict[str, int]]:
     return config, limits
 
 
-def image_tokens(sizes: Sizes, config: Config, image_side: int) -> int:
+def image_tokens(sizes: Sizes, config: "Config", image_side: int) -> int:
     """Tokens of a square image, as the processor scales it: within the limits, to the nearest whole tokens."""
     most = config.model.max_pixels or sizes.max_pixels
     least = config.model.min_pixels or min(sizes.min_pixels, most)
@@ -167,7 +169,7 @@ def image_tokens(sizes: Sizes, config: Config, image_side: int) -> int:
 
 def plan(
     sizes: Sizes,
-    config: Config,
+    config: "Config",
     *,
     image_side: int,
     gpu: str,
@@ -299,7 +301,7 @@ def _sent(sizes: Sizes, trained: int, processes: int, sharded: bool, reference: 
     return share * (gathered + forwards * 4 * trained)
 
 
-def remedy(sizes: Sizes, config: Config, **machine: Any) -> tuple[list[str], dict[str, Any]]:
+def remedy(sizes: Sizes, config: "Config", **machine: Any) -> tuple[list[str], dict[str, Any]]:
     """Settings to add, in the order of what they cost, until a step fits; and the plan with them (fitting or not)."""
     said: list[str] = []
     tried = plan(sizes, config, **machine)
