@@ -1,6 +1,8 @@
 """The benchmark runs, and both of its sides do the same work; what it measures needs a quiet machine."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +12,7 @@ pytest.importorskip("trl", reason="TRL is a test dependency: pip install 'medr1[
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import bench
+import gpu
 import looking
 from typer.testing import CliRunner
 from workload import Workload
@@ -59,3 +62,38 @@ def test_limits_over_seeds_and_groups() -> None:
     assert mean == 0.5 and 0.38 < low < 0.42 and high == pytest.approx(1 - low)
     better = {name: float(int(name) < 70) for name in groups}
     assert looking.cell([one, better], groups, signed=False) == [0.6, 0.0, 1.0]
+
+
+def test_what_a_gpu_would_run(tmp_path: Path) -> None:
+    """benchmarks/gpu.py with tiny models on the CPU, and without what a borrowed machine may not have."""
+    absent = ("pydantic", "imagehash", "statsmodels", "trl", "datasets")
+    start = f"import runpy, sys; sys.modules.update(dict.fromkeys({absent}))"
+    start += f"; runpy.run_path({gpu.__file__!r}, run_name='__main__')"
+    command = [sys.executable, "-c", start]
+    command += ["--device", "cpu", "--tiny", "--minutes", "20", "--out", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    last = json.loads(ran.stdout.splitlines()[-1])
+    assert last["passed"] and last["card"] == "cpu", ran.stdout + ran.stderr
+    found = json.loads((tmp_path / "cpu.json").read_text())
+    assert "left out" in found["TRL"] and found["equality"]["passed"] and found["flex_attention"]["passed"]
+    plain, drafted = found["equality"]["calls, without and with drafts"]
+    assert drafted < plain, "completions seen before take fewer calls"
+    for name in (f"{gpu.SMALLER}, LoRA {gpu.LORA}", f"{gpu.LARGER}, LoRA {gpu.LORA}", f"{gpu.SMALLER}, full"):
+        for size in ("56 px, G = 2", "84 px, G = 3"):
+            assert found[name][size]["ours"].keys() >= {"step", "rollout", "reference", "policy", "planned"}
+    assert found[f"{gpu.SMALLER}, LoRA {gpu.LORA}"]["56 px, G = 2"]["ratio"] > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trl_beside_it() -> None:
+    assert gpu.beside_trl(gpu.Machine("cpu", tiny=True, minutes=5))["step"] > 0
+
+
+def test_no_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--tiny", "--minutes", "0", "--out", str(tmp_path)])
+    gpu.main()
+    found = json.loads((tmp_path / "cpu.json").read_text())
+    assert found["equality"]["left out"] == "no time left"
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["passed"]
