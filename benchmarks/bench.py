@@ -48,7 +48,10 @@ import medr1.training.grpo as ours_module
 from medr1.data.images import load_image
 from medr1.data.prompts import build_messages
 from medr1.evaluation.run import evaluate
+from medr1.policy.encoding import PromptBatch
 from medr1.policy.vlm import VLM, load_vlm
+from medr1.study.demo import demo_config
+from medr1.training.run import train
 
 HERE = Path(__file__).resolve().parent
 HEADLINE = (Workload("no-think, 16 tokens", new_tokens=16), Workload("think, 48 tokens"))
@@ -65,8 +68,13 @@ GROWTH = tuple(
     for completions in (4, 16, 32)
 )
 PARTS = ("rollout", "policy", "reference")
+SHARED_IMAGE = (
+    Workload("4 questions an image, 16 tokens", new_tokens=16, questions=4),
+    Workload("4 questions an image, 48 tokens", questions=4),
+)
 MEMORY = (Workload("think, 48 tokens"), Workload("with gradient checkpointing", checkpointing=True))
 EVALUATION_BATCH = 32
+PRINTED = ("growth_4_32", "shared_image", "drafts", "evaluation", "memory")
 MIB = 2**20
 
 
@@ -276,6 +284,88 @@ def compare_evaluation(
     }
 
 
+def compare_sharing(workload: Workload, rounds: int) -> dict[str, Any]:
+    """Our step with questions about one image that share its tokens, and with each prompt read by itself, in turn."""
+    share = PromptBatch.split_after_images
+    seconds: dict[str, list[float]] = {"apart": [], "shared": []}
+    with tempfile.TemporaryDirectory() as name:
+        records = write_files(workload, Path(name))
+        sides = {
+            way: Side("ours", workload, records, Path(name) / way, load_vlm(str(Path(name) / "model"), device="cpu"))
+            for way in seconds
+        }
+        for number in range(rounds + 1):
+            for way, side in sides.items():
+                PromptBatch.split_after_images = share if way == "shared" else lambda *_: None  # type: ignore
+                try:
+                    step = side.step()["step"]
+                finally:
+                    PromptBatch.split_after_images = share  # type: ignore
+                if number:
+                    seconds[way].append(step)
+    ratios = [apart / shared for apart, shared in zip(seconds["apart"], seconds["shared"], strict=True)]
+    medians = {way: statistics.median(steps) for way, steps in seconds.items()}
+    return {"name": workload.name, **medians, "ratio": statistics.median(ratios), "ratios": ratios}
+
+
+def compare_drafts(steps: int = 0) -> dict[str, Any]:
+    """The demo's training, each of its rollouts also decoded token by token: the same weights, prompts and draws.
+
+    Args:
+        steps: 0 for all of the recipe's.
+    """
+    config = demo_config(seed=0)
+    if steps:
+        config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"steps": steps})})
+    drafted, seconds, calls, turned, rows = ours_module.sample, [], [], 0, 0
+
+    def both(*args: Any, drafts: Any, **kwargs: Any) -> Any:
+        nonlocal turned, rows
+        found, took = {}, {}
+        ways = {"plain": None, "drafts": drafts}
+        for way in sorted(ways, reverse=len(seconds) % 2 == 0):  # in turn the first
+            began = time.perf_counter()
+            found[way] = drafted(*args, drafts=ways[way], **kwargs)
+            took[way] = time.perf_counter() - began
+        seconds.append(took)
+        calls.append({way: rollout.num_calls for way, rollout in found.items()})
+        pairs = list(zip(found["plain"].tokens, found["drafts"].tokens, strict=True))
+        turned, rows = turned + sum(plain != other for plain, other in pairs), rows + len(pairs)
+        return found["drafts"]
+
+    with tempfile.TemporaryDirectory() as name:
+        ours_module.sample = both
+        began = time.perf_counter()
+        try:
+            train(config, Path(name) / "train")
+        finally:
+            ours_module.sample = drafted
+        whole = time.perf_counter() - began
+    assert turned <= rows / 1_000, f"{turned} of {rows} completions are not those of plain decoding"
+
+    def total(values: list[dict[str, float]], way: str) -> float:
+        return sum(value[way] for value in values)
+
+    def ratio(first: int, last: int) -> dict[str, float]:
+        return {
+            key: total(values[first - 1 : last], "plain") / max(total(values[first - 1 : last], "drafts"), 1e-9)
+            for key, values in (("seconds", seconds), ("calls", calls))
+        }
+
+    return {
+        "steps": len(seconds),
+        "completions": rows,
+        "that rounding turned": turned,
+        "start": ratio(1, 10),
+        "steps 20 to 60": ratio(20, 60),
+        "training, seconds": {
+            "plain": whole - total(seconds, "drafts"),
+            "drafts": whole - total(seconds, "plain"),
+        },
+        "rollouts, seconds": {way: total(seconds, way) for way in ("plain", "drafts")},
+    }
+
+
 def generate_one(model: Any, processor: Any, record: Any, banned: list[int], new_tokens: int) -> str:
     """A peer evaluator's loop body: one sample, the model's own `generate`, greedy."""
     text = processor.apply_chat_template(build_messages(record, MODE), tokenize=False, add_generation_prompt=True)
@@ -407,6 +497,10 @@ def main() -> None:
         "memory_ratio": None,
         "growth_4_32": None,
         "eval_ratio": None,
+        "draft_rollout_ratio": None,
+        "draft_rollout_ratio_start": None,
+        "demo_train_seconds_ratio": None,
+        "shared_image_step_ratio": None,
     }
     detail: dict[str, Any] = {"workloads": results}
     if not args.quick:
@@ -421,6 +515,13 @@ def main() -> None:
             for key in ("ours", "trl")
         }
         summary["growth_4_32"] = round(detail["growth_4_32"]["ours"][48], 2)
+        detail["shared_image"] = [compare_sharing(workload, few) for workload in SHARED_IMAGE]
+        summary["shared_image_step_ratio"] = round(detail["shared_image"][0]["ratio"], 2)
+        detail["drafts"] = drafts = compare_drafts()
+        summary["draft_rollout_ratio"] = round(drafts["steps 20 to 60"]["seconds"], 2)
+        summary["draft_rollout_ratio_start"] = round(drafts["start"]["seconds"], 2)
+        training = drafts["training, seconds"]
+        summary["demo_train_seconds_ratio"] = round(training["plain"] / training["drafts"], 2)
         detail["evaluation"] = [
             compare_evaluation(few, num_records=64, new_tokens=tokens, questions=questions)
             for tokens, questions in ((48, 4), (48, 1), (16, 4), (16, 1))
@@ -431,7 +532,7 @@ def main() -> None:
         }
         first = detail["memory"][MEMORY[0].name]
         summary["memory_ratio"] = round(first["ours"]["above"] / first["trl"]["above"], 3)
-        print("\n" + json.dumps({key: detail[key] for key in ("growth_4_32", "evaluation", "memory")}, indent=1))
+        print("\n" + json.dumps({key: detail[key] for key in PRINTED}, indent=1))
     summary |= {"peer": f"trl {importlib.metadata.version('trl')} GRPOTrainer", "versions": versions()}
     if not args.quick:
         (args.out / "results.json").write_text(json.dumps(summary | detail, indent=1) + "\n")

@@ -60,6 +60,8 @@ class Workload:
     checkpointing: bool = False
     """Gradient checkpointing."""
     short_prompt: bool = False
+    questions: int = 1
+    """Questions an image."""
     small: bool = False
     """A model of a few thousand weights, for tests."""
     model: str = ""
@@ -172,7 +174,11 @@ def write_files(workload: Workload, folder: Path) -> list[Record]:
     else:
         write_model(folder / "model", pixels=workload.pixels, small=workload.small)
     return write_records(
-        folder / "images", count=workload.num_prompts, pixels=workload.pixels, short_prompt=workload.short_prompt
+        folder / "images",
+        count=workload.num_prompts,
+        pixels=workload.pixels,
+        short_prompt=workload.short_prompt,
+        questions=workload.questions,
     )
 
 

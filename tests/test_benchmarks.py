@@ -64,6 +64,19 @@ def test_limits_over_seeds_and_groups() -> None:
     assert looking.cell([one, better], groups, signed=False) == [0.6, 0.0, 1.0]
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_questions_that_share_an_image() -> None:
+    assert bench.compare_sharing(Workload("test", **SMALL | {"questions": 2}), rounds=1)["ratio"] > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_drafts_of_the_demo() -> None:
+    """The same completions are asserted inside."""
+    found = bench.compare_drafts(steps=2)
+    assert found["that rounding turned"] == 0 and found["completions"] == 2 * 16 * 8
+    assert found["start"]["calls"] > 1.2 and found["start"]["seconds"] > 0
+
+
 def test_what_a_gpu_would_run(tmp_path: Path) -> None:
     """benchmarks/gpu.py with tiny models on the CPU, and without what a borrowed machine may not have."""
     absent = ("pydantic", "imagehash", "statsmodels", "trl", "datasets")

@@ -10,7 +10,6 @@ Shapes: B prompts, G completions each, N = B*G rows in prompt-major order, P pro
 completion tokens, H query heads, K key-value heads, R = H/K, D head size.
 """
 
-import copy
 import functools
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -217,35 +216,6 @@ class Prefill:
         self.before, self.owner_B = before, owner_B
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
-        self.parts: list[Prefill] = []
-
-    @classmethod
-    def joined(cls, parts: "list[Prefill]") -> "Prefill":
-        """Prompts that were read one by one as one batch, left-padded; what is selected of it has no other's graph."""
-        length = max(part.attention_mask_BP.shape[1] for part in parts)
-
-        def side_by_side(tensors: list[Tensor], dim: int) -> Tensor:  # padded on the left of this dimension
-            sides = [[0, 0] * (tensor.ndim - dim - 1) + [length - tensor.shape[dim], 0] for tensor in tensors]
-            return torch.cat([nn.functional.pad(tensor, side) for tensor, side in zip(tensors, sides, strict=True)])
-
-        joined = cls(side_by_side([part.attention_mask_BP for part in parts], 1))
-        for layer in parts[0].keys:
-            joined.keys[layer] = side_by_side([part.keys[layer] for part in parts], 2)
-            joined.values[layer] = side_by_side([part.values[layer] for part in parts], 2)
-        joined.logits_BV = torch.cat([part.logits_BV for part in parts if part.logits_BV is not None])
-        joined.parts = parts
-        return joined
-
-    def select(self, rows: Tensor) -> "Prefill":
-        """The same of these prompts only."""
-        if self.parts:
-            return Prefill.joined([self.parts[row] for row in rows.tolist()])
-        selected = copy.copy(self)
-        selected.attention_mask_BP = self.attention_mask_BP[rows]
-        selected.keys = {layer: key[rows] for layer, key in self.keys.items()}
-        selected.values = {layer: value[rows] for layer, value in self.values.items()}
-        selected.logits_BV = None if self.logits_BV is None else self.logits_BV[rows]
-        return selected
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
         layer: int = module.layer_idx  # type: ignore[assignment]

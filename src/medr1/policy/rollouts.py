@@ -107,8 +107,8 @@ def sample(
         part: (i, n): these prompts are the i-th of n equal parts of a batch that n processes share, and get the draws
             that they would get in a call with the whole batch.
         keep_prefill: read the prompts with gradient, so that `completion_logprobs` need not read them again. One
-            backward pass only, before the weights change. Each is read by itself, so that this pass goes through those
-            alone that are selected for it.
+            backward pass only, before the weights change, and it goes through all of them: where some are left out of
+            what is learned from, it is quicker to read the others again.
         drafts: what to guess the next tokens from; it is read, and learns only by `Drafts.learn`. None guesses none.
         on_step: called after each call of the model with all ids so far (N, T), padding after a row's newest token;
             what it raises ends the call.
@@ -132,7 +132,7 @@ def sample(
 
     with evaluating(vlm.model):
         with torch.set_grad_enabled(keep_prefill):
-            prefill = Prefill.joined(_read_each(vlm, prompts)) if keep_prefill else _read(vlm, prompts)
+            prefill = _read(vlm, prompts)
         assert prefill.logits_BV is not None
         logits_MV = prefill.logits_BV.repeat_interleave(num_completions, dim=0)
         logp = torch.zeros(num_rows, max_new_tokens, dtype=torch.promote_types(logits_MV.dtype, torch.float32))
@@ -231,24 +231,6 @@ def _read(vlm: VLM, prompts: PromptBatch) -> Prefill:
     before = _call(vlm, beginnings, Prefill(beginnings.attention_mask_BP))
     owner_B = torch.tensor(owners, device=prompts.input_ids_BP.device)
     return _call(vlm, ends, Prefill(ends.attention_mask_BP, before, owner_B))
-
-
-def _read_each(vlm: VLM, prompts: PromptBatch) -> list[Prefill]:
-    """`_read` in a call for each prompt, and one for each beginning that several share: a graph for each."""
-    shared = prompts.split_after_images(vlm.core.config)
-    if shared is None:
-        each = [prompts.select([index]) for index in range(len(prompts))]
-        return [_call(vlm, prompt, Prefill(prompt.attention_mask_BP)) for prompt in each]
-    beginnings, ends, owners = shared
-    # Beginnings are padded on both sides, which `trim` does not know.
-    firsts = [beginnings.select([index], trim=False) for index in range(len(beginnings))]
-    before = [_call(vlm, first, Prefill(first.attention_mask_BP)) for first in firsts]
-    only = torch.zeros(1, dtype=torch.long, device=prompts.input_ids_BP.device)
-    rest = [ends.select([index]) for index in range(len(ends))]
-    return [
-        _call(vlm, end, Prefill(end.attention_mask_BP, before[owner], only))
-        for end, owner in zip(rest, owners, strict=True)
-    ]
 
 
 def _call(vlm: VLM, prompts: PromptBatch, prefill: Prefill) -> Prefill:

@@ -507,6 +507,8 @@ class GRPOTrainer(RecordTrainer):
         # Every process makes the same calls of a wrapped model: those with fewer groups to learn from take others too,
         # with nothing scored.
         indices = (~carries_B).to(torch.uint8).argsort(stable=True)[:most].tolist()
+        if len(indices) < len(experience.prompts):  # what is learned from is read again, without the others
+            experience = self.experience = replace(experience, rollout=replace(experience.rollout, prefill=None))
         size = config.optimizer.prompts_per_forward or len(indices)
         chunks = [indices[start : start + size] for start in range(0, len(indices), size or 1)]
         total = torch.zeros((), device=mask_NT.device)
@@ -516,9 +518,6 @@ class GRPOTrainer(RecordTrainer):
             prompts, prefill = experience.prompts, experience.rollout.prefill
             if prefill is None:
                 prompts = prompts.select(chunk)
-            elif len(chunk) < len(prompts):
-                prefill = prefill.select(torch.tensor(chunk, device=mask_NT.device))
-                prompts = prompts.select(chunk, trim=False)
             rows_mask_NT = mask_NT[rows] & carries_B[chunk].repeat_interleave(num_completions)[:, None]
             part = rows, slice(max(1, int(rows_mask_NT.sum(1).max())))  # of these rows no more than their longest
             rows_mask_NT = rows_mask_NT[:, part[1]]
