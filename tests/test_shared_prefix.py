@@ -326,28 +326,12 @@ def test_going_on_from_the_prompts_that_sampling_read(family: str) -> None:
     vlm = tiny_vlm(family, dtype=torch.float64)
     prompts = ragged_prompts(vlm)
     rollout = sample(vlm, prompts, num_completions=G, max_new_tokens=T, seed=0, keep_prefill=True)
-<<<<<<< HEAD
-    assert rollout.prefill is not None
-    rows = torch.cat([torch.arange(b * G, (b + 1) * G) for b in chosen])
-    ids, mask = rollout.completion_ids_NT[rows], rollout.mask_NT[rows]
-    again, entropy_again = completion_logprobs(vlm, prompts.select(chosen), ids, mask, entropy="gradient")
-    assert entropy_again is not None
+    arguments = (vlm, prompts, rollout.completion_ids_NT, rollout.mask_NT)
+    mask = rollout.mask_NT
+    again, entropy_again = completion_logprobs(*arguments, entropy="gradient")
+    kept, entropy_kept = completion_logprobs(*arguments, entropy="gradient", prefill=rollout.prefill)
+    assert entropy_again is not None and entropy_kept is not None
     slow = gradients(vlm, grpo_loss(again, mask, again + 0.1) - entropy_again.mean())
-    kept, entropy_kept = completion_logprobs(
-        vlm,
-        prompts.select(chosen, trim=False),
-        ids,
-        mask,
-        entropy="gradient",
-        prefill=rollout.prefill.select(torch.tensor(chosen)),
-    )
-    assert entropy_kept is not None
-=======
-    ids, mask = rollout.completion_ids_NT, rollout.mask_NT
-    again, entropy_again = completion_logprobs(vlm, prompts, ids, mask, entropy=True)
-    slow = gradients(vlm, grpo_loss(again, mask, again + 0.1))
-    kept, entropy_kept = completion_logprobs(vlm, prompts, ids, mask, entropy=True, prefill=rollout.prefill)
->>>>>>> 6279697 (Prompts of a step are read in one call again; where some groups teach nothing, the others alone are read anew; bench: drafts and shared images)
     torch.testing.assert_close(kept, again, atol=1e-10, rtol=0)
     torch.testing.assert_close(entropy_kept, entropy_again, atol=1e-10, rtol=0)
     fast = gradients(vlm, grpo_loss(kept, mask, again + 0.1) - entropy_kept.mean())
