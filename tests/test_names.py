@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from medr1 import RECIPE
-from medr1.config import Config, recipe_of, to_toml
+from medr1.config import RECIPE, Config, recipe_of, to_toml
 from medr1.errors import MedR1Error
 from medr1.policy import names
 from medr1.policy.names import PROCESSOR, TINY, check_name, find_model

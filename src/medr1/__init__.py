@@ -10,10 +10,6 @@ from medr1.errors import MedR1Error
 
 NOTICE = "Research use only. Not a medical device, not for clinical use."
 """Stands on every page and under every answer."""
-RECIPE = "recipe.toml"
-"""The recipe's file in the folder of a run."""
-EXPORTED = "medr1.json"
-"""In an exported folder: what it was made from."""
 
 if TYPE_CHECKING:
     from medr1.config import load_config

@@ -15,8 +15,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from medr1 import RECIPE
 from medr1.errors import MedR1Error
+
+RECIPE = "recipe.toml"
+"""The recipe's file in the folder of a run."""
+EXPORTED = "medr1.json"
+"""In an exported folder: what it was made from."""
 
 
 class _Section(BaseModel):

@@ -20,8 +20,8 @@ from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 from tabulate import tabulate
 
-from medr1 import EXPORTED, NOTICE, RECIPE
-from medr1.config import Config, load_config, to_toml
+from medr1 import NOTICE
+from medr1.config import EXPORTED, RECIPE, Config, load_config, to_toml
 from medr1.errors import MedR1Error
 from medr1.evaluation.metrics import summarise
 from medr1.evaluation.rows import read_rows

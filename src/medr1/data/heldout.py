@@ -16,8 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from medr1 import RECIPE
-from medr1.config import DataConfig, load_config
+from medr1.config import RECIPE, DataConfig, load_config
 from medr1.data.images import Content, contents_of
 from medr1.data.records import Record, write_atomic
 from medr1.data.splits import content_links, tell

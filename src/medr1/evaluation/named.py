@@ -11,8 +11,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from medr1 import RECIPE
-from medr1.config import Config, recipe_of
+from medr1.config import RECIPE, Config, recipe_of
 from medr1.data.heldout import RunSplit, split_of, tell_seen
 from medr1.data.parts import leave_out_unreadable, load_parts
 from medr1.data.records import Record, write_jsonl

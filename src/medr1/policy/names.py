@@ -21,7 +21,6 @@ from typing import Any
 
 from rich.console import Console
 
-from medr1 import RECIPE
 from medr1.errors import MedR1Error
 from medr1.processes import is_first
 
@@ -102,6 +101,8 @@ def model_in(folder: Path) -> Path:
     """
     if _holds_model(folder):
         return folder
+    from medr1.config import RECIPE  # needs pydantic, which a borrowed GPU may lack
+
     if not (folder / RECIPE).is_file():
         raise MedR1Error(f"{folder}: holds no config.json; give a model folder, a run's folder, a hub id or 'tiny'")
     if _holds_model(folder / "model"):
@@ -131,6 +132,8 @@ def _holds_model(folder: Path) -> bool:
 
 def _meant(name: str) -> str:
     """A name that is there and is written nearly so."""
+    from medr1.config import RECIPE
+
     here = [str(path.parent) for pattern in (f"*/{RECIPE}", f"*/*/{RECIPE}") for path in Path().glob(pattern)]
     near = difflib.get_close_matches(name, ["tiny", *here], n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else "; give a model folder, a run's folder, a hub id or 'tiny'"

@@ -12,7 +12,6 @@ import numpy as np
 from PIL import Image
 from transformers.image_utils import SizeDict
 
-from medr1 import EXPORTED, RECIPE
 from medr1.errors import MedR1Error
 
 PUBLISHED = 401_408
@@ -55,6 +54,8 @@ def limit_as_published(processor: Any, name: str, folder: Path) -> None:
 
     Not of what a run or an export wrote into `folder`: it was trained with the limits that it was saved with.
     """
+    from medr1.config import EXPORTED, RECIPE  # needs pydantic, which a borrowed GPU may lack
+
     if (folder.resolve().parent / RECIPE).is_file() or any((folder / file).is_file() for file in (RECIPE, EXPORTED)):
         return
     images = processor.image_processor

@@ -13,8 +13,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from medr1 import RECIPE
-from medr1.config import Config, load_config, to_toml
+from medr1.config import RECIPE, Config, load_config, to_toml
 from medr1.data.heldout import split_of
 from medr1.data.parts import load_parts
 from medr1.data.records import read_jsonl, write_atomic

@@ -18,8 +18,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from medr1 import RECIPE
-from medr1.config import Config, differences, load_config, to_toml
+from medr1.config import RECIPE, Config, differences, load_config, to_toml
 from medr1.data.records import append_jsonl, read_jsonl, write_atomic
 from medr1.errors import MedR1Error
 from medr1.policy.names import checkpoints, step_of

@@ -5,8 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from medr1 import RECIPE
-from medr1.config import Config
+from medr1.config import RECIPE, Config
 from medr1.data.parts import leave_out_unreadable, load_parts
 from medr1.data.records import write_atomic
 from medr1.errors import MedR1Error
