@@ -194,7 +194,6 @@ class GRPOTrainer(RecordTrainer):
         self.draws: Draws | None = None
         if config.draws.redraws or config.draws.curriculum:
             self.draws = Draws(train_records, self.order, config.optimizer.seed)
-
         if judge and self.is_world_process_zero():
             judge.measure(train_records, config.grpo.judge_agreement, config.optimizer.seed)
 

@@ -223,9 +223,7 @@ def policy_loss(
             loss_NT = loss_NT + beta * kl_NT
     assert beta == 0 or ref_logp_NT is not None, "beta > 0 needs the reference's log-probs"
 
-    loss_N = (loss_NT * mask).sum(dim=1)
-    if aggregate == "sequence":
-        loss_N = loss_N / mask.sum(dim=1).clamp(min=1)
+    loss_N = row_means(loss_NT, mask_NT) if aggregate == "sequence" else (loss_NT * mask).sum(1)
     return loss_N.sum() / denominator, {name: float(value.detach()) for name, value in sums.items()}
 
 
