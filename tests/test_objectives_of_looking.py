@@ -85,6 +85,19 @@ def test_what_has_no_other_answer_is_asked_as_it_is() -> None:
         assert others.exchanged(one, 1.0, "0") is one
 
 
+def test_the_other_image_is_one_to_which_the_answer_is_wrong() -> None:
+    others = OtherImages(RECORDS)
+    assert {others.control(RECORDS[0], str(step)).images[0].name for step in range(40)} == {"two.png", "three.png"}
+    assert {others.control(RECORDS[3], str(step)).images[0].name for step in range(40)} == {"one.png"}, (
+        "of any modality"
+    )
+    # Nobody else was asked about cyst or fluid: an image of the modality and of another group, whatever it shows.
+    names = {others.control(RECORDS[4], str(step)).images[0].name for step in range(80)}
+    assert names == {"one.png", "two.png", "three.png", "type.png"}
+    assert OtherImages(RECORDS[:1]).control(RECORDS[0], "0") is None
+    assert others.control(record("text", "A", images=()), "0") is None
+
+
 def test_a_question_that_its_text_answers_is_drawn_less() -> None:
     """19 of 20 right options stand first, and their text is no help: 0.25 / 0.95 and 0.25 / (0.05 / 3), nearly."""
     texts = ("Cyst", "Scar", "Fluid", "Drusen")

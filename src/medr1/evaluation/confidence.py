@@ -12,6 +12,7 @@ rows, T tokens of a spelling after the shared ones.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -83,7 +84,8 @@ def option_logprobs(
     return result
 
 
-def spellings(options: Sequence[str], answers: Sequence[str] = ANSWERS) -> dict[str, int]:
+@lru_cache(maxsize=1024)  # eight replies to a question are read with the same options
+def spellings(options: tuple[str, ...], answers: tuple[str, ...] = ANSWERS) -> dict[str, int]:
     """Ways to write an answer, each with the place of the option that the extractor reads it as.
 
     Every option has its letter. What the extractor reads as no option ("A) …" with the text of another) is left out;
