@@ -34,7 +34,8 @@ from medr1.data.records import LETTERS, Record, read_jsonl, write_atomic
 
 ARMS: dict[str, dict[str, Any]] = {
     "accuracy": {},
-    "looking": {"draws.exchanged_images": 1.0},
+    "looking": {"draws.exchanged_images": 1.0, "draws.weights": "needs_image"},
+    "exchanged_images": {"draws.exchanged_images": 1.0},
     "needs_image": {"draws.weights": "needs_image"},
     "hold_to_chance": {"grpo.hold_to_chance": 0.2},
     "perception": {"grpo.perception": 0.05},

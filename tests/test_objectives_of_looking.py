@@ -44,7 +44,7 @@ RECORDS = [
     record("three", "A", ("Scar.", "cyst")),
     record("far", "B", modality="MRI"),
     record("other", "A", ("Cyst", "Fluid")),
-    record("type", "B", question_type="Lesion Grading"),
+    record("stem", "B", question="Was it there before?"),
 ]
 
 
@@ -93,7 +93,7 @@ def test_the_other_image_is_one_to_which_the_answer_is_wrong() -> None:
     )
     # Nobody else was asked about cyst or fluid: an image of the modality and of another group, whatever it shows.
     names = {others.control(RECORDS[4], str(step)).images[0].name for step in range(80)}
-    assert names == {"one.png", "two.png", "three.png", "type.png"}
+    assert names == {"one.png", "two.png", "three.png", "stem.png"}
     assert OtherImages(RECORDS[:1]).control(RECORDS[0], "0") is None
     assert others.control(record("text", "A", images=()), "0") is None
 

@@ -214,8 +214,8 @@ class DrawsConfig(_Section):
         0.0,
         ge=0,
         le=1,
-        description="share of prompts that are asked about another training image, to which any of the options may be"
-        " right, as that image's own question tells",
+        description="share of prompts that are asked about another training image, which was asked the same with the"
+        " same options, so that any of these may be right",
     )
     balance: Literal["off", "modality", "question_type", "both"] = Field(
         "off",

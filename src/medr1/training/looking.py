@@ -63,8 +63,9 @@ class OtherView:
 class OtherImages:
     """Training images to which another of a question's options is right, as their own records tell.
 
-    Those are the images of records that were asked the same type of question with the same options (in any order, up to
-    case, white space and a final full stop), of the same modality where there are such.
+    Those are the images of records that were asked the same question with the same options (in any order), both up to
+    case, white space and a final full stop, of the same modality where there are such. Less will not do: "yes" and
+    "mild" are right or wrong by what is asked.
     """
 
     def __init__(self, records: Sequence[Record]) -> None:
@@ -106,11 +107,11 @@ class OtherImages:
         return None
 
 
-def _keys(record: Record) -> list[tuple[str | None, str | None, frozenset[str]]]:
+def _keys(record: Record) -> list[tuple[str | None, str, frozenset[str]]]:
     texts = frozenset(map(_text, record.options))
     if not record.images or record.is_open or len(texts) < len(record.options):
         return []
-    return [(modality, record.question_type, texts) for modality in (record.modality, "any")]
+    return [(modality, _text(record.question), texts) for modality in (record.modality, "any")]
 
 
 def _text(option: str) -> str:
