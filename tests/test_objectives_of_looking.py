@@ -91,9 +91,13 @@ def test_the_other_image_is_one_to_which_the_answer_is_wrong() -> None:
     assert {others.control(RECORDS[3], str(step)).images[0].name for step in range(40)} == {"one.png"}, (
         "of any modality"
     )
-    # Nobody else was asked about cyst or fluid: an image of the modality and of another group, whatever it shows.
+    # Nobody else was asked about cyst or fluid: an image of the modality whose own answer is no cyst.
     names = {others.control(RECORDS[4], str(step)).images[0].name for step in range(80)}
-    assert names == {"one.png", "two.png", "three.png", "stem.png"}
+    assert names == {"two.png", "three.png", "stem.png"}
+    # All eyes are eyes: what the modality gives away is right of each of its images.
+    eyes = [record(name, "A", ("Eye", name), question_type="Anatomy Identification") for name in ("Foot", "Hand")]
+    lung = record("lung", "B", ("Eye", "Lung"), question_type="Anatomy Identification", modality="CT")
+    assert OtherImages([*eyes, lung]).control(eyes[0], "0").images == lung.images
     assert OtherImages(RECORDS[:1]).control(RECORDS[0], "0") is None
     assert others.control(record("text", "A", images=()), "0") is None
 

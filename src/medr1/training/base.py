@@ -117,7 +117,7 @@ class RecordTrainer(Trainer):
         self.images = OtherImages(train_records)
         if config.draws.exchanged_images and not any(map(self.images.pool, train_records)):
             raise MedR1Error(
-                "draws.exchanged_images: no two training records have the same question and options, and different right"
+                "draws.exchanged_images: no two training records have the same question and options, and other right"
                 " ones; leave it at 0, and see grpo.hold_to_chance"
             )
         self.donors = [record for record in test_records if record.images] if config.log.looking_every else []

@@ -36,6 +36,8 @@ OF_POLICY = ("image_margin", "consistency")
 """Rewards that the trainer works out itself, as they take the policy or its reference."""
 FOLDS = 5
 """Parts of the training records, of which `needs_image` reads all but a question's own."""
+TRIES = 50
+"""Records that are looked at for another image."""
 MOST_NEED = 20.0
 """Times that a question is drawn for one whose text says nothing, at most."""
 
@@ -70,10 +72,10 @@ class OtherImages:
 
     def __init__(self, records: Sequence[Record]) -> None:
         self.pools: dict[object, Pool] = {}
-        self.by_modality: dict[str | None, list[Record]] = {}
+        self.by_type: dict[object, list[Record]] = {}
         for record in records:
-            if record.images:
-                self.by_modality.setdefault(record.modality, []).append(record)
+            for kind in _kinds(record):
+                self.by_type.setdefault(kind, []).append(record)
             for key in _keys(record):
                 self.pools.setdefault(key, {}).setdefault(_text(record.gold), []).append(record)
 
@@ -92,19 +94,24 @@ class OtherImages:
         return record.model_copy(update={"images": draw.choice(pool[right]).images, "answer": answer})
 
     def control(self, record: Record, seed: str) -> Record | None:
-        """The record with an image to which its right answer is wrong, as another record tells; else with one of
-        another group of its modality. None where there is none.
+        """The record with an image to which its right answer is wrong, as far as other records tell; None without any.
+
+        An image of its pool; or of another group, to which another answer is right of the same type of question, since
+        what a modality gives away stays right. Of the same modality where there is such.
         """
-        draw = random.Random(f"{seed} control {record.id}")
-        pool, own = self.pool(record), _text(record.gold)
-        if pool:
+        draw, own = random.Random(f"{seed} control {record.id}"), _text(record.gold)
+        if pool := self.pool(record):
             donor = draw.choice(pool[draw.choice([right for right in sorted(pool) if right != own])])
             return record.model_copy(update={"images": donor.images})
-        donors = self.by_modality.get(record.modality, []) if record.images else []
-        for donor in draw.choices(donors, k=20) if donors else []:
-            if donor.group != record.group:
-                return record.model_copy(update={"images": donor.images})
+        for kind in _kinds(record):
+            for donor in draw.choices(self.by_type.get(kind, [record]), k=TRIES):
+                if donor.group != record.group and _text(donor.gold) != own:
+                    return record.model_copy(update={"images": donor.images})
         return None
+
+
+def _kinds(record: Record) -> list[tuple[str | None, str | None]]:
+    return [(modality, record.question_type) for modality in (record.modality, "any")] if record.images else []
 
 
 def _keys(record: Record) -> list[tuple[str | None, str, frozenset[str]]]:
