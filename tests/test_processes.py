@@ -46,6 +46,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "looking": LOOKING | {"optimizer.prompts_per_forward": 1},
 }
 RESUMED = ("reference", "sft")
+WHOLE = ("gspo", "cispo")
+"""Recipes that are not sharded too: what is new in them is the loss alone."""
 SHARDED = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -65,7 +67,7 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def launch(*command: str | Path, sharded: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A command in two processes; its launcher must end within ten minutes."""
+    """A command in two processes; its launcher must end within twenty minutes."""
     settings = {
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
@@ -77,7 +79,7 @@ def launch(*command: str | Path, sharded: bool = False, **environment: str) -> s
         env=os.environ | settings | (SHARDED if sharded else {}) | environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
     )
 
 
@@ -105,7 +107,9 @@ def two(request: pytest.FixtureRequest, phantoms: Path, tmp_path_factory: pytest
     """Folder with the same runs of two processes, one that they left at step 3, and one process's that they end."""
     folder = tmp_path_factory.mktemp(request.param)
     jobs = [
-        {"data": str(phantoms), "recipe": BASE | recipe, "out": str(folder / name)} for name, recipe in RECIPES.items()
+        {"data": str(phantoms), "recipe": BASE | recipe, "out": str(folder / name)}
+        for name, recipe in RECIPES.items()
+        if request.param == "ddp" or name not in WHOLE
     ]
     for name in RESUMED:
         left = {"data": str(phantoms), "recipe": BASE | RECIPES[name], "out": str(folder / f"one-left-{name}")}
@@ -145,6 +149,8 @@ def assert_same_run(expected: Path, run: Path, bound: float = 1e-5) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_two_processes_do_what_one_does(name: str, one: Path, two: Path) -> None:
+    if name in WHOLE and two.name.startswith("fsdp2"):
+        pytest.skip("the loss is that of DDP")
     assert_same_run(one / name, two / name)
 
 
