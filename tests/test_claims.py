@@ -6,6 +6,14 @@ from medr1.data.claims import TABLES, claims_to_see
 from medr1.data.phrases import phrases
 
 CLAIMS = (
+    "In the provided CT image, the liver is enlarged.",
+    "Based on the given picture, this is a cyst.",
+    "Upon examining the image, it must be a melanoma.",
+    "The lesion appears dark and has an irregular border.",
+    "The image appears to be an MRI.",
+    "The picture looks like a smear of blood.",
+    "This slide depicts red cells.",
+    "The structure in the image is the heart.",
     "The image is CT and shows the Abdomen. There is a Mild Cyst at the Upper right.",
     "The image shows a large mass in the liver.",
     "This chest X-ray demonstrates a right-sided pleural effusion.",
@@ -26,6 +34,18 @@ CLAIMS = (
     "We can observe thickening of the retinal layers.",
 )
 NO_CLAIMS = (
+    "A cyst is anechoic.",
+    "From the image it cannot be determined.",
+    "The answer is not in the image.",
+    "I take the view that the answer is B.",
+    "The question has three options.",
+    "In the options, the cyst is the first.",
+    "There is no visible fracture.",
+    "I don't see a fracture.",
+    "Let me look at the image.",
+    "The lesion does not appear dark.",
+    "In general the image shows little.",
+    "No lesion shows a border.",
     "The image is not needed to answer this.",
     "The image is irrelevant here.",
     "I do not need the image.",
@@ -72,7 +92,7 @@ KNOWN_FAULTS = (  # taken for claims: nothing in them says that they speak of al
     "Cysts are seen in older patients.",
 )
 
-CLAIMING = "bIEMXVLsT"
+CLAIMING = "bIEMXVROALsT"
 DENYING = "NG"
 
 

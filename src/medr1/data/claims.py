@@ -24,16 +24,6 @@ SEEN: Lines = {  # claims by itself
     "A dark lesion is {p} here.": (
         "seen | visible | visualized | visualised | observed | depicted | discernible | recognisable | recognizable"
     ),
-    "{p}, it is a cyst.": (
-        "based on the image | based on this image | based on the scan | from the image | from this image"
-        " | looking at the image | looking at this image | looking at the scan | on inspection of the image"
-        " | judging by the image | according to the image"
-    ),
-    "A dark lesion lies {p}.": (
-        "in the image | in this image | on the image | on this image | in the picture | in this picture | in the scan"
-        " | on the scan | on this scan | in the photo | in the photograph | on the film | on the slide | in the x-ray"
-        " | on the x-ray | on the radiograph | on the ct | on this ct | on the mri | on this mri | on the ultrasound"
-    ),
     "There is a lesion {p} corner.": (
         "at the upper | in the upper | at the lower | in the lower | at the top | in the top | at the bottom"
         " | in the bottom"
@@ -58,7 +48,14 @@ SEEN: Lines = {  # claims by itself
     ),
     "종괴가 {p}.": "보입니다 | 보인다 | 관찰됩니다 | 관찰된다 | 확인됩니다 | 나타납니다",
 }
-LOOKS: Lines = {  # how something looks, where POINTS says that it is this one, or an article just before it
+AT: Lines = {  # with POINTS and IMAGES or SCANS after it, and nothing denied in the clause
+    "A dark lesion lies {p} the image.": "in | on | within | inside",
+    "{p} the image, it is a cyst.": (
+        "from | based on | looking at | examining | upon examining | inspecting | reviewing | judging by | according to"
+        " | considering | given"
+    ),
+}
+LOOKS: Lines = {  # how something looks, where POINTS says that it is this one, or an article at most one word before it
     "There is a {p} area.": (
         "hyperintense | hypointense | isointense | hyperdense | hypodense | isodense | hyperattenuating"
         " | hypoattenuating | hyperechoic | hypoechoic | isoechoic | anechoic | echogenic | radiolucent | radiopaque"
@@ -66,13 +63,14 @@ LOOKS: Lines = {  # how something looks, where POINTS says that it is this one, 
     ),
 }
 POINTS: Lines = {
-    "{p} lesion is hypodense.": "the | this | its | there is a round | there's a round",
-    "{p} hypodense lesions.": "these | there are | there are several",
+    "{p} lesion is hypodense.": "the | this | its",
+    "{p} a round and hypodense lesion.": "there is | there's",
+    "{p} hypodense lesions.": "these | there are",
 }
 IMAGES: Lines = {  # what shows something, with a verb of SHOWS after it
     "The {p} shows a dark lesion.": (
-        "image | images | picture | photo | photograph | scan | scans | radiograph | sonogram | slide | smear | section"
-        " | slice | slices | film | view | angiogram | mammogram | micrograph | figure"
+        "image | images | picture | photo | photograph | scan | scans | radiograph | sonogram | slide | smear | slice"
+        " | slices | film | angiogram | mammogram | micrograph | figure"
     ),
     "Das {p} zeigt eine Läsion.": "bild | foto | röntgenbild | ct-bild | mrt-bild",
     "Die {p} zeigt eine Läsion.": "aufnahme | röntgenaufnahme",
@@ -87,6 +85,15 @@ IMAGES: Lines = {  # what shows something, with a verb of SHOWS after it
 }
 SCANS: Lines = {  # the same, where POINTS or an article stands before it: "CT shows bone" is about all of them
     "The {p} shows a dark lesion.": "ct | mri | x-ray | ultrasound | oct | dermoscopy | fundus | imaging",
+}
+THINGS: Lines = {  # show something too, or look like it, where POINTS or an article stands before them
+    "The dark {p} shows an irregular border.": (
+        "lesion | lesions | mass | nodule | nodules | tumor | tumour | opacity | shadow | cell | cells | tissue"
+        " | structure | area | region | border | borders | vessel | vessels | organ"
+    ),
+}
+APPEARS: Lines = {
+    "The lesion {p} dark.": "appears | appear | looks | look",
 }
 SHOWS: Lines = {
     "The image {p} a dark lesion.": (
@@ -174,14 +181,15 @@ SUBJECTS: Lines = {  # begin a clause where they follow a comma
 }
 
 TABLES: dict[str, Lines] = {
-    "w": ASSURES, "N": DENIES, "G": SUPPOSES, "b": BEGINS, "I": SEES, "E": SEEN, "M": IMAGES, "X": SCANS, "V": SHOWS,
-    "L": LOOKS, "s": SUBJECTS, "T": POINTS,
+    "w": ASSURES, "N": DENIES, "G": SUPPOSES, "b": BEGINS, "I": SEES, "E": SEEN, "R": AT, "M": IMAGES, "X": SCANS,
+    "O": THINGS, "V": SHOWS, "A": APPEARS, "L": LOOKS, "s": SUBJECTS, "T": POINTS,
 }  # fmt: skip
 """By the character that a phrase becomes. Where a phrase stands in two tables, the first of them counts."""
 
 _TREE = tree(TABLES)
 _SIGNS = {**dict.fromkeys(".。…!！;；，\n", "."), **dict.fromkeys("?？", "?"), ",": ","}
-_CLAIM = re.compile(r"[IE]|(?:M|[Ts][^,]{0,2}X)[^,]{0,5}?V|[Ts][^,]{0,6}?L")
+_CLAIM = re.compile(r"[IE]|(?:M|[Ts][^,]{0,2}[XO])[^,]{0,5}?[VA]|T[^,]{0,6}?L|sw?L")
+_PLACE = re.compile(r"R[Ts][^,]{0,2}[MX]")
 _REASONING = re.compile(r"<answer>.*?(?:</answer>|$)|</?think>", re.DOTALL)
 _QUOTED = re.compile(r"\"[^\"\n]*\"|[“”„«»「」『』][^“”„«»「」『』\n]*[“”«»「」『』]|(?<!\w)['‘][^'’\n]*['’](?!\w)")
 
@@ -214,6 +222,8 @@ def _clauses(text: str) -> list[str]:
 
 
 def _claims(clause: str) -> bool:
+    if (place := _PLACE.search(clause)) and "N" not in clause and "G" not in clause[: place.end()]:
+        return True
     return any(
         not re.search("[NG]", clause[: claim.end()]) and not clause[claim.end() :].startswith("N")
         for claim in _CLAIM.finditer(clause)

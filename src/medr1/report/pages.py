@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from PIL import Image
 
 from medr1 import NOTICE
@@ -79,6 +79,11 @@ def points_with_span(change: dict[str, Any]) -> str:
 def p_value(p: float | None) -> str:
     """Three decimals, or that it is smaller; a dash where undefined."""
     return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def in_code(sentence: str) -> Markup:
+    """A sentence in which what stands between `backticks` is code."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(sentence))))
 
 
 def package_versions() -> dict[str, str]:
@@ -157,7 +162,7 @@ def environment(*wings: str) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for function in (label, percent, points, span, span_points, p_value, decimal, data_uri, contents):
+    for function in (label, in_code, percent, points, span, span_points, p_value, decimal, data_uri, contents):
         pages.filters[function.__name__] = function
     pages.globals |= {"made_on": made_on(), "made_by": made_by(), "notice": NOTICE}
     return pages

@@ -8,6 +8,7 @@ are names of the page's own (style.css), which differ in the dark, with the one 
 import functools
 import html
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from medr1.report.pages import decimal
 
@@ -179,10 +180,10 @@ def learning_curves(log: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
 def _sampled(
     width: float, log: Sequence[dict[str, Any]], shares: Mapping[str, tuple[str, str, str]]
 ) -> tuple[Figure, str]:
-    figure, axes = _curve_axes(width, legend=66 if width == WIDE else 112)
+    tested = [line for line in log if line.get("eval_accuracy") is not None]
+    figure, axes = _curve_axes(width, len(shares) + bool(tested))
     for key, (label, colour, dash) in shares.items():
         _curve(axes, log, key, label, colour, dash)
-    tested = [line for line in log if line.get("eval_accuracy") is not None]
     if tested:
         values = np.array([line["eval_accuracy"] for line in tested])
         low = values - np.array([line.get("eval_ci_low", line["eval_accuracy"]) for line in tested])
@@ -202,7 +203,7 @@ LOOKED = {
 
 @twice
 def _looked(width: float, log: Sequence[dict[str, Any]]) -> tuple[Figure, str]:
-    figure, axes = _curve_axes(width, legend=66 if width == WIDE else 88)
+    figure, axes = _curve_axes(width, len(LOOKED))
     lines = [line for line in log if "looking_reliance" in line]
     steps = [line["step"] for line in lines]
     for key, (label, colour, dash) in LOOKED.items():
@@ -217,6 +218,10 @@ def _shares(figure: Figure, axes: Axes, width: float) -> None:
     """The axis of shares, and the legend below."""
     axes.set_ylim(-0.02, 1.02)
     axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %", decimals=0))
+    _legend(figure, width)
+
+
+def _legend(figure: Figure, width: float) -> None:
     columns = 2 if width == WIDE else 1
     figure.legend(frameon=False, labelcolor=INK, loc="lower center", ncols=columns, columnspacing=2)
 
@@ -265,8 +270,7 @@ def looking_plot(width: float, lines: Sequence[tuple[str, Sequence[dict[str, Any
 @twice
 def steps_plot(width: float, curves: Mapping[str, Sequence[tuple[int, Cell]]]) -> tuple[Figure, str]:
     """Accuracy (name to its points) by the step after which a checkpoint was written."""
-    rows = -(-len(curves) // (2 if width == WIDE else 1))
-    figure, axes = _curve_axes(width, legend=22 * rows)
+    figure, axes = _curve_axes(width, len(curves))
     for (name, points), (colour, dash) in zip(curves.items(), _styles(), strict=False):
         steps = [step for step, _ in points]
         values = np.array([cell["accuracy"] for _, cell in points])
@@ -299,14 +303,13 @@ def compared_curves(logs: Mapping[str, Sequence[dict[str, Any]]]) -> list[tuple[
 
 @twice
 def _compared(width: float, logs: Mapping[str, Sequence[dict[str, Any]]], key: str, title: str) -> tuple[Figure, str]:
-    rows = -(-len(logs) // (2 if width == WIDE else 1))
-    figure, axes = _curve_axes(width, legend=22 * rows)
+    figure, axes = _curve_axes(width, len(logs))
     for (name, log), (colour, dash) in zip(logs.items(), _styles(), strict=False):
         _curve(axes, log, key, clipped(name, 36), colour, dash)
     if key in ("reward_accuracy", "looking_reliance"):
         _shares(figure, axes, width)
     else:
-        figure.legend(frameon=False, labelcolor=INK, loc="lower center", ncols=2 if width == WIDE else 1)
+        _legend(figure, width)
     if key == "looking_reliance":
         axes.set_ylim(min(-0.05, axes.dataLim.ymin - 0.02), 1.02)
         axes.axhline(0, color=INK, linewidth=0.8)
@@ -405,8 +408,9 @@ def _share_axes(width: float, across: str, up: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _curve_axes(width: float, legend: float = 0) -> tuple[Figure, Axes]:
-    """Axes over training steps, above a strip of `legend` points."""
+def _curve_axes(width: float, num_labels: int = 0) -> tuple[Figure, Axes]:
+    """Axes over training steps, above room for a legend of so many labels, two a line or on a telephone one."""
+    legend = 20 * math.ceil(num_labels / (2 if width == WIDE else 1)) + (6 if num_labels else 0)
     height = 220 + legend
     figure = Figure(figsize=(width / 72, height / 72))
     bottom = 38 + legend
@@ -415,6 +419,7 @@ def _curve_axes(width: float, legend: float = 0) -> tuple[Figure, Axes]:
     axes.tick_params(length=0, labelcolor=GREY)
     axes.spines[:].set_visible(False)
     axes.set_xlabel("step", color=GREY)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.set_axisbelow(True)
     return figure, axes
 

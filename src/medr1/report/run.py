@@ -231,16 +231,18 @@ def tell(scores: dict[str, Any], trained: dict[str, Any]) -> list[tuple[str, str
         told = f"{num:,} of the questions were trained on by the run and are in none of these numbers"
         story.append(("open", f"{told}; on them the trained model scores {percent(cell['accuracy'])}."))
 
-    if blank := scores["controls"].get("blank"):
-        seen = f"With the image blanked the trained model scores {percent(blank['accuracy'])}"
-        if above(after, blank):
+    controls = scores["controls"]
+    if exchanged := controls.get("blank") or controls.get("shuffled"):
+        shown = "the image blanked" if "blank" in controls else "another image of the modality"
+        seen = f"With {shown} the trained model scores {percent(exchanged['accuracy'])}"
+        if above(after, exchanged):
             story.append(("good", f"{seen}: it looks at the image."))
         else:
             story.append(("bad", f"{seen}: nothing here shows that it looks at the image."))
     else:
         story.append(("open", "No blank-image control was run: whether the image is used is not known."))
 
-    text = scores["controls"].get("text_only")
+    text = controls.get("text_only")
     if text and text["n"]:
         alone = f"Option texts alone, without image or question, score {percent(text['accuracy'])}"
         guessing = f"guessing {percent(text['chance'])}"

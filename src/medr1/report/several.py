@@ -384,6 +384,8 @@ def tell_several(
     blank: dict[str, list[str]] = {"good": [], "bad": [], "open": []}
     for line in models:
         cell = line["controls"].get("blank")
+        if not cell and "shuffled" in line["controls"]:
+            continue  # "Does it look?" says it by that
         blank["open" if not cell else "good" if above(line["cell"], cell) else "bad"].append(line["name"])
     for worth, sentence in (
         ("good", "With the image blanked it scores less, so it looks at the image"),

@@ -72,8 +72,8 @@ def write_study_report(folder: Path) -> dict[str, Any]:
         numbers=numbers,
         axes=axes,
         words=WORDS,
-        conditions=CONDITIONS,
-        looking=LOOKING,
+        conditions={name: words for name, words in CONDITIONS.items() if _asked(numbers, "controls", name)},
+        looking=[name for name in LOOKING if _asked(numbers, "looking", name)],
         measures=MEASURES,
         outcomes=OUTCOMES,
         how=_how(study, numbers),
@@ -117,6 +117,11 @@ def tell(numbers: dict[str, Any]) -> tuple[tuple[str, str], list[tuple[str, str]
             reached = _range([line[side]["accuracy"] for line in lines], percent) if side else ""
             story.append(_counted(subject, found, f", to {reached}" if reached else ""))
     return _unchanged(numbers["comparisons"], _image(lines)), [*story, *_blanked(lines), *_guessed(lines)]
+
+
+def _asked(numbers: dict[str, Any], part: str, name: str) -> bool:
+    """Whether any way of training, or the base beside it, has this control or measure."""
+    return any(name in line.get(part, {}) for line in [*numbers["lines"], *numbers["bases"]])
 
 
 def number(value: float | None) -> str:

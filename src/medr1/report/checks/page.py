@@ -145,7 +145,8 @@ def _words(report: dict[str, Any]) -> list[tuple[str, str]]:
         return story
     uneven = letters["p"] < UNEVEN
     always = f"always {letters['best']} scores {percent(letters['best_share'])}, guessing {percent(report['chance'])}"
-    stands = f"The right option stands {'un' * uneven}evenly over the letters (p = {letters['p']:.2g}): {always}."
+    p = "p < 0.001" if letters["p"] < 0.001 else f"p = {letters['p']:.3f}"
+    stands = f"The right option stands {'un' * uneven}evenly over the letters ({p}): {always}."
     now = " Now: mix the options; `medr1 eval --condition permuted` shows whether a model leans on letters." * uneven
     story.append(("bad" if uneven else "good", stands + now))
     return story
