@@ -137,13 +137,6 @@ def test_a_package_that_a_family_needs_is_named(saved: Path, monkeypatch: pytest
         load_vlm(str(saved))
 
 
-def test_sliding_window_models_are_refused() -> None:
-    vlm = tiny_vlm("qwen2_vl")
-    vlm.core.config.text_config.layer_types = ["full_attention", "sliding_attention"]
-    with pytest.raises(MedR1Error, match="sliding_attention layers are not supported"):
-        VLM(vlm.model, vlm.processor, "windowed")
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prompts_are_left_padded_and_select_keeps_their_images(family: str) -> None:
     vlm = tiny_vlm(family)
@@ -153,13 +146,9 @@ def test_prompts_are_left_padded_and_select_keeps_their_images(family: str) -> N
     chosen = prompts.select([2, 1])
     assert chosen.image_counts == [0, 2]
     alone = encode_prompts(vlm, [conversation("Which of the two shows a lesion?", 2)], [ragged_images()[1]])
-    if family == "idefics3":  # a row a prompt, its tiles first
-        tiles = alone.vision["pixel_values"].shape[1]
-        assert torch.equal(chosen.vision["pixel_values"][1, :tiles], alone.vision["pixel_values"][0])
-        assert not chosen.vision["pixel_values"][0].any() and not chosen.vision["pixel_values"][1, tiles:].any()
-    else:
-        assert torch.equal(chosen.vision["image_grid_thw"], alone.vision["image_grid_thw"])
-        assert torch.equal(chosen.vision["pixel_values"], alone.vision["pixel_values"])
+    assert chosen.vision.keys() == alone.vision.keys()
+    for name, tensor in alone.vision.items():
+        assert torch.equal(chosen.vision[name], tensor)
     text = prompts.select([2])
     assert text.vision == {} and text.attention_mask_BP.all()
     assert text.next_position_B.tolist() == [text.input_ids_BP.shape[1]]

@@ -1,13 +1,23 @@
 """The packed pass against the slow definition: one unpadded call of the model per completion."""
 
+from typing import Any
+
 import pytest
 import torch
 from tiny_vlms import FAMILIES, conversation, picture, plain_logprobs, ragged_prompts, tiny_vlm
 from torch import Tensor
+from transformers.masking_utils import (
+    blockwise_overlay,
+    causal_mask_function,
+    chunked_causal_mask_function,
+    or_masks,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
 
 from medr1.policy import shared_prefix
 from medr1.policy.adapters import add_lora, compile_text_layers, freeze_vision
-from medr1.policy.attention import PackedGroups, Prefill, tree_mask
+from medr1.policy.attention import Decoding, PackedGroups, Prefill, tree_mask
 from medr1.policy.encoding import FeatureCache, PromptBatch, encode_prompts, with_vision_features
 from medr1.policy.rollouts import sample
 from medr1.policy.shared_prefix import completion_logprobs, restrict
@@ -177,16 +187,16 @@ def test_the_oldest_features_go_first() -> None:
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("with_prompt", [True, False])
-def test_flex_attention_of_the_tree_mask(with_prompt: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", ["qwen2_vl", "gemma3", "qwen3_5"])
+def test_flex_attention_of_the_tree_mask(family: str, with_prompt: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The layout that a GPU takes, on the CPU, where flex_attention has no backward pass."""
 
     class Tree(PackedGroups):
-        def __init__(self, attention_mask_BP: Tensor, groups: int, length: int, prefill: Prefill | None) -> None:
-            super().__init__(attention_mask_BP, groups, length, prefill)
-            mask = prefill.attention_mask_BP if prefill else attention_mask_BP
-            self.tree = tree_mask(mask.bool(), groups, length, with_prompt=prefill is None)
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.as_tree = True
 
-    vlm = tiny_vlm("qwen2_vl")
+    vlm = tiny_vlm(family)
     prompts = ragged_prompts(vlm)
     rollout = sample(vlm, prompts, num_completions=G, max_new_tokens=T, seed=0, keep_prefill=not with_prompt)
     prefill = rollout.prefill
@@ -204,13 +214,62 @@ def test_tree_mask_by_hand() -> None:
     whole = [[0, 0, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0, 0]]
     completions_see = [[0, 1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 0, 0], [0, 1, 1, 0, 0, 1, 0], [0, 1, 1, 0, 0, 1, 1]]
     for with_prompt, rows in ((True, whole + completions_see), (False, completions_see)):
-        allowed = tree_mask(real, 2, 2, with_prompt=with_prompt).mask_mod
+        allowed = tree_mask(causal_mask_function, real, torch.arange(3)[None], 2, 2, with_prompt=with_prompt).mask_mod
         index = torch.tensor(0)
         seen = [
             [int(allowed(index, index, torch.tensor(query), torch.tensor(key))) for key in range(7)]
             for query in range(len(rows))
         ]
         assert seen == rows
+
+
+@pytest.mark.parametrize("kind", ["window", "chunk", "image"])
+def test_masks_are_those_of_a_completion_alone_behind_its_prompt(kind: str) -> None:
+    """What transformers' own mask of the unpadded row says, for windows and chunks by position, and seen both ways."""
+    lengths, longest = [3, 8, 5], 8
+    real = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
+    padding = longest - torch.tensor(lengths)
+
+    def sees(left: Tensor) -> Any:
+        if kind == "chunk":
+            return chunked_causal_mask_function(4, left)
+        if kind == "window":
+            return sliding_window_causal_mask_function(4)
+        blocks = torch.full((len(left), longest + G * T), -1)
+        for row, start in enumerate(left.tolist()):
+            blocks[row, start + 1 : start + 3] = 0
+        return or_masks(causal_mask_function, blockwise_overlay(blocks))
+
+    alone = [
+        sdpa_mask(1, length + T, length + T, mask_function=sees(torch.zeros(1, dtype=int)), allow_is_causal_skip=False)
+        for length in lengths
+    ]
+    packed = PackedGroups(real.long(), G, T).mask(sees(padding)).parts  # type: ignore[union-attr]
+    prefill = Prefill(real.long())
+    prefill.keys = prefill.values = {0: torch.zeros(len(lengths), 1, longest, 4)}
+    whole = prefill.mask(sees(padding))
+    decoding_of = Decoding(prefill, G, T)
+    for row, (mask, length) in enumerate(zip(alone, lengths, strict=True)):
+        for prompt in (packed.prompt, whole):
+            assert torch.equal(prompt[row, 0, -length:, -length:], mask[0, 0, :length, :length])
+            assert not prompt[row, 0, -length:, :-length].any()
+        for completion in packed.completions[row * G : (row + 1) * G, 0]:
+            assert torch.equal(completion[:, -length - T :], mask[0, 0, length:])
+    if kind == "image":  # no longer at hand when a reply is decoded, and of no effect on it
+        return
+    zeros = torch.zeros(len(lengths) * G * 2, dtype=int)
+    after = PackedGroups(real.long(), G, T, prefill).mask(sees(zeros)).parts  # type: ignore[union-attr]
+    assert torch.equal(after.completions, packed.completions)
+    decoding_of.expect([2] * len(lengths) * G, [1, 3, 4] * len(lengths))
+    decoding = decoding_of.mask(sees(zeros)).parts  # type: ignore[attr-defined]
+    for row, (mask, length) in enumerate(zip(alone, lengths, strict=True)):
+        for group, cached in enumerate([1, 3, 4]):
+            for offset in (0, 1):
+                expected = mask[0, 0, length + cached + offset]
+                own = decoding.own[row * G + group, 0, 0, offset] == 0
+                assert torch.equal(own, expected[length : length + decoding_of.end])
+                prompt = decoding.prompt[row, 0, group, 0, offset] == 0
+                assert torch.equal(prompt[-length:], expected[:length][-len(prompt) :])
 
 
 def test_compiled_layers_change_nothing() -> None:

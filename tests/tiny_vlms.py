@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from tiny_families import BUILDERS
 from tokenizers import AddedToken, pre_tokenizers
 from transformers import (
     Idefics3Config,
@@ -58,13 +59,21 @@ TILES_TEMPLATE = (
 
 def tiny_tokenizer(special: tuple[str, ...] = SPECIAL) -> Any:
     """A byte is a token; then a family's special tokens (the third one ends a turn) and the reply tags."""
+    return byte_tokenizer(special, special[2])
+
+
+def byte_tokenizer(special: tuple[str, ...], end: str, **named: str) -> Any:
+    """A byte is a token; then special tokens (the first one pads), some by a name of their own, and the reply tags."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bos = named.pop("bos_token", None)
     tokenizer = Qwen2TokenizerFast(
         vocab={byte: index for index, byte in enumerate(alphabet)},
         merges=[],
-        eos_token=special[2],
-        pad_token="<|endoftext|>",
+        bos_token=bos,
+        eos_token=end,
+        pad_token=special[0],
         padding_side="left",
+        extra_special_tokens=named,
     )
     tokenizer.add_tokens([AddedToken(token, special=True) for token in special])
     tokenizer.add_tokens(["<think>", "</think>", "<answer>", "</answer>"])
@@ -73,6 +82,12 @@ def tiny_tokenizer(special: tuple[str, ...] = SPECIAL) -> Any:
 
 def tiny_vlm(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> VLM:
     """A model of this family with two text layers, hidden size 64 and sharp enough logits to tell tokens apart."""
+    if family in BUILDERS:
+        torch.manual_seed(seed)
+        model, processor = BUILDERS[family](byte_tokenizer)
+        model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+        model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+        return VLM(model.to(dtype).eval(), processor, family)
     if family == "idefics3":
         return _tiny_idefics3(dtype, seed)
     tokenizer = tiny_tokenizer()

@@ -265,7 +265,7 @@ def ask(
         text = vlm.tokenizer.decode(ids_NT[0], skip_special_tokens=True)
         update(reply=text.rstrip("\N{REPLACEMENT CHARACTER}"))  # a character whose last bytes are to come
 
-    prompts = encode_prompts(vlm, [build_messages(record, mode)], [images])
+    prompts = encode_prompts(vlm, [build_messages(record, mode)], [images], thinking=mode == "think")
     check_lengths(vlm, prompts, ["the question"], max_new_tokens)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
     rollout = sample(vlm, prompts, num_completions=1, greedy=True, on_step=show, **settings)
@@ -347,7 +347,8 @@ def _about_evidence(case: Case, vlm: VLM, images: Sequence[Image.Image], setting
         asked.append((permuted(record, case.seed), [*images]))
     if said is None or not asked:
         return
-    prompts = encode_prompts(vlm, [build_messages(each, case.mode) for each, _ in asked], [shown for _, shown in asked])
+    messages = [build_messages(each, case.mode) for each, _ in asked]
+    prompts = encode_prompts(vlm, messages, [shown for _, shown in asked], thinking=case.mode == "think")
     replies = sample(vlm, prompts, num_completions=1, greedy=True, **settings).texts
     answers = [_said(reply, each) for reply, (each, _) in zip(replies, asked, strict=True)]
     if images and normalise_answer(answers[0] or "") == normalise_answer(said):

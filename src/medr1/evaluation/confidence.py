@@ -62,8 +62,10 @@ def option_logprobs(
     thoughts = reasoning if reasoning is not None else [None] * len(records)
     assert len(prompts) == len(records) == len(thoughts), "one prompt and one reasoning a record"
     shared, endings, options = [], [], []
-    for record, thought in zip(records, thoughts, strict=True):
+    for record, thought, opened in zip(records, thoughts, prompts.opened, strict=True):
         before = f"<think>{thought or ''}</think>" if mode == "think" else ""
+        if before and opened:  # by the prompt's template
+            before = before.removeprefix(opened if before.startswith(opened) else "<think>")
         by_tokens: dict[tuple[int, ...], int] = {}
         for text, option in spellings(record.options, AFTER_REASONING if before else ANSWERS).items():
             ids = vlm.tokenizer(before + text, add_special_tokens=False)["input_ids"]
@@ -138,7 +140,12 @@ def continued(vlm: VLM, prompts: PromptBatch, ids: Sequence[Sequence[int]]) -> P
         input_ids_BP=torch.cat([prompts.input_ids_BP, ids_BR], dim=1).gather(1, order),
         attention_mask_BP=mask.gather(1, order),
         position_ids_ABP=positions.gather(2, order.expand(len(positions), -1, -1)),
+        kinds={name: _in_order(kind, order) for name, kind in prompts.kinds_before(ids_BR.shape[1]).items()},
     )
+
+
+def _in_order(kind_BP: Tensor, order: Tensor) -> Tensor:
+    return kind_BP[torch.arange(len(order), device=order.device)[:, None], order]
 
 
 def _padded(vlm: VLM, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -140,6 +140,7 @@ def evaluate(
                 vlm,
                 [build_messages(record, mode) for _, record in batch],
                 [loaded[record.images] for _, record in batch],
+                thinking=mode == "think",
             )
             check_lengths(vlm, prompts, [f"record {record.id}" for _, record in batch], max_new_tokens)
             answers = _answer(

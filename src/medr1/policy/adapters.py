@@ -23,16 +23,19 @@ def freeze_vision(vlm: VLM) -> None:
         raise MedR1Error(f"{vlm.name}: its vision tower is not known to medr1; train it, or use a Qwen-VL model")
     for module in tower:
         module.requires_grad_(False)
+    for parameter in vlm.core.base_model.parameters(recurse=False):  # LLaVA's token for the end of a line
+        parameter.requires_grad_(False)
 
 
 def compile_text_layers(vlm: VLM, backend: str = "inductor") -> None:
     """Compile each text layer's norms and feed-forward part, on their first call; equal layers share one graph.
 
-    Attention stays out: its layout changes from call to call, and each change would be compiled anew.
+    Attention and what carries a state stay out: their layout changes from call to call, and each change would be
+    compiled anew.
     """
     for layer in vlm.core.get_decoder().layers:
         for name, part in layer.named_children():
-            if "attn" not in name:
+            if "attn" not in name and name != "conv":
                 part.compile(backend=backend, dynamic=True)
 
 

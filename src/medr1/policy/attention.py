@@ -3,8 +3,12 @@
 Registered with transformers under the name `medr1_shared_prefix`: the model's own layers run unchanged, and
 only the innermost call (queries, keys and values after rotary embedding) is laid out anew. A layout object
 travels as the model argument `shared_prefix`; without one the function is transformers' own `sdpa`, so
-`generate`, SFT and every other call behave as before. The layout is an argument and not a global, so that
+`generate` and every other call behave as before. The layout is an argument and not a global, so that
 gradient checkpointing, which repeats a layer during the backward pass, repeats it with the same layout.
+
+Who sees whom is the model's own affair: it hands transformers a function of two places for each kind of layer (causal,
+within a window or chunk, both ways within an image), and the layout asks that function of the places that tokens would
+have if each completion stood alone behind its prompt. So no kind of mask is known here by name.
 
 Shapes: B prompts, G completions each, N = B*G rows in prompt-major order, P prompt tokens (left-padded), T
 completion tokens, H query heads, K key-value heads, R = H/K, D head size.
@@ -12,6 +16,8 @@ completion tokens, H query heads, K key-value heads, R = H/K, D head size.
 
 import functools
 from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -19,16 +25,42 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from medr1.policy.layers import State
 
 NAME = "medr1_shared_prefix"
+Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Whether a query sees a key, of (row, head, query's place, key's place); transformers' mask functions are such."""
+Run = Callable[..., Tensor]
+"""A layer with a state, of (hidden states, State, real tokens or None)."""
 
 
 class Layout(Protocol):
     """How the tokens of one model call are arranged."""
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+    def mask(self, sees: Sees) -> Any:
+        """What `attend` needs to know of one kind of layer; once a call and kind."""
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Tensor:
         """Attention output (B, tokens, H, D) for query (B, H, tokens, D) and key, value (B, K, tokens, D)."""
+
+    def carry(self, layer: int, run: Run, hidden_states: Tensor) -> Tensor:
+        """Output (B, tokens, …) of a layer that carries a state, for its input (B, tokens, …)."""
+
+
+_current: ContextVar[Layout | None] = ContextVar("layout", default=None)
+
+
+def laid_out(model: nn.Module, layout: Layout, *, input_ids: Tensor, real: Tensor | None = None, **inputs: Any) -> Any:
+    """Call a model whose tokens, real ones and padding, are arranged by a layout."""
+    # Without a mask of the tokens transformers would look for sequences of its own in their positions.
+    mask = torch.ones_like(input_ids) if real is None else real
+    token = _current.set(layout)  # masks are made before the layers, where no argument of ours is at hand
+    try:
+        return model(input_ids=input_ids, attention_mask=mask, use_cache=False, shared_prefix=layout, **inputs)
+    finally:
+        _current.reset(token)
 
 
 def shared_prefix_attention(
@@ -43,25 +75,48 @@ def shared_prefix_attention(
     """The attention function that transformers calls in each layer."""
     if shared_prefix is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return shared_prefix.attend(module, query, key, value, **kwargs), None
+    return shared_prefix.attend(module, query, key, value, attention_mask, **kwargs), None
+
+
+def shared_prefix_mask(*args: Any, mask_function: Sees = causal_mask_function, **kwargs: Any) -> Any:
+    """The mask function that transformers calls once for each kind of layer."""
+    layout = _current.get()
+    return sdpa_mask(*args, mask_function=mask_function, **kwargs) if layout is None else layout.mask(mask_function)
+
+
+def _passed_on(parts: Any, device: torch.device) -> Tensor:
+    """A tensor in the place of a mask (models ask masks for their dimensions, and pass them on), with its parts."""
+    mask: Any = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    mask.parts = parts
+    return mask
 
 
 AttentionInterface.register(NAME, shared_prefix_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, shared_prefix_mask)
 
 
-def prompt_mask(attention_mask_BP: Tensor, queries: int) -> Tensor | None:
-    """Causal mask (B, 1, queries, P) of the last `queries` of P tokens, true where attention is allowed.
+def dense(sees: Sees, query_BQ: Tensor, key_BK: Tensor, real_BK: Tensor) -> Tensor:
+    """The mask (B, Q, K) of queries and keys at these places, true where attention is allowed; only at real keys."""
+    row = torch.arange(len(query_BQ), device=query_BQ.device)[:, None, None]
+    return sees(row, torch.zeros_like(row), query_BQ[:, :, None], key_BK[:, None, :]) & real_BK[:, None, :]
+
+
+def prompt_mask(sees: Sees, real_BP: Tensor, queries: int, places_BP: Tensor) -> Tensor | None:
+    """Mask (B, 1, queries, P) of the last `queries` of P prompt tokens at these places.
 
     None for plain causal attention. A padded query may see itself, since a row of nothing but -inf would make NaN;
     nobody reads its output.
     """
-    length = attention_mask_BP.shape[1]
-    if queries == length and bool(attention_mask_BP.all()):
+    length = real_BP.shape[1]
+    if sees is causal_mask_function and queries == length and bool(real_BP.all()):
         return None
-    causal = torch.ones(length, length, dtype=torch.bool, device=attention_mask_BP.device).tril()
-    itself = torch.eye(length, dtype=torch.bool, device=attention_mask_BP.device)
-    return ((causal & attention_mask_BP.bool()[:, None, :]) | itself)[:, None, length - queries :]
+    itself = torch.eye(length, dtype=torch.bool, device=real_BP.device)[length - queries :]
+    return (dense(sees, places_BP[:, length - queries :], places_BP, real_BP) | itself)[:, None]
+
+
+def places_in_row(real_BP: Tensor) -> Tensor:
+    """Of each token: how many real ones stand before it; what padding gets is nobody's affair."""
+    return (real_BP.long().cumsum(1) - 1).clamp(min=0)
 
 
 def _sdpa(
@@ -97,27 +152,43 @@ def _fused_flex_attention() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=True)
 
 
-def tree_mask(real_BP: Tensor, num_completions: int, completion_length: int, *, with_prompt: bool) -> BlockMask:
+def tree_mask(
+    sees: Sees, real_BP: Tensor, places_BP: Tensor, num_completions: int, completion_length: int, *, with_prompt: bool
+) -> BlockMask:
     """The mask of rows `[prompt | completion 1 | … | completion G]` for `flex_attention`, never made in full.
 
     Args:
+        sees: which places a token sees.
         real_BP: true at prompt tokens, false at padding.
+        places_BP: of the prompt's tokens; completions follow the last.
         with_prompt: whether the queries begin with the prompt, or are the completions alone.
     """
     num_prompts, prompt_length = real_BP.shape
     packed, device = num_completions * completion_length, real_BP.device
     # All in tensors: a number in the closure would be compiled in, and each step has other lengths.
-    place = torch.arange(prompt_length + packed, device=device)
-    group = torch.div(place - prompt_length, completion_length, rounding_mode="floor").clamp(min=-1)  # -1: prompt
+    index = torch.arange(prompt_length + packed, device=device)
+    group = torch.div(index - prompt_length, completion_length, rounding_mode="floor").clamp(min=-1)  # -1: prompt
+    steps = torch.arange(completion_length, device=device).repeat(num_completions)
+    places = torch.cat([places_BP, places_BP[:, -1:] + 1 + steps], dim=1)
     real = torch.cat([real_BP, real_BP.new_ones(num_prompts, packed)], dim=1)
     start = 0 if with_prompt else prompt_length
-    query_place, query_group = place[start:], group[start:]
+    query_place, query_group = places[:, start:], group[start:]
 
-    def allowed(row: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         visible = (group[key] < 0) | (group[key] == query_group[query])
-        return real[row, key] & (key <= query_place[query]) & visible
+        return real[row, key] & visible & sees(row, head, query_place[row, query], places[row, key])
 
-    return create_block_mask(allowed, num_prompts, None, len(query_place), len(place), device=str(device))
+    return create_block_mask(allowed, num_prompts, None, query_place.shape[1], len(index), device=str(device))
+
+
+@dataclass(frozen=True)
+class GroupMask:
+    """Who sees whom in rows `[prompt | completion 1 | … | completion G]`, in two parts."""
+
+    prompt: Tensor | None
+    """(B, 1, P, P), or None for plain causal attention."""
+    completions: Tensor
+    """(N, 1, T, P + T)."""
 
 
 class PackedGroups:
@@ -140,24 +211,38 @@ class PackedGroups:
             attention_mask_BP = prefill.attention_mask_BP
         num_prompts, prompt_length = attention_mask_BP.shape
         self.prefill = prefill
+        self.real_BP = attention_mask_BP.bool()
         self.prompt_length = 0 if prefill else prompt_length
         self.groups = (num_completions, completion_length)
-        self.tree: BlockMask | None = None
-        if attention_mask_BP.is_cuda:
-            self.tree = tree_mask(attention_mask_BP.bool(), *self.groups, with_prompt=prefill is None)
-            return
-        self.prompt_mask = None if prefill else prompt_mask(attention_mask_BP, prompt_length)
-        # Completions are right-padded, so causality alone keeps real tokens from seeing padding.
-        device = attention_mask_BP.device
-        causal = torch.ones(completion_length, completion_length, dtype=torch.bool, device=device).tril()
-        prompts = attention_mask_BP.bool()[:, None, None, :].expand(-1, *self.groups, -1)
-        own = causal.expand(num_prompts, num_completions, -1, -1)
-        self.completion_mask = torch.cat([prompts, own], dim=-1).flatten(0, 1)[:, None]
+        self.as_tree = attention_mask_BP.is_cuda
+        # In a call with the prompts a model knows tokens by their columns; without them there is no padding.
+        columns = torch.arange(prompt_length, device=attention_mask_BP.device).expand(num_prompts, -1)
+        self.places_BP = places_in_row(self.real_BP) if prefill else columns
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
-        if self.tree is not None:
-            return self._attend_tree(module, query, key, value, kwargs["scaling"])
-        length, (num_completions, _) = self.prompt_length, self.groups
+    def mask(self, sees: Sees) -> Tensor | BlockMask:
+        num_completions, length = self.groups
+        if self.as_tree:
+            return tree_mask(sees, self.real_BP, self.places_BP, *self.groups, with_prompt=self.prefill is None)
+        # Completions are right-padded, so that no real token comes after padding.
+        own_BT = self.places_BP[:, -1:] + 1 + torch.arange(length, device=self.places_BP.device)
+        keys_BK = torch.cat([self.places_BP, own_BT], dim=1)
+        real_BK = torch.cat([self.real_BP, torch.ones_like(own_BT, dtype=torch.bool)], dim=1)
+        completions = dense(sees, own_BT, keys_BK, real_BK).repeat_interleave(num_completions, dim=0)[:, None]
+        prompt = None if self.prefill else prompt_mask(sees, self.real_BP, self.prompt_length, self.places_BP)
+        return _passed_on(GroupMask(prompt, completions), own_BT.device)
+
+    def _completions(self, states: Tensor) -> Tensor:
+        """(B, P + G*T, …) -> (N, T, …)."""
+        return states[:, self.prompt_length :].unflatten(1, self.groups).flatten(0, 1)
+
+    def _grouped(self, states: Tensor) -> Tensor:
+        """(N, T, …) -> (B, G*T, …)."""
+        return states.unflatten(0, (-1, self.groups[0])).flatten(1, 2)
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Tensor:
+        if self.as_tree:
+            return self._attend_tree(module, query, key, value, mask, kwargs["scaling"])
+        length, num_completions = self.prompt_length, self.groups[0]
 
         def completions(states: Tensor) -> Tensor:  # (B, heads, G*T, D) -> (N, heads, T, D)
             return states[:, :, length:].unflatten(2, self.groups).transpose(1, 2).flatten(0, 1)
@@ -175,22 +260,34 @@ class PackedGroups:
             completions(query),
             with_prompt(prompt_key, key),
             with_prompt(prompt_value, value),
-            self.completion_mask,
+            mask.parts.completions,
             **kwargs,
         )
-        grouped = completion_out.unflatten(0, (-1, num_completions)).flatten(1, 2)
+        grouped = self._grouped(completion_out)
         if self.prefill:
             return grouped
-        prompt_out = _sdpa(module, query[:, :, :length], prompt_key, prompt_value, self.prompt_mask, **kwargs)
+        prompt_out = _sdpa(module, query[:, :, :length], prompt_key, prompt_value, mask.parts.prompt, **kwargs)
         return torch.cat([prompt_out, grouped], dim=1)
 
-    def _attend_tree(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def _attend_tree(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: float
+    ) -> Tensor:
         if self.prefill:
             layer: int = module.layer_idx  # type: ignore[assignment]
             key = torch.cat([self.prefill.keys[layer], key], dim=2)
             value = torch.cat([self.prefill.values[layer], value], dim=2)
         attend: Any = _fused_flex_attention() if query.is_cuda else flex_attention
-        return attend(query, key, value, block_mask=self.tree, scale=scaling, enable_gqa=True).transpose(1, 2)
+        return attend(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True).transpose(1, 2)
+
+    def carry(self, layer: int, run: Run, hidden_states: Tensor) -> Tensor:
+        num_completions = self.groups[0]
+        each = torch.arange(len(hidden_states), device=hidden_states.device).repeat_interleave(num_completions)
+        if self.prefill:
+            return self._grouped(run(self._completions(hidden_states), self.prefill.states[layer].of_rows(each)))
+        state = State()
+        prompt = run(hidden_states[:, : self.prompt_length], state, self.real_BP)
+        completions = run(self._completions(hidden_states), state.of_rows(each))
+        return torch.cat([prompt, self._grouped(completions)], dim=1)
 
 
 class Prefill:
@@ -212,18 +309,44 @@ class Prefill:
         if before is not None:
             attention_mask_BP = torch.cat([before.attention_mask_BP[owner_B], attention_mask_BP], dim=1)
         self.attention_mask_BP = attention_mask_BP
-        self.mask = prompt_mask(attention_mask_BP, queries)
+        self.queries = queries
         self.before, self.owner_B = before, owner_B
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
+        self.states: dict[int, State] = {}
+        """Of the layers that carry one, after the prompts."""
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+    def mask(self, sees: Sees) -> Tensor | None:
+        real_BP = self.attention_mask_BP.bool()
+        columns = torch.arange(real_BP.shape[1], device=real_BP.device).expand(len(real_BP), -1)
+        # Ends are known to the model without what stands before them, and so without its padding.
+        places_BP = columns if self.before is None else places_in_row(real_BP)
+        return prompt_mask(sees, real_BP, self.queries, places_BP)
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Tensor:
         layer: int = module.layer_idx  # type: ignore[assignment]
         if self.before is not None:
             key = torch.cat([self.before.keys[layer][self.owner_B], key], dim=2)
             value = torch.cat([self.before.values[layer][self.owner_B], value], dim=2)
         self.keys[layer], self.values[layer] = key, value
-        return _sdpa(module, query, key, value, self.mask, **kwargs)
+        return _sdpa(module, query, key, value, mask, **kwargs)
+
+    def carry(self, layer: int, run: Run, hidden_states: Tensor) -> Tensor:
+        assert self.before is None, "a state does not skip the padding between a beginning and its end"
+        state = self.states[layer] = State()
+        return run(hidden_states, state, self.attention_mask_BP.bool())
+
+
+@dataclass(frozen=True)
+class DecodingMask:
+    """What is added to the scores of one call of `Decoding`: 0, and -inf where a token does not see; None for zeros."""
+
+    start: int
+    """The first of the prompts' columns that any of them sees."""
+    prompt: Tensor | None
+    """(B, 1, 1, P) for all tokens of a prompt alike, or (B, 1, G, 1, C, P - start)."""
+    own: Tensor | None
+    """(N, 1, 1, C, end)."""
 
 
 class Decoding:
@@ -240,47 +363,73 @@ class Decoding:
         self.num_completions = num_completions
         self.prompt_keys = {layer: key.detach().transpose(2, 3).contiguous() for layer, key in prefill.keys.items()}
         self.prompt_values = {layer: value.detach().contiguous() for layer, value in prefill.values.items()}
-        self.prompt_bias: Tensor | None = None  # (B, 1, 1, P), -inf at padding
-        first = prefill.keys[0]
-        mask = prefill.attention_mask_BP
-        if not bool(mask.all()):
-            bias = torch.zeros(mask.shape, dtype=first.dtype, device=first.device)
-            self.prompt_bias = bias.masked_fill(~mask.bool(), -torch.inf)[:, None, None, :]
-        num_prompts, kv_heads, _, size = first.shape
-        rows = (num_prompts * num_completions, kv_heads)
+        self.real_BP = prefill.attention_mask_BP.bool()
+        self.dtype = next(iter(prefill.keys.values())).dtype
+        self.padding = None if bool(self.real_BP.all()) else self._hidden(~self.real_BP)[:, None, None]
+        num_rows, self.device = len(self.real_BP) * num_completions, self.real_BP.device
+        each = torch.arange(len(self.real_BP), device=self.device).repeat_interleave(num_completions)
+        self.states = {layer: state.detached().of_rows(each) for layer, state in prefill.states.items()}
         # Keys with the head dimension first: products with one query a row are twice as fast on a CPU. Zeros, since
         # places that a row has not reached are masked, and masking does not undo a NaN.
-        self.keys = {layer: first.new_zeros(*rows, size, max_new_tokens) for layer in prefill.keys}
-        self.values = {layer: first.new_zeros(*rows, max_new_tokens, size) for layer in prefill.keys}
+        self.keys = {
+            layer: key.new_zeros(num_rows, key.shape[1], key.shape[3], max_new_tokens)
+            for layer, key in prefill.keys.items()
+        }
+        self.values = {
+            layer: value.new_zeros(num_rows, value.shape[1], max_new_tokens, value.shape[3])
+            for layer, value in prefill.values.items()
+        }
 
     def expect(self, counts: list[int], cached: list[int]) -> None:
         """Lay out the next call: tokens of each row in it (at least 1), and tokens that its cache holds already."""
-        device = self.keys[0].device
-        counts_N, cached_N = torch.tensor(counts, device=device), torch.tensor(cached, device=device)
+        counts_N, self.cached_N = torch.tensor(counts, device=self.device), torch.tensor(cached, device=self.device)
         self.width, self.end = max(counts), max(map(sum, zip(counts, cached, strict=True)))
-        offsets = torch.arange(self.width, device=device)
-        self.row_M, offset_M = (offsets < counts_N[:, None]).nonzero(as_tuple=True)
-        self.place_M = cached_N[self.row_M] + offset_M
+        self.offsets_C = torch.arange(self.width, device=self.device)
+        self.row_M, offset_M = (self.offsets_C < counts_N[:, None]).nonzero(as_tuple=True)
+        self.place_M = self.cached_N[self.row_M] + offset_M
         self.slot_M: Tensor | None = (
             None if len(self.row_M) == self.width * len(counts) else (self.row_M * self.width + offset_M)
         )
-        self.own_bias: Tensor | None = None  # (N, 1, C, end), -inf at what a token may not see
-        if self.width > 1 or min(cached) + 1 < self.end:
-            hidden = torch.arange(self.end, device=device) > (cached_N[:, None] + offsets)[..., None]
-            zeros = torch.zeros(hidden.shape, dtype=self.keys[0].dtype, device=device)
-            self.own_bias = zeros.masked_fill(hidden, -torch.inf)[:, None]
+        self.even = self.width == 1 and min(cached) + 1 == self.end
+
+    def mask(self, sees: Sees) -> Tensor:
+        if sees is causal_mask_function and self.even:
+            return _passed_on(DecodingMask(0, self.padding, None), self.device)
+        own_NC = self.cached_N[:, None] + self.offsets_C
+        own_NE = torch.arange(self.end, device=self.device).expand(len(own_NC), -1)
+        if sees is causal_mask_function:
+            own = self._hidden(own_NE[:, None] > own_NC[..., None])
+            return _passed_on(DecodingMask(0, self.padding, own[:, None, None]), self.device)
+        real_NP, places_NP = (
+            tensor.repeat_interleave(self.num_completions, dim=0)
+            for tensor in (self.real_BP, places_in_row(self.real_BP))
+        )
+        length_N1 = real_NP.sum(1, keepdim=True)
+        prompt = dense(sees, length_N1 + own_NC, places_NP, real_NP)  # (N, C, P)
+        own = dense(sees, length_N1 + own_NC, length_N1 + own_NE, torch.ones_like(own_NE, dtype=torch.bool))
+        seen_P = prompt.flatten(0, 1).any(0)
+        start = int(seen_P.to(torch.uint8).argmax()) if bool(seen_P.any()) else len(seen_P)
+        by_group = prompt[..., start:].unflatten(0, (-1, self.num_completions))
+        prompt = self._hidden(~by_group)[:, None, :, None]
+        return _passed_on(DecodingMask(start, prompt, self._hidden(~own)[:, None, None]), self.device)
+
+    def _hidden(self, hidden: Tensor) -> Tensor:
+        zeros = torch.zeros(hidden.shape, dtype=self.dtype, device=hidden.device)
+        return zeros.masked_fill(hidden, -torch.inf)
 
     def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float, **kwargs: Any
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **kwargs: Any
     ) -> Tensor:
         """For query (M, H, 1, D) and key, value (M, K, 1, D) of the call that `expect` laid out."""
         layer: int = module.layer_idx  # type: ignore[assignment]
+        hidden: DecodingMask = mask.parts
         own_keys, own_values = self.keys[layer], self.values[layer]
         own_keys[self.row_M, :, :, self.place_M] = key[:, :, 0].to(own_keys.dtype)
         own_values[self.row_M, :, self.place_M] = value[:, :, 0].to(own_values.dtype)
         num_rows, kv_heads, size, _ = own_keys.shape
         heads, end = query.shape[1], self.end
-        prompts, groups = num_rows // self.num_completions, (self.num_completions, heads // kv_heads * self.width)
+        shared = heads // kv_heads  # query heads of a key-value head
+        prompts, groups = num_rows // self.num_completions, (self.num_completions, shared * self.width)
 
         def by_prompt(states: Tensor) -> Tensor:  # (N, K, R*C, …) -> (B, K, G*R*C, …): a prompt's rows side by side
             return states.unflatten(0, (prompts, -1)).transpose(1, 2).flatten(2, 3)
@@ -288,30 +437,37 @@ class Decoding:
         def by_row(states: Tensor) -> Tensor:  # and back
             return states.unflatten(2, groups).transpose(1, 2).flatten(0, 1)
 
+        def with_mask(scores: Tensor, added: Tensor | None, *places: int) -> Tensor:
+            if added is not None:
+                (scores if added.ndim == 4 else scores.unflatten(2, (*places, self.width))).add_(added)
+            return scores
+
         query = query[:, :, 0] * scaling
         if self.slot_M is not None:  # a place for each of a row's C tokens, empty where it has fewer
             query = query.new_zeros(num_rows * self.width, heads, size).index_copy_(0, self.slot_M, query)
         # (N, C, K, R, D) -> (N, K, R*C, D)
         query = query.view(num_rows, self.width, kv_heads, -1, size).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        prompt_scores = by_prompt(query) @ self.prompt_keys[layer]
-        if self.prompt_bias is not None:
-            prompt_scores += self.prompt_bias
-        own_scores = query @ own_keys[..., :end]
-        if self.own_bias is not None:
-            own_scores = (own_scores.unflatten(2, (-1, self.width)) + self.own_bias[:, :, None]).flatten(2, 3)
+        prompt_scores = by_prompt(query) @ self.prompt_keys[layer][..., hidden.start :]
+        prompt_scores = with_mask(prompt_scores, hidden.prompt, self.num_completions, shared)
+        own_scores = with_mask(query @ own_keys[..., :end], hidden.own, shared)
         scores = torch.cat([prompt_scores, by_prompt(own_scores)], dim=-1)
         weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
         prompt_weights, own_weights = weights.tensor_split([weights.shape[-1] - end], dim=-1)
-        out = by_row(prompt_weights @ self.prompt_values[layer])
+        out = by_row(prompt_weights @ self.prompt_values[layer][:, :, hidden.start :])
         out += by_row(own_weights) @ own_values[:, :, :end]
-        out = out.unflatten(2, (-1, self.width)).permute(0, 3, 1, 2, 4).reshape(-1, heads, size)
+        out = out.unflatten(2, (-1, self.width)).permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
         return (out if self.slot_M is None else out[self.slot_M])[:, None]
+
+    def carry(self, layer: int, run: Run, hidden_states: Tensor) -> Tensor:
+        assert self.width == 1, "a state holds no token that a row may not go on with"
+        return run(hidden_states, self.states[layer])
 
     def keep(self, prompts: Tensor, rows: Tensor, num_completions: int) -> None:
         """Keep only these prompts and rows, by their present indices; num_completions rows a prompt."""
         self.num_completions = num_completions
-        if self.prompt_bias is not None:
-            self.prompt_bias = self.prompt_bias[prompts]
+        self.real_BP = self.real_BP[prompts]
+        self.padding = None if self.padding is None else self.padding[prompts]
+        self.states = {layer: state.of_rows(rows) for layer, state in self.states.items()}
         for layer in self.keys:
             self.prompt_keys[layer] = self.prompt_keys[layer][prompts]
             self.prompt_values[layer] = self.prompt_values[layer][prompts]

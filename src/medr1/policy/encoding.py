@@ -9,16 +9,24 @@ import math
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
+from jinja2.exceptions import TemplateError
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from medr1.errors import MedR1Error
 from medr1.policy.vlm import VLM, vision_tower
+
+TOKEN_KINDS = ("token_type_ids", "mm_token_type_ids", "cross_attention_mask")
+"""What a processor says of each token, by the names that models take it by."""
+SET_MARKS = ("num_query_tokens", "task_prompts_without_inputs")
+"""What only processors have that set image marks themselves: BLIP's and Florence's."""
+OPENED = re.compile(r"<think>\s*$")
+"""How a prompt ends whose template has begun the reply's reasoning itself."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +40,22 @@ class PromptBatch:
     """Rotary positions, 0 at padding."""
     vision: dict[str, Tensor]
     """The processor's image tensors (pixel_values, image_grid_thw, …); empty for text-only prompts."""
+    shapes: list[dict[str, tuple[int, ...]]]
+    """Of each prompt: the shapes of its own part of each image tensor, and of `kinds`; what is beyond is padding."""
     image_counts: list[int]
     """Images of each prompt, in order."""
     image_keys: list[int]
     """Prompts of one key ask about the same images."""
+    kinds: dict[str, Tensor] = field(default_factory=dict)
+    """Of each token (B, P, …), by the names of TOKEN_KINDS: which are an image's, or which images it may see."""
+    reply_kind: int = 0
+    """The kind of a reply's tokens."""
+    opened: list[str] = field(default_factory=list)
+    """Of each prompt: the beginning of the reply that its template has written itself ("<think>\\n"), or ""."""
     features: Any = None
     """Output of a frozen vision tower for these images (see `with_vision_features`), else None."""
+    feature_rows: list[int] = field(default_factory=list)
+    """Of each prompt: how many entries of `features` are its own."""
 
     def __len__(self) -> int:
         return len(self.image_counts)
@@ -56,6 +74,7 @@ class PromptBatch:
             attention_mask_BP=self.attention_mask_BP.to(device),
             position_ids_ABP=self.position_ids_ABP.to(device),
             vision={name: tensor.to(device) for name, tensor in self.vision.items()},
+            kinds={name: tensor.to(device) for name, tensor in self.kinds.items()},
         )
 
     def select(self, indices: Sequence[int], *, trim: bool = True) -> Self:
@@ -63,20 +82,32 @@ class PromptBatch:
         chosen = torch.tensor(list(indices), device=self.input_ids_BP.device)
         mask = self.attention_mask_BP[chosen]
         start = mask.shape[1] - int(mask.sum(1).max()) if trim else 0
-        first = [sum(self.image_counts[:index]) for index in range(len(self) + 1)]
-        images = [image for index in indices for image in range(first[index], first[index + 1])]
-        # Idefics3 and SmolVLM: a row is a prompt, all tiles of its images and then empty ones. Else it is an image.
-        rows = list(indices) if images and "pixel_attention_mask" in self.vision else images
+        own = [self.shapes[index] for index in indices]
         return replace(
             self,
             input_ids_BP=self.input_ids_BP[chosen, start:],
             attention_mask_BP=mask[:, start:],
             position_ids_ABP=self.position_ids_ABP[:, chosen, start:],
-            vision=_select_images(self.vision, rows),
+            vision={
+                name: _cut(tensor[rows], 1, [shapes[name] for shapes in own if name in shapes])
+                for name, tensor in self.vision.items()
+                if (rows := _rows([shapes.get(name, (0,))[0] for shapes in self.shapes], indices))
+            },
+            shapes=own,
             image_counts=[self.image_counts[index] for index in indices],
             image_keys=[self.image_keys[index] for index in indices],
-            features=_select_features(self.features, rows),
+            kinds={
+                name: _cut(kind[chosen, start:], 2, [shapes[name] for shapes in own if name in shapes])
+                for name, kind in self.kinds.items()
+            },
+            opened=[self.opened[index] for index in indices],
+            features=_select_features(self.features, _rows(self.feature_rows, indices)),
+            feature_rows=[self.feature_rows[index] for index in indices] if self.feature_rows else [],
         )
+
+    def kinds_before(self, num_tokens: int) -> dict[str, Tensor]:
+        """`kinds` of the prompts and of `num_tokens` tokens of a reply after each."""
+        return {name: _with_reply(kind, num_tokens, self.reply_kind) for name, kind in self.kinds.items()}
 
     def split_after_images(self, config: Any) -> tuple[Self, Self, list[int]] | None:
         """Beginnings up to the last image token, one for each set of images; ends of all prompts; whose each end is.
@@ -102,6 +133,7 @@ class PromptBatch:
             input_ids_BP=whole.input_ids_BP[:, :end],
             attention_mask_BP=before[first, :end].to(self.attention_mask_BP.dtype),
             position_ids_ABP=whole.position_ids_ABP[..., :end],
+            kinds={name: kind[:, :end] for name, kind in whole.kinds.items()},
         )
         ends = replace(
             self,
@@ -109,6 +141,7 @@ class PromptBatch:
             attention_mask_BP=after[:, start:].to(self.attention_mask_BP.dtype),
             position_ids_ABP=self.position_ids_ABP[..., start:],
             vision={},
+            kinds={},
             features=None,
         )
         return beginnings, ends, owners
@@ -120,31 +153,48 @@ class PromptBatch:
         return dict(self.vision)
 
 
-def _select_images(vision: dict[str, Tensor], rows: list[int]) -> dict[str, Tensor]:
-    if not rows:
-        return {}
-    if "image_grid_thw" not in vision:
-        return {name: tensor[rows] for name, tensor in vision.items()}
+def _rows(counts: Sequence[int], indices: Sequence[int]) -> list[int]:
+    """Places of these prompts' entries, where prompt b has counts[b] of them, in order."""
+    first = [sum(counts[:index]) for index in range(len(counts) + 1)]
+    return [row for index in indices for row in range(first[index], first[index + 1])] if counts else []
+
+
+def _cut(tensor: Tensor, first: int, shapes: Sequence[tuple[int, ...]]) -> Tensor:
+    """Without padding that none of these shapes needs, in the dimensions from `first` on."""
+    for dim in range(first, tensor.ndim if shapes else 0):
+        tensor = tensor.narrow(dim, 0, max(shape[dim] for shape in shapes))
+    return tensor
+
+
+def _with_reply(kind: Tensor, num_tokens: int, reply_kind: int) -> Tensor:
+    if kind.ndim > 2:  # which images a token sees: a reply's sees what the prompt's last does, as in `generate`
+        return torch.cat([kind, kind[:, -1:].expand(-1, num_tokens, *kind.shape[2:])], dim=1)
+    return nn.functional.pad(kind, (0, num_tokens), value=reply_kind)
+
+
+def _single_images(vision: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Image by image, where a grid tells how many patches each has (Qwen-VL, GLM-V)."""
     grid = vision["image_grid_thw"]
     patches = torch.split(vision["pixel_values"], grid.prod(-1).tolist())
-    return {
-        **{name: tensor[rows] for name, tensor in vision.items() if name != "pixel_values"},
-        "pixel_values": torch.cat([patches[row] for row in rows]),
-    }
+    return [{"pixel_values": own, "image_grid_thw": grid[index : index + 1]} for index, own in enumerate(patches)]
 
 
 def _select_features(features: Any, rows: list[int]) -> Any:
     if features is None or not rows:
         return None
+
+    def of_rows(entries: Any) -> Any:
+        return entries[rows] if isinstance(entries, Tensor) else tuple(entries[row] for row in rows)
+
     selected = copy.copy(features)
-    selected.pooler_output = tuple(features.pooler_output[row] for row in rows)
+    selected.pooler_output = of_rows(features.pooler_output)
     if getattr(features, "deepstack_features", None) is not None:  # Qwen3-VL: features for several text layers
-        selected.deepstack_features = [tuple(layer[row] for row in rows) for layer in features.deepstack_features]
+        selected.deepstack_features = [of_rows(layer) for layer in features.deepstack_features]
     return selected
 
 
 def encode_prompts(
-    vlm: VLM, messages: Sequence[list[dict[str, Any]]], images: Sequence[Sequence[Image]]
+    vlm: VLM, messages: Sequence[list[dict[str, Any]]], images: Sequence[Sequence[Image]], *, thinking: bool = True
 ) -> PromptBatch:
     """Chat messages and their images as one left-padded batch on the model's device.
 
@@ -152,34 +202,123 @@ def encode_prompts(
         messages: B conversations that end with the user's turn; each {"type": "image"} stands for one image.
         images: B lists of RGB images in the order of those marks; an empty list for a text-only prompt. Prompts
             that are given the same objects are known to share their images.
+        thinking: whether the reply may begin with its reasoning; of families whose template opens it or asks.
 
     Raises:
-        MedR1Error: a text holds a token that means an image to this model.
+        MedR1Error: a text holds a token that means an image to this model, or the model takes no such prompt.
     """
     assert len(messages) == len(images), "one list of images a conversation"
-    marks = vlm.tokenizer.convert_ids_to_tokens(vlm.banned_token_ids)
+    marks = [mark for mark in vlm.tokenizer.convert_ids_to_tokens(vlm.banned_token_ids) if mark]
     texts = [part["text"] for turns in messages for turn in turns for part in turn["content"] if part["type"] == "text"]
     for text in texts:
         if mark := next((mark for mark in marks if mark in text), None):
             raise MedR1Error(f"{' '.join(text.split())[:60]} …: holds {mark}, an image to {vlm.name}; remove it")
-    texts = [
-        vlm.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-        for conversation in messages
-    ]
-    groups = [list(group) for group in images] if any(images) else None
-    inputs = vlm.processor(text=texts, images=groups, padding=True, padding_side="left", return_tensors="pt")
-    input_ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
-    token_types = inputs.pop("mm_token_type_ids", None)
-    vision = dict(inputs)
+    texts = [render_prompt(vlm, conversation, thinking=thinking) for conversation in messages]
+    if hasattr(vlm.processor.image_processor, "merge_size"):
+        parts = _encode_together(vlm, texts, images)
+    else:  # one by one: what other processors make of several prompts does not say whose tiles are whose
+        parts = [_encode(vlm, [text], [group]) for text, group in zip(texts, images, strict=True)]
+    length = max(len(part["input_ids"][0]) for part in parts)
+
+    def left_padded(name: str, value: int = 0) -> Tensor:
+        like = next(part[name] for part in parts if name in part)
+        # A prompt without images may have no such thing.
+        tensors = [part.get(name, like.new_zeros(1, 1, *like.shape[2:])) for part in parts]
+        return _joined([_padded_left(tensor, length, value) for tensor in tensors])
+
+    input_ids = left_padded("input_ids", vlm.pad_token_id)
+    mask = left_padded("attention_mask")
+    kinds = {name: left_padded(name) for name in TOKEN_KINDS if any(name in part for part in parts)}
+    named = {name: None for part in parts for name in part if vlm.takes(name) and name not in _OF_TOKENS}
+    vision = {name: _joined([part[name] for part in parts if name in part]) for name in named}
     batch = PromptBatch(
         input_ids_BP=input_ids,
         attention_mask_BP=mask,
-        position_ids_ABP=_positions(vlm, input_ids, mask, token_types, vision),
+        position_ids_ABP=_positions(vlm, input_ids, mask, kinds.get("mm_token_type_ids"), vision),
         vision=vision,
+        shapes=[{name: tuple(tensor.shape) for name, tensor in part.items()} for part in parts],
         image_counts=[len(group) for group in images],
         image_keys=_same_objects(images),
+        kinds={name: kind for name, kind in kinds.items() if vlm.takes(name)},
+        reply_kind=int(vlm.prompt_sees_itself),
+        opened=[found[0] if (found := OPENED.search(text)) else "" for text in texts],
     )
     return batch.to(vlm.device)
+
+
+_OF_TOKENS = ("input_ids", "attention_mask", "labels", *TOKEN_KINDS)
+
+
+def render_prompt(vlm: VLM, conversation: list[dict[str, Any]], *, thinking: bool = True) -> str:
+    """The conversation in the family's own chat format, up to where the reply begins.
+
+    A template without a system role gets it at the head of the user's turn. Where a template opens the reasoning and
+    it is not wanted, it is closed at once, as `enable_thinking = False` does where a template knows it. A processor
+    without a template gets the image marks, but where it sets them itself, and the texts, one after the other.
+    """
+    template = getattr(vlm.processor, "chat_template", None)
+    if template is None:
+        sets_marks = any(hasattr(vlm.processor, name) for name in SET_MARKS)
+        mark = "" if sets_marks else getattr(vlm.processor, "image_token", "")
+        parts = [part for turn in conversation for part in turn["content"]]
+        return "".join(str(mark) if part["type"] == "image" else part["text"] for part in parts)
+    settings: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
+    if "enable_thinking" in str(template):
+        settings["enable_thinking"] = thinking
+    try:
+        text = vlm.processor.apply_chat_template(conversation, **settings)
+    except TemplateError as error:
+        if conversation[0]["role"] != "system":
+            raise MedR1Error(f"{vlm.name}: its chat template takes no such conversation ({error})") from error
+        system, user, *rest = conversation
+        line_break = {"type": "text", "text": "\n\n"}
+        folded = {**user, "content": [*system["content"], line_break, *user["content"]]}
+        return render_prompt(vlm, [folded, *rest], thinking=thinking)
+    return text if thinking else OPENED.sub("<think>\n\n</think>\n\n", text)
+
+
+def _encode_together(vlm: VLM, texts: list[str], images: Sequence[Sequence[Image]]) -> list[dict[str, Tensor]]:
+    """As `_encode` of each prompt, where a grid tells how many patches an image has (Qwen-VL, GLM-V)."""
+    whole = _encode(vlm, texts, images, padding=True, padding_side="left")
+    each = iter(_single_images(whole) if "image_grid_thw" in whole else ())
+    parts = []
+    for row, (mask, group) in enumerate(zip(whole["attention_mask"], images, strict=True)):
+        start = len(mask) - int(mask.sum())
+        names = [name for name in ("input_ids", "attention_mask", *TOKEN_KINDS) if name in whole]
+        part = {name: whole[name][row : row + 1, start:] for name in names}
+        own = [next(each) for _ in group]
+        parts.append(part | {name: torch.cat([one[name] for one in own]) for name in (own[0] if own else ())})
+    return parts
+
+
+def _encode(vlm: VLM, texts: list[str], images: Sequence[Sequence[Image]], **settings: Any) -> dict[str, Tensor]:
+    """What the processor makes of prompts: tensors of their tokens (B, P, …), and of their images."""
+    settings["return_tensors"] = "pt"
+    bos = vlm.tokenizer.bos_token
+    if bos and texts[0].startswith(bos):  # the template has written it
+        settings["add_special_tokens"] = False
+    try:
+        shown = [list(group) for group in images] if any(images) else None
+        encoded = vlm.processor(text=texts, images=shown, **settings)
+    except ValueError as error:
+        raise MedR1Error(f"{vlm.name}: its processor takes no such prompt ({str(error).splitlines()[0]})") from error
+    return {name: tensor for name, tensor in encoded.items() if isinstance(tensor, Tensor)}
+
+
+def _padded_left(tensor: Tensor, length: int, value: int) -> Tensor:
+    """(1, P, …) to (1, length, …)."""
+    return nn.functional.pad(tensor, [*[0, 0] * (tensor.ndim - 2), length - tensor.shape[1], 0], value=value)
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """One after the other along the first dimension, each filled up with zeros to the largest of all others."""
+    sizes = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+
+    def filled(tensor: Tensor) -> Tensor:
+        missing = [size - own for size, own in zip(sizes, tensor.shape[1:], strict=True)]
+        return nn.functional.pad(tensor, [side for size in reversed(missing) for side in (0, size)])
+
+    return torch.cat([filled(tensor) for tensor in tensors])
 
 
 def num_positions(vlm: VLM) -> int | None:
@@ -238,18 +377,36 @@ def with_vision_features(vlm: VLM, prompts: PromptBatch, cache: "FeatureCache | 
 
     Sampling, policy pass and reference pass then run the tower once instead of three times; with a cache, once a run.
     """
-    tower = vision_tower(vlm)
-    trained = any(parameter.requires_grad for module in tower for parameter in module.parameters())
-    if not tower or trained or not prompts.vision:
+    trained = any(parameter.requires_grad for module in vision_tower(vlm) for parameter in module.parameters())
+    if trained or not prompts.vision or vlm.not_shared or not vlm.takes("mm_encoder_outputs"):
         return prompts
     with torch.no_grad():
-        if cache is None or "image_grid_thw" not in prompts.vision:
-            return replace(prompts, features=vlm.core.get_image_features(**prompts.vision, return_dict=True))
-        images = [cache(vlm, _select_images(prompts.vision, [image])) for image in range(sum(prompts.image_counts))]
-    tokens, *deeper = zip(*images, strict=True)
+        each = [_features(vlm, prompts.select([index]).vision, cache) for index in range(len(prompts))]
+    tokens = [output.pooler_output for output in each if output is not None]
+    features = copy.copy(next(output for output in each if output is not None))
+    features.pooler_output = _after_another(tokens)
+    if getattr(features, "deepstack_features", None) is not None:
+        layers = zip(*(output.deepstack_features for output in each if output is not None), strict=True)
+        features.deepstack_features = [_after_another(layer) for layer in layers]
+    rows = [0 if output is None else len(output.pooler_output) for output in each]
+    return replace(prompts, features=features, feature_rows=rows)
+
+
+def _features(vlm: VLM, vision: dict[str, Tensor], cache: "FeatureCache | None") -> Any:
+    """A tower's output for the images of one prompt; None without any."""
+    if not vision:
+        return None
+    if cache is None or "image_grid_thw" not in vision:
+        return vlm.core.get_image_features(**vision, return_dict=True)
+    tokens, *deeper = zip(*(cache(vlm, image) for image in _single_images(vision)), strict=True)
     features: Any = BaseModelOutputWithPooling(pooler_output=tokens)  # type: ignore[arg-type]
     features.deepstack_features = deeper or None
-    return replace(prompts, features=features)
+    return features
+
+
+def _after_another(parts: Sequence[Any]) -> Any:
+    """Tensors along their first dimension; lists or tuples of tensors as one tuple."""
+    return torch.cat(list(parts)) if isinstance(parts[0], Tensor) else tuple(one for part in parts for one in part)
 
 
 @dataclass(frozen=True)
@@ -282,10 +439,18 @@ def image_cells(vlm: VLM, prompt: PromptBatch) -> ImageCells:
             cell_of=torch.arange(num_patches, device=pixels.device)[:, None] // merge**2,
             channel_of=torch.arange(num_values, device=pixels.device) // (num_values // 3),
         )
-    if "pixel_attention_mask" in prompt.vision:
+    channels = torch.arange(3, device=pixels.device)[:, None, None]
+    if "spatial_shapes" not in prompt.vision and "pixel_attention_mask" in prompt.vision:
         grids, cell_of = _tile_cells(vlm, prompt)
-        channels = torch.arange(3, device=pixels.device)[:, None, None]
         return ImageCells(grids, cell_of.to(pixels.device)[None, :, None], channels)
+    # Gemma 3, PaliGemma: each image whole, as a square, in as many tokens a side.
+    [images] = prompt.image_counts
+    tokens = int((prompt.input_ids_BP == vlm.core.config.image_token_id).sum()) // images
+    side, is_cut = math.isqrt(tokens), getattr(vlm.processor.image_processor, "do_center_crop", False)
+    if set(prompt.vision) == {"pixel_values"} and len(pixels) == images and side**2 == tokens and not is_cut:
+        first = torch.arange(images, device=pixels.device)[:, None, None, None] * tokens
+        cells = _stretched(torch.arange(tokens).view(side, side), pixels.shape[-1]).to(pixels.device)
+        return ImageCells([(side, side)] * images, first + cells, channels)
     raise MedR1Error(f"{vlm.name}: which pixels an image token stands for is not known to medr1; use a Qwen-VL model")
 
 

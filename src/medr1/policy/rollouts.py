@@ -14,16 +14,17 @@ of one call.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from medr1.errors import NotFiniteError
-from medr1.policy.attention import Decoding, Prefill
+from medr1.policy.attention import Decoding, Prefill, laid_out
 from medr1.policy.drafts import Drafts, GroupDrafts, Guess, Kind
 from medr1.policy.encoding import PromptBatch
-from medr1.policy.shared_prefix import restrict
-from medr1.policy.vlm import VLM, evaluating
+from medr1.policy.repeated import decode_repeated, padded
+from medr1.policy.vlm import VLM, evaluating, restrict
 
 COMPACT_BELOW = 0.75
 """Finished rows are dropped when this share of the rows, or less, would remain."""
@@ -42,7 +43,7 @@ class Rollout:
     finished_N: Tensor
     """Whether the completion ended with a stop token; False means it ran into max_new_tokens."""
     texts: list[str]
-    """Without special tokens; tags such as <think> are text and stay."""
+    """Without special tokens; tags such as <think> are text and stay, also one that the template has opened."""
     num_calls: int = 0
     """Calls of the model that decoded them, the prompts' own not counted."""
     guesses: list[tuple[Kind, bool]] = field(default_factory=list)
@@ -125,7 +126,18 @@ def sample(
     else:
         uniform = torch.cat([_uniform(of_prompt, max_new_tokens, num_completions) for of_prompt in seed], 1).to(device)
     stops = set(vlm.stop_token_ids)
-    written: list[list[int]] = [[] for _ in range(num_rows)]
+    if vlm.carries_state:  # which holds no token that a row may not go on with
+        drafts = None
+
+    def choose(logits_MV: Tensor, place_M: list[int], row_M: list[int]) -> tuple[Tensor, Tensor]:
+        logits_MV = restrict(logits_MV, temperature, vlm.banned_token_ids)
+        return _greedy(logits_MV) if greedy else _draw(logits_MV, uniform[place_M, row_M])
+
+    if vlm.not_shared:
+        with evaluating(vlm.model):
+            written, logp, num_calls = decode_repeated(vlm, prompts, num_completions, max_new_tokens, choose, on_step)
+        return _rollout(vlm, prompts, written, logp, num_calls=num_calls)
+    written = [[] for _ in range(num_rows)]
     ended = [False] * num_rows
     group = None if drafts is None else GroupDrafts(drafts, len(prompts), num_completions)
     num_calls = 0
@@ -149,8 +161,7 @@ def sample(
                 for row, guessed in zip(rows, guesses, strict=True)
                 for further in range(1 + len(guessed))
             ]
-            logits_MV = restrict(logits_MV, temperature, vlm.banned_token_ids)
-            tokens_M, logp_M = _greedy(logits_MV) if greedy else _draw(logits_MV, uniform[place_M, row_M])
+            tokens_M, logp_M = choose(logits_MV, place_M, row_M)
             drawn, start = tokens_M.tolist(), 0
             taken: list[int] = []
             for row, guessed in zip(rows, guesses, strict=True):
@@ -167,7 +178,7 @@ def sample(
                 start = stop
             logp[[row_M[place] for place in taken], [place_M[place] for place in taken]] = logp_M[taken]
             if on_step is not None:
-                on_step(_padded(written, vlm.pad_token_id, device))
+                on_step(padded(written, vlm.pad_token_id, device))
             if all(ended):
                 break
             kept = _compact(decoding, [ended[row] for row in rows])
@@ -187,35 +198,46 @@ def sample(
                 for row, guessed in zip(rows, guesses, strict=True)
             ]
             positions_M = next_position_N[torch.tensor(rows, device=device)][decoding.row_M] + decoding.place_M
-            logits_MV = vlm.model(
+            logits_MV = laid_out(
+                vlm.model,
+                decoding,
                 input_ids=torch.tensor([token for row in inputs for token in row], device=device)[:, None],
                 position_ids=_axes(positions_M.expand(axes, -1)[:, :, None]),
-                shared_prefix=decoding,
-                use_cache=False,
             ).logits[:, -1]
             num_calls += 1
 
-    if not bool(logp.isfinite().all()):
-        raise NotFiniteError(f"{vlm.name}: the probabilities of its next token are not finite numbers")
-    lengths = torch.tensor([len(row) for row in written], device=device)
-    ids = _padded(written, vlm.pad_token_id, device)
-    mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-    return Rollout(
-        completion_ids_NT=ids,
-        mask_NT=mask,
-        logp_NT=logp[:, : ids.shape[1]],
-        finished_N=torch.tensor([row[-1] in stops for row in written], device=device),
-        texts=vlm.tokenizer.batch_decode(written, skip_special_tokens=True),
+    return _rollout(
+        vlm,
+        prompts,
+        written,
+        logp,
         num_calls=num_calls,
         guesses=[] if group is None else group.outcomes,
         prefill=prefill if keep_prefill else None,
     )
 
 
-def _padded(sequences: list[list[int]], pad: int, device: torch.device) -> Tensor:
-    """Token ids as one tensor, right-padded to the longest."""
-    longest = max(map(len, sequences))
-    return torch.tensor([[*tokens, *[pad] * (longest - len(tokens))] for tokens in sequences], device=device)
+def _rollout(vlm: VLM, prompts: PromptBatch, written: list[list[int]], logp_NT: Tensor, **more: Any) -> Rollout:
+    if not bool(logp_NT.isfinite().all()):
+        raise NotFiniteError(f"{vlm.name}: the probabilities of its next token are not finite numbers")
+    device, stops = logp_NT.device, set(vlm.stop_token_ids)
+    lengths = torch.tensor([len(row) for row in written], device=device)
+    ids = padded(written, vlm.pad_token_id, device)
+    return Rollout(
+        completion_ids_NT=ids,
+        mask_NT=torch.arange(ids.shape[1], device=device) < lengths[:, None],
+        logp_NT=logp_NT[:, : ids.shape[1]],
+        finished_N=torch.tensor([row[-1] in stops for row in written], device=device),
+        texts=reply_texts(vlm, prompts, written),
+        **more,
+    )
+
+
+def reply_texts(vlm: VLM, prompts: PromptBatch, written: list[list[int]]) -> list[str]:
+    """The replies as text, with what their prompts' template has begun them with."""
+    texts = vlm.tokenizer.batch_decode(written, skip_special_tokens=True)
+    num_completions = len(texts) // len(prompts)
+    return [prompts.opened[row // num_completions] + text for row, text in enumerate(texts)]
 
 
 def _uniform(seed: int, num_steps: int, num_rows: int) -> Tensor:
@@ -224,7 +246,7 @@ def _uniform(seed: int, num_steps: int, num_rows: int) -> Tensor:
 
 def _read(vlm: VLM, prompts: PromptBatch) -> Prefill:
     """Read the prompts; images that several of them ask about, and the text before these, only once."""
-    shared = prompts.split_after_images(vlm.core.config)
+    shared = _beginnings(vlm, prompts)
     if shared is None:
         return _call(vlm, prompts, Prefill(prompts.attention_mask_BP))
     beginnings, ends, owners = shared
@@ -233,13 +255,22 @@ def _read(vlm: VLM, prompts: PromptBatch) -> Prefill:
     return _call(vlm, ends, Prefill(ends.attention_mask_BP, before, owner_B))
 
 
+def _beginnings(vlm: VLM, prompts: PromptBatch) -> tuple[PromptBatch, PromptBatch, list[int]] | None:
+    """`split_after_images`; not where a beginning sees its end, or a state would not skip the padding between them."""
+    if vlm.prompt_sees_itself or vlm.carries_state:
+        return None
+    return prompts.split_after_images(vlm.core.config)
+
+
 def _call(vlm: VLM, prompts: PromptBatch, prefill: Prefill) -> Prefill:
-    prefill.logits_BV = vlm.model(
+    prefill.logits_BV = laid_out(
+        vlm.model,
+        prefill,
         input_ids=prompts.input_ids_BP,
+        real=prompts.attention_mask_BP if prefill.before is None else None,
         position_ids=_axes(prompts.position_ids_ABP),
-        shared_prefix=prefill,
-        logits_to_keep=1,
-        use_cache=False,
+        logits_to_keep=torch.tensor([prompts.input_ids_BP.shape[1] - 1], device=prompts.input_ids_BP.device),
+        **prompts.kinds,
         **prompts.model_inputs(),
     ).logits[:, -1]
     return prefill
@@ -283,6 +314,5 @@ def _compact(decoding: Decoding, ended: list[bool]) -> list[int] | None:
         return None
     order = grouped[prompts].to(torch.uint8).argsort(dim=1, stable=True)[:, :num_completions]
     rows = (prompts[:, None] * decoding.num_completions + order).flatten()
-    device = decoding.keys[0].device
-    decoding.keep(prompts.to(device), rows.to(device), num_completions)
+    decoding.keep(prompts.to(decoding.device), rows.to(decoding.device), num_completions)
     return rows.tolist()

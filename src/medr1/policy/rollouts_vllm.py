@@ -34,7 +34,7 @@ from medr1.errors import MedR1Error
 from medr1.policy.client import TIMEOUT, api_key, api_messages, openai, reason_of
 from medr1.policy.encoding import PromptBatch
 from medr1.policy.pixels import as_scaled
-from medr1.policy.rollouts import Rollout
+from medr1.policy.rollouts import Rollout, reply_texts
 from medr1.policy.vlm import VLM
 
 WAIT = 600.0
@@ -142,6 +142,7 @@ class VLLMServer:
                 "repetition_penalty": 1.0,
                 "stop_token_ids": self.vlm.stop_token_ids,
                 "return_token_ids": True,
+                "chat_template_kwargs": {"enable_thinking": self.mode == "think"},
             },
         }
 
@@ -175,7 +176,7 @@ class VLLMServer:
 
             completions = self._insist(ask_all)
         assert len(completions) == len(records) * num_completions
-        return self._rollout(completions, prompts.input_ids_BP.device)
+        return self._rollout(completions, prompts)
 
     def remember(self, mismatches: list[float]) -> None:
         """What `check` was given by the steps of a run before it was resumed, in order."""
@@ -326,11 +327,12 @@ class VLLMServer:
             for choice in sorted(reply.choices, key=lambda choice: choice.index)
         ]
 
-    def _rollout(self, completions: list[tuple[list[int], list[float], bool]], device: torch.device) -> Rollout:
+    def _rollout(self, completions: list[tuple[list[int], list[float], bool]], prompts: PromptBatch) -> Rollout:
+        device = prompts.input_ids_BP.device
         rows = [torch.tensor(ids) for ids, _, _ in completions]
         ids_NT = pad_sequence(rows, batch_first=True, padding_value=self.vlm.pad_token_id)
         logp_NT = pad_sequence([torch.tensor(logp) for _, logp, _ in completions], batch_first=True)
         mask_NT = torch.arange(ids_NT.shape[1]) < torch.tensor([[len(row)] for row in rows])
         finished_N: Tensor = torch.tensor([finished for _, _, finished in completions])
-        texts = self.vlm.tokenizer.batch_decode([ids for ids, _, _ in completions], skip_special_tokens=True)
+        texts = reply_texts(self.vlm, prompts, [ids for ids, _, _ in completions])
         return Rollout(ids_NT.to(device), mask_NT.to(device), logp_NT.to(device), finished_N.to(device), texts)

@@ -11,15 +11,16 @@ vocabulary, M scored tokens.
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from medr1.policy.attention import PackedGroups, Prefill
+from medr1.policy.attention import PackedGroups, Prefill, laid_out
 from medr1.policy.encoding import PromptBatch
-from medr1.policy.vlm import VLM
+from medr1.policy.repeated import repeated_logprobs
+from medr1.policy.vlm import VLM, entropy_of, restrict
 
 MAX_LOGITS = 2**25
 """Largest number of logits alive at once (128 MiB in float32); more are computed in chunks, again in backward."""
@@ -52,6 +53,9 @@ def completion_logprobs(
         Log-probabilities (N, T) in float32 (float64 for a float64 model), 0 where the mask is 0, with gradient; and
         entropies (N, T) or None.
     """
+    if vlm.not_shared:
+        settings = {"temperature": temperature, "entropy": entropy, "model": model}
+        return repeated_logprobs(vlm, prompts, completion_ids_NT, mask_NT, **settings)
     num_prompts, prompt_length = prompts.input_ids_BP.shape
     num_rows, length = completion_ids_NT.shape
     assert num_rows % num_prompts == 0, "the same number of completions for every prompt"
@@ -60,11 +64,15 @@ def completion_logprobs(
         prefill = None
 
     ids = completion_ids_NT.reshape(num_prompts, -1)
+    inputs: dict[str, Any] = {}
     steps = torch.arange(length, device=ids.device).repeat(num_completions)
     positions = (prompts.next_position_B[:, None] + steps).expand(len(prompts.position_ids_ABP), -1, -1)
     if prefill is None:
         ids = torch.cat([prompts.input_ids_BP, ids], dim=1)
         positions = torch.cat([prompts.position_ids_ABP, positions], dim=-1)
+        num_tokens = num_completions * length
+        mask = nn.functional.pad(prompts.attention_mask_BP, (0, num_tokens), value=1)
+        inputs = {"real": mask, **prompts.kinds_before(num_tokens), **prompts.model_inputs()}
 
     # The last prompt token predicts each completion's first token, token t predicts token t + 1.
     before = 0 if prefill else prompt_length
@@ -75,18 +83,21 @@ def completion_logprobs(
     scored = mask_NT.bool()
     here = scored[:, 1:] if prefill else scored  # scored by this call
     targets_M = completion_ids_NT[:, -here.shape[1] :][here]
-    chunk = max(1, MAX_LOGITS // vlm.core.config.get_text_config().vocab_size)
+    text_config = vlm.core.config.get_text_config()
+    chunk = max(1, MAX_LOGITS // text_config.vocab_size)
+    cap = getattr(text_config, "final_logit_softcapping", None)
 
     def score_chunk(head: Callable[[Tensor], Tensor], hidden_M: Tensor, targets_M: Tensor) -> Tensor:
-        logits = restrict(head(hidden_M), temperature, vlm.banned_token_ids)
+        logits = head(hidden_M)
+        if cap is not None and head is not identity:
+            logits = cap * torch.tanh(logits / cap)
+        logits = restrict(logits, temperature, vlm.banned_token_ids)
         normaliser = logits.logsumexp(-1)
         logp = logits.gather(-1, targets_M[:, None])[:, 0] - normaliser
         if not entropy:
             return logp[None]
         with contextlib.nullcontext() if entropy == "gradient" else torch.no_grad():
-            # Not 0, where the gradient of p log p is infinite.
-            probs_MV = (logits - normaliser[:, None]).exp().clamp(min=torch.finfo(logits.dtype).tiny)
-            entropy_M = torch.special.entr(probs_MV).sum(-1)
+            entropy_M = entropy_of(logits - normaliser[:, None])
         return torch.stack([logp, entropy_M])
 
     def score(hidden: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
@@ -96,19 +107,19 @@ def completion_logprobs(
         parts = zip(hidden_M.split(chunk), targets_M.split(chunk), strict=True)
         return torch.cat([checkpoint(score_chunk, head, *part, use_reentrant=False) for part in parts], dim=1)
 
-    with _head_replaced(vlm.core.get_output_embeddings(), score):
-        scores_M = (model or vlm.model)(
+    with _head_replaced(vlm.core.get_output_embeddings(), score), _uncapped(text_config):
+        scores_M = laid_out(
+            model or vlm.model,
+            PackedGroups(prompts.attention_mask_BP, num_completions, length, prefill),
             input_ids=ids,
             position_ids=positions if len(positions) > 1 else positions[0],
-            shared_prefix=PackedGroups(prompts.attention_mask_BP, num_completions, length, prefill),
             logits_to_keep=predictors,
-            use_cache=False,
-            **({} if prefill else prompts.model_inputs()),
+            **inputs,
         ).logits
     if prefill:
         assert prefill.logits_BV is not None
         logits_NV = prefill.logits_BV.repeat_interleave(num_completions, dim=0)
-        first_M = score_chunk(lambda logits: logits, logits_NV[scored[:, 0]], completion_ids_NT[:, 0][scored[:, 0]])
+        first_M = score_chunk(identity, logits_NV[scored[:, 0]], completion_ids_NT[:, 0][scored[:, 0]])
         scores = scores_M.new_zeros(len(scores_M), num_rows, length)
         scores[:, :, 0] = scores[:, :, 0].masked_scatter(scored[:, 0], first_M)
         scores[:, :, 1:] = scores[:, :, 1:].masked_scatter(here, scores_M)
@@ -118,6 +129,24 @@ def completion_logprobs(
         return logp_NT, None
     entropy_NT = logp_NT.new_zeros(num_rows, length).masked_scatter(scored, scores_M[1])
     return logp_NT, entropy_NT if entropy == "gradient" else entropy_NT.detach()
+
+
+def identity(logits: Tensor) -> Tensor:
+    """The head of what are logits already."""
+    return logits
+
+
+@contextlib.contextmanager
+def _uncapped(text_config: Any) -> Iterator[None]:
+    """Within this block a model that caps its logits (Gemma 4) leaves what its head returns as it is."""
+    cap = getattr(text_config, "final_logit_softcapping", None)
+    if cap is not None:
+        text_config.final_logit_softcapping = None
+    try:
+        yield
+    finally:
+        if cap is not None:
+            text_config.final_logit_softcapping = cap
 
 
 @contextlib.contextmanager
@@ -134,11 +163,3 @@ def _head_replaced(head: nn.Module, score: Callable[[Tensor, Callable[[Tensor], 
         del head.forward
         if patched is not None:  # others (accelerate's hooks) put their own forward on the instance too
             head.forward = patched
-
-
-def restrict(logits: Tensor, temperature: float, banned: list[int]) -> Tensor:
-    """The policy's logits (…, V), at least float32: over temperature, and -inf at banned tokens."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if temperature != 1.0:
-        logits = logits / temperature
-    return logits.index_fill(-1, torch.tensor(banned, device=logits.device), -torch.inf) if banned else logits

@@ -1,31 +1,37 @@
 """Vision-language models: loading, prompts as tensors, and everything that differs between model families.
 
-Works for models of transformers whose prompt is causal text with image tokens in it and whose attention goes through
-transformers' attention interface. Tested: Qwen2-VL, Qwen2.5-VL, Qwen3-VL; Idefics3 and SmolVLM, which cut an image into
-tiles and put text between them.
+Any model of transformers for image-text-to-text. Completions share their prompt where its text layers are of the kinds
+in `layers`; else each is computed with its own (`repeated`). docs/scale.md lists the families that are tested.
 
 Shapes: B prompts, P prompt tokens, A rotary axes (3 with M-RoPE, else 1).
 """
 
 import contextlib
+import inspect
 import json
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from medr1.errors import MedR1Error, NotFiniteError
-from medr1.policy import attention, four_bit
+from medr1.policy import attention, four_bit, layers
 from medr1.policy.names import find_model
 from medr1.policy.pixels import limit_as_published, limit_pixels
 
+MEDIA = re.compile(r"(image|img|video|vision|audio|\b[be]o[iav])(_\w+)?_token")
+"""What configurations, tokenizers and processors call the tokens that stand for images, videos or sounds."""
+TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<turn|>", "<|eot_id|>", "<end_of_utterance>", "<|END_OF_TURN_TOKEN|>")
+"""Tokens that end a turn of a chat, whether or not a generation configuration lies beside the weights."""
 VISION_TOKENS = (
     *("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),  # Qwen-VL
     *("<image>", "<fake_token_around_image>", "<global-img>"),  # Idefics3, SmolVLM; they cut into 6 x 6 tiles at most
@@ -49,15 +55,16 @@ class VLM:
     folder: Path | None = None
     """Where its weights lie; None where they were not loaded."""
 
+    not_shared: str | None = field(init=False)
+    """What keeps completions from sharing their prompt, where something does; see `layers`."""
+    carries_state: bool = field(init=False, default=False)
+    """Whether layers carry a state from token to token."""
+
     def __post_init__(self) -> None:
-        text_config = self.core.config.get_text_config()
-        windowed = set(getattr(text_config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
-        if windowed:
-            raise MedR1Error(
-                f"{self.name}: its {', '.join(sorted(windowed))} layers are not supported;"
-                " choose a model with full attention, such as Qwen2-VL"
-            )
-        self.core.set_attn_implementation({"text_config": attention.NAME})
+        self.not_shared = layers.not_shared(self.core)
+        if self.not_shared is None:
+            self.core.set_attn_implementation({"text_config": attention.NAME})
+            self.carries_state = layers.lay_out_states(self.core)
         for module in self.core.modules():
             if type(module) is nn.Conv3d and module.kernel_size == module.stride and not any(module.padding):
                 module.__class__ = PatchProjection
@@ -77,23 +84,33 @@ class VLM:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    def takes(self, name: str) -> bool:
+        """Whether a call of the model has this argument."""
+        return name in inspect.signature(type(self.core).forward).parameters
+
+    @property
+    def prompt_sees_itself(self) -> bool:
+        """Whether all of a prompt is seen both ways, not its images alone."""
+        return self.core.config.model_type == "paligemma"
+
     @cached_property
     def banned_token_ids(self) -> list[int]:
         """Image, video and vision-boundary tokens: never sampled, and left out of the scored distribution too."""
-        configured = (f"{name}_token_id" for name in ("image", "video", "vision_start", "vision_end"))
-        ids = {getattr(self.core.config, name, None) for name in configured}
-        for name in VISION_TOKENS:
-            token = self.tokenizer.convert_tokens_to_ids(name)
-            if token != self.tokenizer.unk_token_id:  # what a tokenizer gives for a token that it does not have
-                ids.add(token)
-        return sorted(token for token in ids if token is not None)
+        ids = {value for name, value in self.core.config.to_dict().items() if MEDIA.search(name)}
+        added = self.tokenizer.get_added_vocab()
+        named = {**self.tokenizer.special_tokens_map, **vars(self.processor)}
+        marks = (str(value) for name, value in named.items() if MEDIA.search(name))
+        ids |= {added[mark] for mark in (*marks, *VISION_TOKENS) if mark in added}
+        return sorted(token for token in ids if isinstance(token, int))
 
     @cached_property
     def stop_token_ids(self) -> list[int]:
-        """Tokens that end a completion: the model's and the tokenizer's end tokens."""
+        """Tokens that end a completion: the model's and the tokenizer's end tokens, and those that end a turn."""
         ids: set[int | None] = {self.tokenizer.eos_token_id}
         configured = getattr(self.core.generation_config, "eos_token_id", None)
         ids |= set(configured) if isinstance(configured, list) else {configured}
+        added = self.tokenizer.get_added_vocab()
+        ids |= {added.get(token) for token in TURN_ENDS}
         return sorted(token for token in ids if token is not None)
 
     @property
@@ -175,7 +192,15 @@ def _load(name: str, dtype: str, device: str | torch.device | None, quantize: st
         four_bit.keep_codes(model)
     refuse_not_finite(model, name)
     limit_as_published(processor, name, folder)
-    return VLM(model.to(device), processor, name, folder)
+    vlm = VLM(model.to(device), processor, name, folder)
+    if vlm.not_shared:
+        Console(stderr=True, soft_wrap=True).print(
+            f"{name}: {vlm.not_shared} keeps the completions of a question from sharing its images and text; each reads"
+            " its own, exact but slower: G completions cost about G times the prompt's time",
+            markup=False,
+            highlight=False,
+        )
+    return vlm
 
 
 def is_saved_quantised(folder: Path) -> bool:
@@ -265,10 +290,25 @@ def _torch_dtype(dtype: str, device: str | torch.device) -> torch.dtype:
 
 
 def vision_tower(vlm: VLM) -> list[nn.Module]:
-    """The modules that turn pixels into image tokens; none where they cannot be run apart from the text model."""
-    body = vlm.core.base_model
-    named = (("visual",), ("vision_model", "connector"))  # Qwen-VL; Idefics3 and SmolVLM
-    return next(([getattr(body, name) for name in names] for names in named if hasattr(body, names[0])), [])
+    """The modules that turn pixels into image tokens: all but the text model and the vocabulary projection."""
+    core = vlm.core
+    text = {core.get_decoder(), core.get_output_embeddings()}
+    return [module for module in core.base_model.children() if not text & set(module.modules())]
+
+
+def restrict(logits: Tensor, temperature: float, banned: list[int]) -> Tensor:
+    """The policy's logits (…, V), at least float32: over temperature, and -inf at banned tokens."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if temperature != 1.0:
+        logits = logits / temperature
+    banned = [token for token in banned if token < logits.shape[-1]]  # some families have none for their images
+    return logits.index_fill(-1, torch.tensor(banned, device=logits.device), -torch.inf) if banned else logits
+
+
+def entropy_of(logp: Tensor) -> Tensor:
+    """Entropy in nats (…) of log-probabilities (…, V)."""
+    probs = logp.exp().clamp(min=torch.finfo(logp.dtype).tiny)  # not 0, where the gradient of p log p is infinite
+    return torch.special.entr(probs).sum(-1)
 
 
 @contextlib.contextmanager

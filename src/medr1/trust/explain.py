@@ -84,7 +84,7 @@ class Subject:
             lacking = "image" if record.options else "options"
             raise MedR1Error(f"record {record.id}: it has no {lacking}, so there is no heatmap; leave it out")
         images = [load_image(path) for path in record.images]
-        prompt = encode_prompts(vlm, [build_messages(record, mode)], [images])
+        prompt = encode_prompts(vlm, [build_messages(record, mode)], [images], thinking=mode == "think")
         cells = image_cells(vlm, prompt)
         return cls(vlm, record, mode, reasoning, prompt, cells, _blank(prompt.vision["pixel_values"], cells), reply)
 
@@ -118,7 +118,8 @@ class Subject:
             image_keys=list(range(versions)),
         )
         if self.reply is not None:
-            ids = self.vlm.tokenizer(self.reply, add_special_tokens=False, return_tensors="pt")["input_ids"]
+            written = self.reply.removeprefix(self.prompt.opened[0])
+            ids = self.vlm.tokenizer(written, add_special_tokens=False, return_tensors="pt")["input_ids"]
             ids_KT = ids.to(self.vlm.device).expand(versions, -1)
             return completion_logprobs(self.vlm, prompts, ids_KT, torch.ones_like(ids_KT))[0].mean(1, keepdim=True)
         records = [self.record] * versions
