@@ -39,7 +39,9 @@ def test_a_folder_of_a_repository(hub: Path, name: str, capsys: pytest.CaptureFi
     names._say.cache_clear()
     place = find_model(name)
     assert (place.weights, place.processor) == (hub / "CT", hub)
-    assert "taking the repository's own" in capsys.readouterr().err
+    assert (
+        "holds no image processor and no tokenizer; taking the processor of its repository" in capsys.readouterr().err
+    )
     vlm = load_vlm(name)
     assert vlm.name == name and vlm.processor.image_processor is not None
 
@@ -56,6 +58,39 @@ def test_a_processor_of_the_base(hub: Path, capsys: pytest.CaptureFixture[str]) 
     names._say.cache_clear()
     assert find_model("acme/Med-R1/CT").processor == base / "snapshots" / hub.name
     assert "acme/base" in capsys.readouterr().err
+
+
+def test_a_folder_of_this_machine_without_a_processor(
+    hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As checkpoints are published: the configuration names a folder of the machine that trained, or nothing."""
+    copied = tmp_path / "downloads" / "CT"
+    shutil.copytree(hub / "CT", copied)
+    names._say.cache_clear()
+    assert find_model(str(copied)).processor == copied, "nothing is known"
+    config = json.loads((copied / "config.json").read_text())
+    for base, processor in {
+        "tiny": TINY,
+        str(TINY): TINY,
+        "acme/Med-R1": hub,
+        "/data/someone/models/Qwen2-VL-2B-Instruct": "Qwen/Qwen2-VL-2B-Instruct",
+    }.items():
+        (copied / "config.json").write_text(json.dumps(config | {"_name_or_path": base}))
+        if isinstance(processor, Path):
+            assert find_model(str(copied)).processor == processor
+            assert f"taking the processor of {base}, its base model" in capsys.readouterr().err
+        else:
+            with pytest.raises(MedR1Error, match=f"{processor}: no local folder, not downloaded before"):
+                find_model(str(copied))
+    shutil.copy(TINY / "tokenizer.json", copied)
+    (copied / "config.json").write_text(json.dumps(config | {"_name_or_path": "tiny"}))
+    assert find_model(str(copied)).processor == TINY
+    assert "holds no image processor; taking" in capsys.readouterr().err
+    for file in PROCESSOR:
+        if (TINY / file).is_file():
+            shutil.copy(TINY / file, copied.parent)
+    assert find_model(str(copied)).processor == copied.parent
+    assert f"taking the processor of {copied.parent}" in capsys.readouterr().err
 
 
 def test_a_repository_without_a_model_at_its_root_names_its_folders(hub: Path) -> None:

@@ -43,6 +43,8 @@ PROCESSOR = (
     "chat_template.jinja",
 )
 """Files that a processor may consist of."""
+PUBLISHERS = {"qwen": "Qwen", "gemma": "google", "internvl": "OpenGVLab", "llava": "llava-hf"}
+"""Beginning of a model type to who publishes such models on the hub under the names that people keep for folders."""
 WEIGHTS = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
 OFFLINE = "On a machine without network: download it elsewhere and pass the folder, or set HF_HOME to a filled cache"
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(/[\w./-]+)?(@[\w./-]+)?")
@@ -55,8 +57,8 @@ class Place:
     weights: Path
     """A folder with config.json, or of an adapter adapter_config.json."""
     processor: Path
-    """A folder with the processor's files: the same one, or of a checkpoint saved without them its repository's root
-    or its base model."""
+    """A folder with the processor's files: the same one, or of a checkpoint saved without them the one that it lies in
+    (of the hub its repository's root), or its base model."""
 
 
 def find_model(name: str, *, weights: bool = True) -> Place:
@@ -69,7 +71,7 @@ def find_model(name: str, *, weights: bool = True) -> Place:
         MedR1Error: nothing has this name here, or the hub does not give it; the line says what to do.
     """
     if found := check_name(name):
-        return Place(found, found)
+        return Place(found, _processor_beside(name, found, found.parent, str(found.parent)) if weights else found)
     return _on_hub(name, weights)
 
 
@@ -157,28 +159,47 @@ def _on_hub(name: str, with_weights: bool) -> Place:
         folders = sorted({place.parent.relative_to(root).as_posix() for place in root.glob("**/*config.json")} - {"."})
         near = f"; it has {', '.join(folders[:5])}" if folders else ""
         raise MedR1Error(f"{name}: no config.json there{near}; name a folder of the repository as OWNER/NAME/FOLDER")
-    return Place(weights, _processor_beside(name, weights, root) if with_weights else weights)
+    return Place(weights, _processor_beside(name, weights, root, "its repository") if with_weights else weights)
 
 
-def _processor_beside(name: str, weights: Path, root: Path) -> Path:
+def _processor_beside(name: str, weights: Path, root: Path, roots_name: str) -> Path:
     """Where a checkpoint's processor lies: it was often saved without one."""
-    if _holds_processor(weights) or (weights / "adapter_config.json").is_file():
+    if (weights / "adapter_config.json").is_file() or not (missing := _missing(weights)):
         return weights
-    if root != weights and _holds_processor(root):
-        _say(f"{name}: its folder holds no processor; taking the repository's own")
+    if root != weights and not _missing(root):
+        _say(f"{name}: holds no {missing}; taking the processor of {roots_name}")
         return root
+    base = _base_of(weights)
+    if not base:
+        return weights  # what is missing is told when it is read
+    _say(f"{name}: holds no {missing}; taking the processor of {base}, its base model")
+    return (
+        found if (found := check_name(base)) else _download(base, {"repo_id": base, "revision": None}, [*PROCESSOR], [])
+    )
+
+
+def _missing(folder: Path) -> str:
+    """What a processor lacks in a folder, in words; empty where nothing."""
+    parts = {
+        "image processor": ("preprocessor_config.json", "processor_config.json"),
+        "tokenizer": ("tokenizer.json", "tokenizer.model", "vocab.json"),
+    }
+    return " and no ".join(
+        part for part, files in parts.items() if not any((folder / file).is_file() for file in files)
+    )
+
+
+def _base_of(weights: Path) -> str:
+    """The model that a checkpoint's configuration says it came from; of a path on another machine the published one."""
     try:
-        base = json.loads((weights / "config.json").read_text(encoding="utf-8")).get("_name_or_path", "")
-    except (OSError, ValueError):
-        base = ""
-    if base and _HUB.fullmatch(base):
-        _say(f"{name}: holds no processor; taking that of {base}, its base model")
-        return _download(base, {"repo_id": base, "revision": None}, list(PROCESSOR), [])
-    return weights  # what is missing is told when it is read
-
-
-def _holds_processor(folder: Path) -> bool:
-    return any((folder / file).is_file() for file in ("preprocessor_config.json", "processor_config.json"))
+        config = json.loads((weights / "config.json").read_text(encoding="utf-8"))
+        base, family = str(config.get("_name_or_path") or ""), str(config.get("model_type"))
+    except (OSError, ValueError, AttributeError):
+        return ""
+    if base == "tiny" or _HUB.fullmatch(base) or _holds_model(Path(base)):
+        return base
+    publisher = next((PUBLISHERS[start] for start in PUBLISHERS if family.startswith(start)), "")
+    return f"{publisher}/{Path(base).name}" if base and publisher else ""
 
 
 def _download(name: str, settings: dict[str, Any], patterns: list[str], ignored: list[str]) -> Path:
