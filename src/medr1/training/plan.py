@@ -1,6 +1,7 @@
 """What a GRPO step will need: memory and time by part, counted from a model's configuration before a GPU is rented.
 
     medr1 plan --config configs/omnimedvqa-qwen2vl-2b.toml --gpu a100 --gpus 8
+    medr1 plan --model MedGemma-4B --memory 24
 
 Bytes and FLOPs are counted, not measured: a product with a matrix of N weights costs 2N FLOPs a token forward and 4N
 backward; attention and norms are left out, products are taken to reach UTILISATION of the peak, a decoding step takes
@@ -22,41 +23,69 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextTo
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from medr1.errors import MedR1Error
+from medr1.policy import four_bit
+from medr1.policy.adapters import lora_layers
 from medr1.policy.names import find_model
-from medr1.policy.pixels import PUBLISHED
+from medr1.policy.pixels import PUBLISHED, is_tiled, scales_by_pixels
 from medr1.policy.shared_prefix import MAX_LOGITS
 
 if TYPE_CHECKING:
     from medr1.config import Config
 
 KNOWN = Path(__file__).parent / "plan_configs"
-"""Configurations of published models, a file each: weights (their published number, which ours must equal), min_pixels
-(of an image, by their processor) and config. So a plan for them needs no network."""
+"""Configurations of published models, a file each: names (of the hub), weights (their published number, which ours must
+equal), config, and of their processor min_pixels (of an image) or tiles (at most, of one). So a plan for them needs no
+network."""
 GPUS = {
-    "t4": (16, 65, 320),
-    "v100": (32, 125, 900),
+    "rtx2080ti": (11, 54, 616),
+    "rtx3060": (12, 25, 360),
+    "rtx3080": (10, 59, 760),
     "rtx3090": (24, 71, 936),
+    "rtx4060ti": (16, 44, 288),
+    "rtx4080": (16, 97, 717),
     "rtx4090": (24, 165, 1008),
+    "rtx5080": (16, 112, 960),
+    "rtx5090": (32, 209, 1792),
+    "rtx6000ada": (48, 364, 960),
+    "rtxpro6000": (96, 503, 1792),
+    "p100": (16, 21, 732),
+    "t4": (16, 65, 320),
+    "v100-16": (16, 125, 900),
+    "v100": (32, 125, 900),
+    "a10": (24, 125, 600),
+    "a10g": (24, 70, 600),
+    "a30": (24, 165, 933),
+    "a40": (48, 150, 696),
+    "a4000": (16, 77, 448),
+    "a5000": (24, 111, 768),
     "a6000": (48, 155, 768),
     "l4": (24, 121, 300),
+    "l40": (48, 181, 864),
     "l40s": (48, 362, 864),
-    "a100": (80, 312, 2039),
     "a100-40": (40, 312, 1555),
+    "a100": (80, 312, 2039),
+    "h20": (96, 148, 4000),
     "h100": (80, 989, 3350),
+    "gh200": (96, 989, 4000),
     "h200": (141, 989, 4800),
     "b200": (180, 2250, 8000),
+    "mi300x": (192, 1307, 5300),
 }
 """Name to memory in GB, dense bfloat16 TFLOP/s (float16 where there is no bfloat16) and memory bandwidth in GB/s, from
 the vendors' data sheets."""
-NO_BFLOAT16 = ("t4", "v100")
+NO_BFLOAT16 = ("rtx2080ti", "p100", "t4", "v100-16", "v100")
 LINKS = dict.fromkeys(GPUS, 25) | {
     "t4": 12,
     "v100": 120,
+    "v100-16": 120,
     "a100": 250,
     "a100-40": 250,
+    "h20": 375,
     "h100": 375,
+    "gh200": 375,
     "h200": 375,
     "b200": 720,
+    "mi300x": 360,
 }
 """GB/s that a GPU sends to its neighbours in a node: of the data sheets' PCIe or NVLink (a direction), about 80 %."""
 NETWORK = 40
@@ -90,7 +119,7 @@ class Sizes:
     """Width of all keys of a token, and of all values."""
     vocabulary: int
     token_side: int
-    """Side of the square of pixels behind one image token."""
+    """Side of the square of pixels behind one image token; 0 where images are cut into tiles."""
     patches: int
     """Patches of the vision tower behind one image token."""
     vision_layers: int
@@ -99,6 +128,25 @@ class Sizes:
     """Of an image, which the processor scales up to them; those of Qwen2-VL."""
     max_pixels: int = PUBLISHED
     """Of an image, which the processor scales down to them."""
+    query: int = 0
+    """Width of all queries of a token; 0: hidden."""
+    norms: int = 0
+    """Sum of the widths of a text layer's norms; 0: two of hidden."""
+    linear: int = 0
+    """Weights of all linear layers but the head: those that 4 bits can hold."""
+    vision_ends: int = 0
+    """As `linear_ends`, of all that is no text layer."""
+    vision_intermediate: int = 0
+    """Width within a tower's feed-forward part; 0: four times its own."""
+    vision_gated: bool = False
+    """Whether that part multiplies two projections."""
+    tile: int = 0
+    """Side in pixels of the tiles that every image is scaled to, or cut into."""
+    tile_tokens: int = 0
+    tiles: int = 1
+    """At most, of an image; where they are several, the whole image is one more."""
+    tiled_always: bool = False
+    """Whether a small image is scaled up to that many."""
 
     @property
     def weights(self) -> int:
@@ -108,60 +156,131 @@ class Sizes:
 def count(model: str) -> Sizes:
     """Count a model's weights from its configuration; no weights are loaded.
 
+    Args:
+        model: a name of KNOWN, with or without its owner ("MedGemma-4B", "OpenGVLab/InternVL3-8B-hf"), a folder, or a
+            model of the hub.
+
     Raises:
-        MedR1Error: no such model, or none of a known layout.
+        MedR1Error: no such model, or none that transformers can count.
     """
     try:
-        config, limits = _described(model)
+        config, facts = described(model)
         with torch.device("meta"):
             network: Any = AutoModelForImageTextToText.from_config(config)
-        text, vision = config.get_text_config(), config.vision_config
-        merge, token_side = vision.spatial_merge_size, vision.patch_size * vision.spatial_merge_size
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        return _counted(network, facts)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise MedR1Error(f"{model}: its configuration cannot be counted ({reason}); name a Qwen-VL model") from error
-    parts = {"text": 0, "embeddings": 0, "vision": 0}
-    for name, parameter in network.named_parameters():
-        part = "vision" if ".visual." in name else "text" if ".layers." in name else "embeddings"
-        parts[part] += parameter.numel()
-    layers = [layer for name, layer in network.named_modules() if ".layers." in name and ".visual." not in name]
-    linear = [layer for layer in layers if isinstance(layer, torch.nn.Linear)]
+        known = ", ".join(sorted(file.stem for file in KNOWN.glob("*.json")))
+        raise MedR1Error(
+            f"{model}: its configuration cannot be counted ({reason}); of the same size may be one of {known}"
+        ) from error
+
+
+def _counted(network: Any, facts: dict[str, Any]) -> Sizes:
+    """Sizes of a model that may lie on the meta device; `facts` are fields that its configuration does not tell."""
+    text, vision = network.config.get_text_config(), network.config.vision_config
+    layers = {name: lora_layers(network, name) for name in ("language", "vision")}
+    decoder, parts = network.get_decoder(), {"text": 0, "embeddings": 0, "vision": 0}
+    in_layers = {id(weight) for weight in decoder.layers.parameters()}
+    beside = {id(weight) for module in (decoder, network.get_output_embeddings()) for weight in module.parameters()}
+    for weight in network.parameters():
+        part = "text" if id(weight) in in_layers else "embeddings" if id(weight) in beside else "vision"
+        parts[part] += weight.numel()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    query, key = text.num_attention_heads * head, (text.num_key_value_heads or text.num_attention_heads) * head
+    norms = [
+        (name, weight.numel())
+        for name, weight in decoder.layers[0].named_parameters()
+        if weight.ndim == 1 and "norm" in name and name.endswith("weight")
+    ]
+    width = getattr(vision, "embed_dim", None) or getattr(vision, "hidden_size", 0)
+    inner = getattr(vision, "intermediate_size", None) or int(width * getattr(vision, "mlp_ratio", 4))
     return Sizes(
         **parts,
-        linear_ends=sum(layer.in_features + layer.out_features for layer in linear),
+        linear_ends=_ends(layers["language"]),
+        vision_ends=_ends(layers["vision"]),
+        linear=sum(layer.in_features * layer.out_features for part in layers.values() for layer in part.values()),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
-        intermediate=text.intermediate_size,
-        key_value=text.num_key_value_heads * head,
+        query=query,
+        norms=sum({head: query if "q_" in name else key}.get(size, size) for name, size in norms),
+        intermediate=getattr(text, "intermediate_size", None) or text.moe_intermediate_size * text.num_experts_per_tok,
+        key_value=key,
         vocabulary=text.vocab_size,
-        token_side=token_side,
-        patches=merge**2,
-        vision_layers=vision.depth,
-        vision_width=getattr(vision, "embed_dim", vision.hidden_size),
-        **limits,
+        vision_layers=getattr(vision, "depth", None) or getattr(vision, "num_hidden_layers", 0),
+        vision_width=width,
+        vision_intermediate=inner,
+        vision_gated=any(name.endswith("gate_proj") for name in layers["vision"]),
+        **_image(network.config) | facts,
     )
 
 
-def _described(model: str) -> tuple[Any, dict[str, int]]:
-    """A model's configuration, and the limits of its images where they are known: of KNOWN, of a folder, of the hub."""
-    known = KNOWN / f"{re.sub('-(Instruct|Thinking)$', '', model.removeprefix('Qwen/'))}.json"
-    if model.startswith("Qwen/") and known.is_file():
+def _ends(layers: dict[str, torch.nn.Linear]) -> int:
+    return sum(layer.in_features + layer.out_features for layer in layers.values())
+
+
+def _image(config: Any) -> dict[str, Any]:
+    """How an image becomes tokens, as far as a configuration says it: by its size, or in tiles of one size."""
+    vision = config.vision_config
+    patch = getattr(vision, "patch_size", 14)
+    patch = patch if isinstance(patch, int) else patch[0]
+    merge = getattr(vision, "spatial_merge_size", None) or getattr(config, "spatial_merge_size", None)
+    if merge:
+        return {"token_side": patch * merge, "patches": merge**2}
+    tile = getattr(vision, "image_size", None) or 224
+    tile = tile if isinstance(tile, int) else tile[0]
+    patches = (tile // patch) ** 2
+    tokens = getattr(config, "mm_tokens_per_image", None) or getattr(config, "image_seq_length", None)
+    tokens = tokens or patches // getattr(config, "scale_factor", 1) ** 2
+    pinpoints = getattr(config, "image_grid_pinpoints", None) or [[tile, tile]]
+    tiles = min(9, max(height * width for height, width in pinpoints) // tile**2)
+    return {"token_side": 0, "patches": patches // tokens, "tile": tile, "tile_tokens": tokens, "tiles": tiles}
+
+
+def published(model: str) -> Path | None:
+    """The file of KNOWN that a name means: without owner, revision, and what is added for a way of training."""
+
+    def bare(name: str) -> str:
+        return re.sub(r"(-(instruct|thinking|it|pt|hf|base|ov))+$", "", name.split("@")[0].split("/")[-1].lower())
+
+    for file in KNOWN.glob("*.json"):
+        names = [file.stem, *json.loads(file.read_text(encoding="utf-8")).get("names", [])]
+        if bare(model) in map(bare, names):
+            return file
+    return None
+
+
+def described(model: str) -> tuple[Any, dict[str, Any]]:
+    """A model's configuration, and fields of Sizes for its images where they are known beyond it."""
+    if not Path(model).expanduser().exists() and (known := published(model)):
         facts = json.loads(known.read_text(encoding="utf-8"))
-        return AutoConfig.for_model(**facts["config"]), {"min_pixels": facts["min_pixels"]}
+        images = {name: facts[name] for name in ("min_pixels", "tiles", "tiled_always") if name in facts}
+        return AutoConfig.for_model(**facts["config"]), images
     place = find_model(model, weights=False)
     config = AutoConfig.from_pretrained(str(place.weights))
     try:
-        size = AutoImageProcessor.from_pretrained(str(place.processor)).size
-        limits = {"min_pixels": size["shortest_edge"], "max_pixels": min(size["longest_edge"], PUBLISHED)}
+        images = AutoImageProcessor.from_pretrained(str(place.processor))
     except (OSError, ValueError, KeyError):  # a configuration alone
-        limits = {}
-    return config, limits
+        return config, {}
+    if scales_by_pixels(images):
+        size = images.size
+        return config, {"min_pixels": size["shortest_edge"], "max_pixels": min(size["longest_edge"], PUBLISHED)}
+    if is_tiled(images):
+        across = images.size["longest_edge"] // images.max_image_size["longest_edge"]
+        return config, {"tiles": across**2, "tiled_always": True}
+    return config, {"tiles": images.max_patches} if getattr(images, "max_patches", None) else {}
 
 
 def image_tokens(sizes: Sizes, config: "Config", image_side: int) -> int:
-    """Tokens of a square image, as the processor scales it: within the limits, to the nearest whole tokens."""
+    """Tokens of a square image, as the processor scales it: within the limits, to the nearest whole tokens or tiles."""
     most = config.model.max_pixels or sizes.max_pixels
+    if sizes.tile:
+        across = math.isqrt(sizes.tiles)
+        if config.model.max_pixels:
+            across = max(1, min(across, math.isqrt(config.model.max_pixels) // sizes.tile))
+        if not sizes.tiled_always:
+            across = min(across, math.ceil(image_side / sizes.tile))
+        return sizes.tile_tokens * (across**2 + (across > 1))
     least = config.model.min_pixels or min(sizes.min_pixels, most)
     height, width = smart_resize(image_side, image_side, sizes.token_side, least, most)
     return height * width // sizes.token_side**2
@@ -184,7 +303,7 @@ def plan(
     Args:
         config: a GRPO recipe; the GPUs divide its `prompts_per_step`.
         image_side: pixels of a square image's side, before the processor scales it.
-        gpu: a key of GPUS.
+        gpu: a name of GPUS, see `gpu_named`.
         gpus: GPUs of a node.
         sharded: weights, gradients, optimizer and reference are divided over all GPUs (FSDP2). While it samples, each
             GPU holds all weights once, in bfloat16.
@@ -195,14 +314,15 @@ def plan(
         step_seconds; prompt_tokens; hours_per_epoch (of OMNIMEDVQA questions, over all GPUs).
 
     Raises:
-        MedR1Error: an unknown GPU, or prompts that the GPUs cannot divide evenly.
+        MedR1Error: an unknown GPU, 4 bits without an adapter, or prompts that the GPUs cannot divide evenly.
     """
-    if gpu not in GPUS:
-        raise MedR1Error(f"--gpu {gpu}: is not known; choose {', '.join(GPUS)}")
+    gpu = gpu_named(gpu)
     processes = gpus * nodes
     known, tflops, bandwidth = GPUS[gpu]
     memory = memory or known
     lora, optimizer = config.model.lora_rank, config.optimizer
+    if config.model.quantize != "none" and not lora:
+        raise MedR1Error(f"model.quantize = {config.model.quantize}: is for a base under LoRA; set model.lora_rank")
     group, new_tokens = config.rollout.num_completions, config.rollout.max_new_tokens
     shown = image_tokens(sizes, config, image_side)
     prompt = shown + text_tokens
@@ -216,28 +336,41 @@ def plan(
         )
     in_forward = min(optimizer.prompts_per_forward or num_prompts, num_prompts)
     whole = not optimizer.gradient_checkpointing and in_forward == num_prompts and processes == 1
-    trains_vision = config.model.train_vision and not lora
+    targets = config.model.lora_targets
+    trains_vision = targets != "language" if lora else config.model.train_vision
     reference = config.grpo.beta > 0
 
     # Full fine-tuning keeps float32 weights and a bfloat16 copy while it computes; LoRA's base is bfloat16.
-    trained = lora * sizes.linear_ends if lora else sizes.weights - (0 if trains_vision else sizes.vision)
+    width = 4 if config.model.dtype == "float32" else 2
+    ends = {"language": sizes.linear_ends, "vision": sizes.vision_ends}
+    trained = lora * (ends.get(targets) or sum(ends.values())) if lora else sizes.weights
+    if not lora and not trains_vision:
+        trained -= sizes.vision
+    four_bits = lora and config.model.quantize == "nf4"
+    base = width * sizes.weights - (four_bits and (width - four_bit.BYTES) * sizes.linear)
     held = {
-        "weights": 2 * sizes.weights + 4 * trained if lora else 4 * sizes.weights,
-        "gradients and AdamW": 12 * trained,
-        "reference": 0 if lora or not reference else 4 * sizes.weights,
+        "weights": base + 4 * trained if lora else 4 * sizes.weights,
+        "gradients and AdamW": (6 if optimizer.name == "adamw_8bit" else 12) * trained,
+        "reference": 0
+        if lora or not reference
+        else {"float32": 4, "bfloat16": 2, "cpu": 0}[config.grpo.reference] * sizes.weights,
     }
-    copies = 2 * sizes.weights if sharded or not lora else 0
-    layer = saved_by_layer(sizes, lora=bool(lora))
-    saved = layer * sizes.layers
+    copies = width * sizes.weights if sharded or not lora else 0
+    if four_bits:  # one layer's weights, while it is computed
+        copies += width * sizes.hidden * sizes.intermediate
+    layer = saved_by_layer(sizes, lora=bool(lora), width=width)
+    patch = saved_by_patch(sizes, width=width) if trains_vision else 0
     if optimizer.gradient_checkpointing:
-        saved = 2 * sizes.hidden * sizes.layers + layer
+        saved = width * sizes.hidden * sizes.layers + layer
+        of_patch = (width * sizes.vision_width * sizes.vision_layers + patch) if trains_vision else 0
+    else:
+        saved, of_patch = layer * sizes.layers, patch * sizes.vision_layers
     scored = min(in_forward * completions, max(1, MAX_LOGITS // sizes.vocabulary))
-    vision = VISION_SAVED * sizes.vision_width * sizes.vision_layers * shown * sizes.patches if trains_vision else 0
     parts = {name: value / (processes if sharded else 1) for name, value in held.items()} | {
         "bfloat16 copies": copies,
-        "activations": in_forward * (tokens * saved + vision),
+        "activations": in_forward * (tokens * saved + shown * sizes.patches * of_patch),
         "logits": 12 * scored * sizes.vocabulary,
-        "keys and values": 4 * num_prompts * tokens * sizes.layers * sizes.key_value,
+        "keys and values": 2 * width * num_prompts * tokens * sizes.layers * sizes.key_value,
     }
     needed = sum(parts.values()) / GB
 
@@ -246,13 +379,15 @@ def plan(
     read = 2 * sizes.text * prompt + image
     forward = 2 * sizes.text * tokens + head + (image if trains_vision else 0)  # a frozen tower runs once, in `read`
     backward = 4 * sizes.text * tokens + 2 * head + (2 * image if trains_vision else 0)
-    if lora:  # no gradient of the base's weights, and none of the image
-        backward = 2 * sizes.text * tokens + head
+    if lora:  # no gradient of the base's weights
+        backward = 2 * sizes.text * tokens + head + (image if trains_vision else 0)
     again = forward if optimizer.gradient_checkpointing else 0
     read_before = 2 * sizes.text * prompt + (image if trains_vision else 0)
     policy = (forward - read_before if whole else forward) + backward + again
     rate = tflops * 1e12 * UTILISATION
-    weights_read = 2 * (sizes.text + sizes.embeddings) * new_tokens / (bandwidth * 1e9)
+    weights_read = (
+        (base if lora else 2 * sizes.weights) * (1 - sizes.vision / sizes.weights) * new_tokens / (bandwidth * 1e9)
+    )
     launches = EAGER_LAYER * sizes.layers * new_tokens
     decode = max(weights_read, launches, num_prompts * (2 * sizes.text * completions + head) / rate)
     seconds = {
@@ -277,18 +412,48 @@ def plan(
     }
 
 
-VISION_SAVED = 46
-"""Bytes a layer of the tower saves for backward for a patch, over the layer's width; counted as `saved_by_layer`."""
+VISION_SAVED = 30
+"""Bytes a layer of the tower saves for backward for a patch, over the layer's width, beside its feed-forward part."""
 
 
-def saved_by_layer(sizes: Sizes, *, lora: bool) -> int:
-    """Bytes that a text layer saves for backward for a token, computing in bfloat16.
+def saved_by_patch(sizes: Sizes, *, width: int = 2) -> int:
+    """Bytes that a layer of the tower saves for backward for a patch; counted as `saved_by_layer`."""
+    inner = (sizes.vision_intermediate or 4 * sizes.vision_width) * (8 if sizes.vision_gated else 4)
+    return (VISION_SAVED * sizes.vision_width + inner) * width // 2
 
-    The inputs of the seven products (12 h + 2 i), queries, keys, values and output of attention (4 h + 4 k), what the
-    MLP multiplies (6 i), and the norms' float32 tensors (16 h; where their weights are frozen, 8 h).
+
+def saved_by_layer(sizes: Sizes, *, lora: bool, width: int = 2) -> int:
+    """Bytes that a text layer saves for backward for a token, computing in numbers of `width` bytes (bfloat16: 2).
+
+    For bfloat16: the inputs of the seven products (10 h + 2 q + 2 i), queries, keys, values and output of attention
+    (4 q + 4 k), what the MLP multiplies (6 i), and the norms' float32 tensors (8 for each of their numbers; where their
+    weights are frozen, 4).
     """
-    norms = 8 if lora else 16
-    return (norms + 16) * sizes.hidden + 4 * sizes.key_value + 8 * sizes.intermediate
+    query, norms = sizes.query or sizes.hidden, sizes.norms or 2 * sizes.hidden
+    products = 10 * sizes.hidden + 6 * query + 4 * sizes.key_value + 8 * sizes.intermediate
+    return products * width // 2 + (4 if lora else 8) * norms
+
+
+def gpu_named(name: str) -> str:
+    """The key of GPUS that a name means: "RTX 4090", "4090", "A100 80GB".
+
+    Raises:
+        MedR1Error: none.
+    """
+
+    def bare(text: str) -> str:
+        return re.sub(r"[^a-z0-9]|nvidia|geforce|tesla|rtx|gb|sxm\d?|pcie", "", text.lower())
+
+    sized = {bare(f"{key}{'' if '-' in key else memory}"): key for key, (memory, _, _) in GPUS.items()}
+    found = {bare(key): key for key in GPUS} | sized
+    if bare(name) not in found:
+        raise MedR1Error(f"--gpu {name}: is not known; give its --memory in GB, or choose {', '.join(GPUS)}")
+    return found[bare(name)]
+
+
+def gpu_of(memory: float) -> str:
+    """The slowest GPU of GPUS with nearly this memory that has bfloat16, for the time that a step takes."""
+    return min(GPUS, key=lambda name: (abs(GPUS[name][0] - memory), name in NO_BFLOAT16, GPUS[name][1]))
 
 
 def _sent(sizes: Sizes, trained: int, processes: int, sharded: bool, reference: bool, forwards: int) -> float:
@@ -301,22 +466,48 @@ def _sent(sizes: Sizes, trained: int, processes: int, sharded: bool, reference: 
     return share * (gathered + forwards * 4 * trained)
 
 
+Change = tuple[str, str, dict[str, Any]]
+"""A setting as `--set` takes it, and its section and fields."""
+
+
 def remedy(sizes: Sizes, config: "Config", **machine: Any) -> tuple[list[str], dict[str, Any]]:
-    """Settings to add, in the order of what they cost, until a step fits; and the plan with them (fitting or not)."""
-    said: list[str] = []
-    tried = plan(sizes, config, **machine)
-    changes: list[tuple[str, str, dict[str, Any]]] = [
+    """Settings to add until a step fits, the dear ones last and none that is not needed; and the plan with them.
+
+    Where nothing makes it fit, all of them and the plan that still does not.
+    """
+    changes = _changes(config)
+
+    def planned(added: list[Change]) -> dict[str, Any]:
+        return plan(sizes, _changed(config, added), **machine)
+
+    added = next((changes[:n] for n in range(len(changes) + 1) if planned(changes[:n])["fits"]), changes)
+    if planned(added)["fits"]:
+        for change in list(added):
+            without = [other for other in added if other is not change]
+            model = _changed(config, without).model
+            if (model.lora_rank or model.quantize == "none") and planned(without)["fits"]:
+                added = without
+    return [setting for setting, _, _ in added], planned(added)
+
+
+def remedies(config: "Config") -> list[str]:
+    """All settings that make a step smaller and that a recipe does not have yet, the dear ones last."""
+    return [setting for setting, _, _ in _changes(config)]
+
+
+def _changes(config: "Config") -> list[Change]:
+    changes: list[Change] = [
         ("optimizer.gradient_checkpointing=true", "optimizer", {"gradient_checkpointing": True}),
         ("optimizer.prompts_per_forward=1", "optimizer", {"prompts_per_forward": 1}),
         ("model.lora_rank=64", "model", {"lora_rank": 64}),
+        ("model.quantize=nf4", "model", {"quantize": "nf4"}),
     ]
-    for setting, section, update in changes:
-        if tried["fits"]:
-            break
-        changed = getattr(config, section).model_copy(update=update)
-        if changed == getattr(config, section):
-            continue
-        config = config.model_copy(update={section: changed})
-        said.append(setting)
-        tried = plan(sizes, config, **machine)
-    return said, tried
+    if config.model.lora_rank:
+        del changes[2]
+    return [change for change in changes if _changed(config, [change]) != config]
+
+
+def _changed(config: "Config", added: list[Change]) -> "Config":
+    for _, section, update in added:
+        config = config.model_copy(update={section: getattr(config, section).model_copy(update=update)})
+    return config
