@@ -344,7 +344,7 @@ def test_every_command_shows_examples_and_choices(run: Any) -> None:
         (("train", "--data", "a", "--data", "b", "--out", "x"), "--data is given 2 times, and takes one value"),
         (("report", "--base", "b", "--trained", "x", "--out", "y", "--out", "z"), "--out is given 2 times"),
         (("eval", "--mode", "no_think", "--out", "x"), "did you mean no-think?"),
-        (("train",), "missing option '--out'"),
+        (("train",), "--out is missing"),
         (("train", "--model", "tinyy", "--out", "x"), "did you mean tiny?"),
         (("train", "--set", "optimiser.steps=3", "--out", "x"), "did you mean optimizer.steps?"),
         (("train", "--preset", "omnimedvqa", "--out", "x"), "did you mean omnimedvqa-qwen2vl-2b?"),

@@ -127,6 +127,7 @@ def run(
         "medr1 train --model tiny --data phantoms --mode no-think --steps 100 --out runs/first",
         "medr1 train --config recipe.toml --data DATA --modality CT --out runs/ct",
         "medr1 train --method sft --data DATA --set optimizer.learning_rate=1e-5 --out runs/sft",
+        "medr1 train --config recipe.toml --data DATA --dry-run",
     )
 )
 def train(
@@ -157,10 +158,14 @@ def train(
     ] = False,
     seed: SeedOption = None,
     skip_unreadable: SkipOption = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="only see whether the longest step fits into memory", rich_help_panel=OUTPUT),
+    ] = False,
     out: Annotated[
-        Path,
+        Path | None,
         typer.Option("--out", help="folder of the run; an unfinished run there is resumed", rich_help_panel=OUTPUT),
-    ],
+    ] = None,
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -180,6 +185,17 @@ def train(
     }
     resolved = resolve(recipe_file(config, preset), overrides, settings)
     known_model(resolved.model.name)
+    if dry_run:
+        from medr1.training.run import dry_run as step
+
+        measured = step(resolved)
+        leave()
+        if is_first():
+            told = f"fits: {measured['peak_gb']:.2f} of {measured['memory_gb']:.1f} GB at its peak; nothing was trained"
+            finish(measured, as_json, said=[told])
+        return
+    if out is None:
+        raise MedR1Error("--out is missing: name the folder of the run")
     check_recipe(resolved, out, extend=extend)
     trackers = place_trackers(resolved.log.trackers, out)
     if result := finished(resolved, out):
@@ -267,7 +283,8 @@ def study_command(
     "plan",
     epilog=examples(
         "medr1 plan --preset omnimedvqa-qwen2vl-2b --gpu a100",
-        "medr1 plan --model OWNER/NAME --set model.lora_rank=64 --gpu rtx4090",
+        "medr1 plan --model MedGemma-4B --set model.lora_rank=64 --set model.quantize=nf4 --gpu rtx4090",
+        "medr1 plan --model OWNER/NAME --memory 24",
     ),
 )
 def plan_command(
@@ -275,13 +292,16 @@ def plan_command(
     preset: PresetOption = None,
     overrides: SetOption = None,
     model: Annotated[
-        str | None, typer.Option("--model", help=f"in place of the recipe's: {MODEL_HELP}", callback=known_model)
+        str | None,
+        typer.Option("--model", help="in place of the recipe's: MedGemma-4B, Qwen2.5-VL-7B, …, a folder or a hub name"),
     ] = None,
     gpu: Annotated[
-        str,
-        typer.Option("--gpu", help="t4, v100, rtx3090, rtx4090, a6000, l4, l40s, a100, a100-40, h100, h200 or b200"),
-    ] = "a100",
-    memory: Annotated[float | None, typer.Option("--memory", min=1, help="GB of a GPU, where it has others")] = None,
+        str | None,
+        typer.Option("--gpu", help="its name, such as t4, rtx4090, l4, a100 or h100; a100 if no --memory is given"),
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option("--memory", min=1, help="GB of a GPU, in place of --gpu's own")
+    ] = None,
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="how many in a node, each with a copy of the model")] = 1,
     nodes: Annotated[int, typer.Option("--nodes", min=1, help="how many machines")] = 1,
     sharded: Annotated[bool, typer.Option("--sharded", help="one copy divided over all GPUs (FSDP2, ZeRO-3)")] = False,
@@ -291,16 +311,18 @@ def plan_command(
     as_json: JsonOption = False,
 ) -> None:
     """Estimate memory, seconds a step and hours an epoch from counted bytes and FLOPs; nothing is run."""
-    from medr1.training.plan import NO_BFLOAT16, count, remedy
+    from medr1.training.plan import NO_BFLOAT16, count, gpu_named, gpu_of, remedy
 
     values = dict(parse_override(text) for text in overrides or [])
     recipe = load_config(recipe_file(config, preset), values | ({"model.name": model} if model else {}))
+    named = gpu is not None
+    gpu = gpu_of(memory) if memory and not named else gpu_named(gpu or "a100")
     sizes = count(recipe.model.name)
-    gpu = gpu.casefold()
     added, needs = remedy(
         sizes, recipe, image_side=image_side, gpu=gpu, gpus=gpus, nodes=nodes, sharded=sharded, memory=memory
     )
-    machine = f"{nodes} x {gpus} x {gpu}" if nodes > 1 else f"{gpus} x {gpu}"
+    card = f"{memory:g} GB" if memory and not named else gpu
+    machine = f"{nodes} x {gpus} x {card}" if nodes > 1 else f"{gpus} x {card}"
     billions = sizes.weights / 1e9
     weights = f"{billions:.2f} billion" if billions >= 0.01 else f"{1000 * billions:.2g} million"
     table = Table(title=f"{recipe.model.name}, {weights} weights, {machine}: an estimate")
@@ -319,7 +341,9 @@ def plan_command(
     unit = "hour" if needs["hours_per_epoch"] == 1 else "hours"
     hours = f"{needs['hours_per_epoch']:g} {unit} for an epoch of OmniMedVQA" if needs["fits"] else "try --sharded"
     Console().print(f"It {verdict}{how}; {hours}.", highlight=False, soft_wrap=True)
-    if gpu in NO_BFLOAT16:
+    if memory and not named:
+        Console().print(f"Seconds are those of one that is as quick as {gpu}.", highlight=False)
+    elif gpu in NO_BFLOAT16:
         Console().print(f"{gpu} has no bfloat16, which training computes in: it will be slower than this.")
     finish({"settings_added": added, **needs}, as_json)
 

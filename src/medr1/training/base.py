@@ -53,6 +53,7 @@ from medr1.policy.vlm import VLM, computes_in_bfloat16, first_not_finite
 from medr1.processes import agree, gather
 from medr1.training.checkpoints import newest_whole, seal
 from medr1.training.draws import draw_order, record_weights
+from medr1.training.dry import DryRunEndsError, dry_step
 from medr1.training.folder import LOG, place_trackers, write_recipe
 from medr1.training.looking import OtherImages
 from medr1.training.progress import TrainingProgress
@@ -202,8 +203,14 @@ class RecordTrainer(Trainer):
         """Whether a process holds a part of the weights only."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
-    def run(self) -> None:
-        """Train to the end, from the last whole checkpoint in the output folder where there is one; save the model."""
+    def run(self, *, dry_step: bool = False) -> None:
+        """Train to the end, from the last whole checkpoint in the output folder where there is one; save the model.
+
+        Args:
+            dry_step: before step 1 see whether the longest one fits, see `medr1.training.dry`.
+        """
+        if dry_step and not self.is_deepspeed_enabled:  # it would change weights within the backward pass
+            self.callback_handler.callbacks.insert(0, _DryStep(self))
         last = self._last_checkpoint()
         if last:
             agree(lambda: self._load_weights(last))
@@ -213,6 +220,19 @@ class RecordTrainer(Trainer):
         finally:
             self.progress.stop()
         self._write_folder(self.out / "model", training_state=False)
+
+    def dry_run(self) -> dict[str, Any]:
+        """Make the dry step alone; what `medr1.training.dry.dry_step` measured."""
+        ending = _DryStep(self, ends=True)
+        self.callback_handler.callbacks.insert(0, ending)
+        with contextlib.suppress(DryRunEndsError):
+            self.train()
+        self.progress.stop()
+        return ending.measured
+
+    def rehearse(self, model: nn.Module, records: list[Record]) -> None:
+        """What `learn` does with these records at most, for the memory that it takes."""
+        self.learn(model, records)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One step's backward passes; this process's share of its loss, times the processes, detached."""
@@ -609,6 +629,20 @@ class _Look(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_evaluate |= state.global_step % self.trainer.config.log.looking_every == 0
+
+
+class _DryStep(TrainerCallback):
+    """The dry step of a run that begins, once all is in its place."""
+
+    def __init__(self, trainer: RecordTrainer, *, ends: bool = False) -> None:
+        self.trainer, self.ends = trainer, ends
+        self.measured: dict[str, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self.measured = dry_step(self.trainer, self.trainer.train_records)
+        if self.ends:
+            raise DryRunEndsError
 
 
 def _refuse(message: str) -> None:

@@ -72,6 +72,10 @@ WEIGHTS = "vllm-weights"
 """The folder from which a vLLM server reads the policy before each step."""
 
 
+class _EnoughError(Exception):
+    """Ends sampling."""
+
+
 @dataclass(frozen=True)
 class Experience:
     """The sampled and rewarded groups of one step on one process."""
@@ -209,8 +213,8 @@ class GRPOTrainer(RecordTrainer):
         rollout, lora = self.config.rollout, self.config.model.lora_rank > 0
         return VLLMServer(self.vlm, rollout.vllm_url, self.out / WEIGHTS, mode=rollout.mode, lora=lora)
 
-    def run(self) -> None:
-        super().run()
+    def run(self, *, dry_step: bool = False) -> None:
+        super().run(dry_step=dry_step)
         if self.server and self.is_world_process_zero():
             shutil.rmtree(self.out / WEIGHTS, ignore_errors=True)
 
@@ -230,6 +234,43 @@ class GRPOTrainer(RecordTrainer):
         world = self.args.world_size
         self.add_to_log({"steps": 1 / world, "seconds": (time.perf_counter() - began) / world})
         return loss
+
+    def rehearse(self, model: nn.Module, records: list[Record]) -> None:
+        """A step whose completions are as long as they may be, and whose groups all have a difference."""
+        rollout, server = self.config.rollout, self.server
+        settings: dict[str, Any] = {"num_completions": rollout.num_completions, "seed": 0}
+        calls = iter((False, True))
+
+        def stop(ids_NT: Tensor) -> None:
+            if next(calls):
+                raise _EnoughError
+
+        with self.whole_weights():
+            prompts = agree(lambda: self._read(records))
+            with self.accelerator.autocast():
+                if server is None:  # a call over caches of full length
+                    with contextlib.suppress(_EnoughError):
+                        sample(self.vlm, prompts, max_new_tokens=rollout.max_new_tokens, on_step=stop, **settings)
+                first = sample(self.vlm, prompts, max_new_tokens=1, keep_prefill=self.reads_prompts_once, **settings)
+        ids_NT = first.completion_ids_NT.expand(-1, rollout.max_new_tokens).contiguous()
+        zeros_NT = first.logp_NT.new_zeros(ids_NT.shape)
+        full = replace(
+            first,
+            completion_ids_NT=ids_NT,
+            mask_NT=torch.ones_like(ids_NT, dtype=torch.bool),
+            logp_NT=zeros_NT,
+            finished_N=torch.ones_like(first.finished_N),
+        )
+        signs_G = 1 - 2 * (torch.arange(rollout.num_completions, device=ids_NT.device) % 2)
+        advantages_BG = signs_G.float().expand(len(records), -1)
+        try:
+            self.server = None  # whose log-probs these are not
+            other = self._other_view(records, full) if self.looks else None
+            self._update(
+                model, Experience(records, prompts, full, advantages_BG, zeros_NT.clone(), zeros_NT.clone(), other)
+            )
+        finally:
+            self.server = server
 
     def collect(self, records: list[Record]) -> Experience:
         """Sample, reward and compare G completions of each record; write those of all processes down.

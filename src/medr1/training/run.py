@@ -3,6 +3,7 @@
 import json
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from medr1.config import RECIPE, Config
@@ -38,7 +39,7 @@ def train(config: Config, out: Path, *, extend: bool = False) -> dict[str, Any]:
         if len(gather(None)) > 1:  # images are hashed once, and not once a process
             agree(lambda: load_parts(config.data) if is_first() else None)
         trainer = agree(lambda: _prepare(config, out, device, extend))
-        trainer.run()
+        trainer.run(dry_step=True)
         counts = {
             "steps": trainer.state.global_step,
             "train_records": trainer.num_records,
@@ -47,6 +48,14 @@ def train(config: Config, out: Path, *, extend: bool = False) -> dict[str, Any]:
         if is_first():
             write_atomic(out / RESULT, json.dumps(counts))
     return {"model": str(out / MODEL), **counts, "last": trainer.state.log_history[-1]}
+
+
+def dry_run(config: Config) -> dict[str, Any]:
+    """Whether the longest step of a run by this recipe fits; nothing of it is kept. See `medr1.training.dry`."""
+    device = join()
+    with TemporaryDirectory() as folder:
+        out = gather(folder)[0]
+        return agree(lambda: _prepare(config, Path(out), device, False)).dry_run()
 
 
 def _prepare(config: Config, out: Path, device: Any, extend: bool) -> RecordTrainer:
