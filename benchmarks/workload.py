@@ -6,7 +6,7 @@ are told never to sample (Med-R1 by itself, TRL by `suppress_tokens`), so that e
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,8 @@ class Workload:
     """0: all weights, vision tower included, are trained."""
     checkpointing: bool = False
     """Gradient checkpointing."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Further fields of our recipe."""
     short_prompt: bool = False
     questions: int = 1
     """Questions an image."""
@@ -199,6 +201,7 @@ def our_trainer(workload: Workload, records: list[Record], folder: Path, vlm: VL
             "optimizer.prompts_per_step": workload.num_prompts,
             "optimizer.learning_rate": LEARNING_RATE,
             "optimizer.gradient_checkpointing": workload.checkpointing,
+            **workload.settings,
         }
     )
     return _quiet(GRPOTrainer(vlm, config, records, [], folder / "ours"))
