@@ -122,5 +122,5 @@ def test_of_the_command(phantoms: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
     trained = CliRunner().invoke(app, [*said, "--out", str(tmp_path / "run")])
     assert trained.exit_code == 0 and "dry step: " in trained.stderr
-    again = CliRunner().invoke(app, [*said[:-4], "--set", "optimizer.prompts_per_step=2", "--steps", "2"])
+    again = CliRunner().invoke(app, said)
     assert again.exit_code == 1 and "--out is missing" in str(again.exception)
