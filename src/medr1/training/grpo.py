@@ -141,8 +141,10 @@ class GRPOTrainer(RecordTrainer):
         output_dir: Path,
     ) -> None:
         judge = self._judge(config.grpo.judge, output_dir) if config.grpo.judge else None
-        more = dict.fromkeys(OF_POLICY, of_policy) | ({"judge": judge} if judge else {})
-        self.rewards = load_rewards(config.grpo.rewards, more)
+        named: dict[str, Reward] = dict.fromkeys(OF_POLICY, of_policy)
+        if judge:
+            named["judge"] = judge
+        self.rewards = load_rewards(config.grpo.rewards, named)
         self.repeats = config.grpo.num_iterations
         self.looks = config.grpo.perception > 0 or config.grpo.hold_to_chance > 0
         self.reads_reasoning = "consistency" in config.grpo.rewards
@@ -468,16 +470,16 @@ class GRPOTrainer(RecordTrainer):
         return parts
 
     def _reward(
-        self, texts: list[str], owners: list[Record], of_policy: dict[str, list[float | None]]
+        self, texts: list[str], owners: list[Record], known: dict[str, list[float | None]]
     ) -> dict[str, list[float | None]]:
-        """What each reward gives for each reply of this process.
+        """What each reward gives for each reply of this process, beside what is known already.
 
         Those of a whole step are called by process 0, with the replies of all processes in the order of the step.
         """
-        asked = [reward for reward in self.rewards if reward[0] not in of_policy]
+        asked = [reward for reward in self.rewards if reward[0] not in known]
         whole = [reward for reward in asked if is_of_step(reward[1])]
         single = [reward for reward in asked if reward not in whole]
-        parts = of_policy | agree(lambda: self._ask(single, texts, owners))
+        parts = known | agree(lambda: self._ask(single, texts, owners))
         if whole:
             step = gather((texts, owners))
             everything = [reply for part in step for reply in part[0]], [record for part in step for record in part[1]]
