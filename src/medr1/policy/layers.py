@@ -37,8 +37,13 @@ def not_shared(core: Any) -> str | None:
         return f"its {', '.join(sorted(kinds))} layers"
     if getattr(text, "attn_logit_softcapping", None):
         return "its attention with capped scores"
-    taken = inspect.signature(type(core).forward).parameters
-    return None if {"position_ids", "logits_to_keep"} <= set(taken) else "its way of placing images"
+    return None if {"position_ids", "logits_to_keep"} <= arguments(type(core)) else "its way of placing images"
+
+
+@functools.cache
+def arguments(model: type) -> frozenset[str]:
+    """What a call of this class of models takes, by name."""
+    return frozenset(inspect.signature(model.forward).parameters)
 
 
 class State:

@@ -7,7 +7,6 @@ Shapes: B prompts, P prompt tokens, A rotary axes (3 with M-RoPE, else 1).
 """
 
 import contextlib
-import inspect
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -86,7 +85,7 @@ class VLM:
 
     def takes(self, name: str) -> bool:
         """Whether a call of the model has this argument."""
-        return name in inspect.signature(type(self.core).forward).parameters
+        return name in layers.arguments(type(self.core))
 
     @property
     def prompt_sees_itself(self) -> bool:
