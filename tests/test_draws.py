@@ -123,7 +123,7 @@ def test_weights_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert set(first(20, of, weights="mine.py:rare")) == {1, 3}
     assert record_weights(of, "mine.py:rare").dtype == torch.float64
     with pytest.raises(
-        MedR1Error, match=r"unknown weights 'rare'; use your own as module:function or FILE.py:function"
+        MedR1Error, match=r"unknown weights 'rare'; use needs_image or your own as module:function or FILE.py:function"
     ):
         record_weights(of, "rare")
 
