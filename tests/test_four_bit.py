@@ -191,3 +191,17 @@ def test_mistakes_are_one_line(bases: Path, phantoms: Path, tmp_path: Path, monk
     config = recipe(phantoms, **LETTERS, **{"model.name": str(bases / "qwen2_vl"), "optimizer.name": "adamw_8bit"})
     with pytest.raises(MedR1Error, match=r"optimizer.name = adamw_8bit needs bitsandbytes"):
         train(config, tmp_path / "run")
+
+
+def test_an_adapter_over_4_bits_learns_as_one_over_the_base(phantoms: Path, bases: Path, tmp_path: Path) -> None:
+    """The reward of the last five of 25 steps; on phantoms it takes minutes, see benchmarks/four_bit.py."""
+    last = {}
+    for quantize in ("none", "nf4"):
+        settings = {"model.quantize": quantize, "model.lora_rank": 8, "model.lora_targets": "both", "grpo.beta": 0.0}
+        settings |= {"optimizer.steps": 25, "optimizer.learning_rate": 1e-2, "rollout.num_completions": 8}
+        settings |= {"model.name": str(bases / "qwen2_vl"), "log.save_every": 99}
+        make_trainer(recipe(phantoms, **LETTERS, **settings), tmp_path / quantize).run()
+        rewards = [row["reward"] for row in read_jsonl(tmp_path / quantize / "log.jsonl") if "reward" in row]
+        assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
+        last[quantize] = sum(rewards[-5:]) / 5
+    assert last["nf4"] == pytest.approx(last["none"], abs=0.15)

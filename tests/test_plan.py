@@ -399,3 +399,24 @@ def test_command_and_mistakes(model_2b: str) -> None:
         plan(count("tiny"), load_config(), **machine(gpus=3))
     with pytest.raises(MedR1Error, match="no such folder"):
         count(str(Path(model_2b) / "nowhere"))
+
+
+REHEARSALS = json.loads((Path(__file__).parents[1] / "benchmarks" / "rehearsal.json").read_text())
+
+
+@pytest.mark.parametrize("measured", REHEARSALS, ids=lambda measured: measured["model"])
+def test_a_rehearsal_in_4_bits_took_what_is_counted(measured: dict) -> None:
+    """One step on a CPU of a published shape, adapters on both towers: what was held before it within 3 %.
+
+    Of its peak within 15 %: a CPU takes a gigabyte more from its first decoding on, which is not explained yet.
+    """
+    name = measured["model"].split(",")[0]
+    settings = {"model.dtype": "bfloat16", "model.quantize": "nf4", "model.lora_rank": 16, "model.lora_targets": "both"}
+    settings |= {"rollout.num_completions": measured["completions"], "rollout.max_new_tokens": measured["new_tokens"]}
+    settings |= {"optimizer.prompts_per_step": 1, "optimizer.gradient_checkpointing": True}
+    sizes, recipe = count(name), load_config(overrides=settings)
+    text = measured["prompt_tokens"] - image_tokens(sizes, recipe, 392)
+    parts = plan(sizes, recipe, **machine(), text_tokens=text)["memory_gb"]
+    process, held, peak = (measured[f"{name}_mib"] * 2**20 / 1e9 for name in ("process", "weights", "peak"))
+    assert parts["weights"] + process == pytest.approx(held, rel=0.03)
+    assert sum(parts.values()) + process == pytest.approx(peak, rel=0.15)
