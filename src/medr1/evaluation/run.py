@@ -13,11 +13,12 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -27,7 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from medr1.data.answers import EXTRACTOR_VERSION, Answer, format_ok, is_correct, read_answer, token_f1
 from medr1.data.heldout import RunSplit, Seen, split_of
-from medr1.data.images import content_digest, load_image
+from medr1.data.images import all_cores, content_digest, load_image
 from medr1.data.parts import skipped_list
 from medr1.data.prompts import build_messages
 from medr1.data.records import LETTERS, Record, append_jsonl, read_jsonl, write_jsonl
@@ -41,6 +42,9 @@ from medr1.policy.encoding import PromptBatch, check_lengths, encode_prompts, te
 from medr1.policy.rollouts import sample
 from medr1.policy.vlm import VLM, evaluating
 from medr1.processes import alone, is_first
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 ROW_START = b'{"key": "'
 """How each line of a file of rows begins, so that no other file is taken for one and changed."""
@@ -132,9 +136,8 @@ def evaluate(
         ordered = _reading_order(list(evaluation.records.items()), mode)
         pending = [(key, record) for key, record in ordered if key not in evaluation.rows]
         drafts = Drafts()
-        for start in range(0, len(pending), batch_size):
-            batch = pending[start : start + batch_size]
-            started = time.perf_counter()
+
+        def read(batch: list[tuple[str, Record]]) -> PromptBatch:
             loaded = {record.images: evaluation.images(record) for _, record in batch}
             prompts = encode_prompts(
                 vlm,
@@ -143,6 +146,11 @@ def evaluate(
                 thinking=mode == "think",
             )
             check_lengths(vlm, prompts, [f"record {record.id}" for _, record in batch], max_new_tokens)
+            return prompts
+
+        batches = [pending[start : start + batch_size] for start in range(0, len(pending), batch_size)]
+        started = time.perf_counter()
+        for batch, prompts in _one_ahead(read, batches):
             answers = _answer(
                 vlm,
                 prompts,
@@ -159,6 +167,7 @@ def evaluate(
             evaluation.add(
                 (key, {**answer, "seconds": seconds}) for (key, _), answer in zip(batch, answers, strict=True)
             )
+            started = time.perf_counter()
     return evaluation.result
 
 
@@ -337,7 +346,7 @@ def open_evaluation(
     shown = as_shown(records, condition, seed, donors)
 
     with alone(out), _progress() as progress:
-        digests = _read_images(progress.track(shown, description="images"))
+        digests = _read_images(shown, progress)
         settings = {"max_new_tokens": max_new_tokens, "greedy": True, "condition": condition}
         settings |= {} if scoring == "reply" else {"scoring": scoring}  # nothing new in the keys of older rows
         run = _digest([*model, settings])
@@ -422,24 +431,40 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _read_images(records: Iterable[Record]) -> dict[Path, str]:
+def _read_images(records: Sequence[Record], progress: Progress) -> dict[Path, str]:
     """`content_digest` of each image, all of them decoded once to see that they can be."""
-    digests: dict[Path, str] = {}
-    failures: dict[Path, str] = {}
-    for record in records:
-        for path in record.images:
-            if path in digests or path in failures:
-                continue
-            try:
-                load_image(path)
-                digests[path] = content_digest(path)
-            except MedR1Error as error:
-                failures[path] = f"record {record.id}: {error}"
+    asking = {
+        path: record.id for record in reversed(records) for path in reversed(record.images)
+    }  # the first that does
+    paths = list(reversed(asking))
+    read = progress.track(all_cores(_read_image, paths), total=len(paths), description="images")
+    digests = dict(zip(paths, read, strict=True))
+    failures = [f"record {asking[path]}: {error}" for path, error in digests.items() if isinstance(error, MedR1Error)]
     if failures:
-        first = next(iter(failures.values()))
         others = f" (the first of {len(failures)} unreadable images)" if len(failures) > 1 else ""
-        raise MedR1Error(f"{first}{others}; or leave their records out")
-    return digests
+        raise MedR1Error(f"{failures[0]}{others}; or leave their records out")
+    return {path: digest for path, digest in digests.items() if isinstance(digest, str)}
+
+
+def _read_image(path: Path) -> str | MedR1Error:
+    try:
+        load_image(path)
+        return content_digest(path)
+    except MedR1Error as error:
+        return error
+
+
+def _one_ahead(work: Callable[[T], S], items: Iterable[T]) -> Iterator[tuple[T, S]]:
+    """Each item with `work` of it, which a thread does while the caller has the item before."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting: list[tuple[T, Future[S]]] = []
+        for item in items:
+            waiting.append((item, thread.submit(work, item)))
+            if len(waiting) > 1:
+                first, done = waiting.pop(0)
+                yield first, done.result()
+        for last, done in waiting:
+            yield last, done.result()
 
 
 def _reading_order(asked: list[tuple[str, Record]], mode: str) -> list[tuple[str, Record]]:

@@ -1,6 +1,6 @@
 """Readers of images: `read_image`, for every supported kind of file."""
 
-from medr1.data.images.contents import Content, contents_of
+from medr1.data.images.contents import Content, all_cores, contents_of
 from medr1.data.images.identity import group_of, is_salted, name_of_content
 from medr1.data.images.kinds import kind_of
 from medr1.data.images.limits import MAX_PIXELS
@@ -11,6 +11,7 @@ __all__ = [
     "MAX_PIXELS",
     "Content",
     "Reading",
+    "all_cores",
     "content_digest",
     "contents_of",
     "expand_reference",

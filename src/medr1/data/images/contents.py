@@ -126,7 +126,7 @@ def _digests(
     found = {name: known[name][1] for name, (_, stamp) in files.items() if known.get(name, ("",))[0] == stamp}
     for some in _chunks([name for name in files if name not in found], AT_ONCE):
         now = time.time_ns()
-        new = dict(zip(some, _all_cores(_file_digest, [files[name][0] for name in some]), strict=True))
+        new = dict(zip(some, all_cores(_file_digest, [files[name][0] for name in some]), strict=True))
         found |= {name: digest for name, digest in new.items() if digest}
         store.keep_files(
             (name, files[name][1], digest)
@@ -202,7 +202,7 @@ class _Store:
         query = "SELECT name, value FROM contents WHERE name IN ({})"
         found: dict[tuple[str, str], str] = {by_name[name]: value for name, value in self._select(query, list(by_name))}
         for some in _chunks([key for key in wanted if key not in found], at_once):
-            values = _all_cores(compute, [wanted[key] for key in some])
+            values = all_cores(compute, [wanted[key] for key in some])
             new = {key: value for key, value in zip(some, values, strict=True) if value is not None}
             rows = [(f"{digest} {what}", value) for (digest, what), value in new.items()]
             self._write("INSERT OR REPLACE INTO contents VALUES (?, ?)", rows)
@@ -290,12 +290,15 @@ def _progress() -> Iterator[Callable[[int], None]]:
             progress.stop()
 
 
-def _all_cores(work: Callable[[S], T], items: Sequence[S]) -> list[T]:
-    """`work` of each item in threads: hashing and decoding mostly leave the interpreter's lock alone."""
+def all_cores(work: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+    """`work` of each item, in order, by threads: hashing and decoding mostly leave the interpreter's lock alone.
+
+    No warning is told until the last is taken.
+    """
     # Readers silence warnings each for themselves, and what one thread takes back another would tell.
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
         warnings.simplefilter("ignore")
-        return list(pool.map(work, items))
+        yield from pool.map(work, items)
 
 
 def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import track
 
-from medr1.data.images import contents_of, file_of, load_image
+from medr1.data.images import all_cores, contents_of, file_of, load_image
 from medr1.data.records import Record
 from medr1.errors import MedR1Error
 
@@ -71,21 +71,18 @@ def look_at(images: Sequence[Path]) -> Pictures:
     """Decode every image file once, with a progress bar on stderr, and compare them."""
     missing, unreadable, paths, file_hashes, pixel_hashes, perceptual, grey = [], [], [], [], [], [], []
     contents = contents_of(images)
-    for image in track(images, "images", console=Console(stderr=True)):
-        if not os.path.isfile(file_of(image)):
+    looks = track(all_cores(_look, images), "images", total=len(images), console=Console(stderr=True))
+    for image, look in zip(images, looks, strict=True):
+        if look is None:
             missing.append(image)
-            continue
-        try:
-            picture = load_image(image)
-        except MedR1Error as error:
-            unreadable.append(str(error))
-            continue
-        paths.append(image)
-        file_hashes.append(contents[image].file)
-        pixel_hashes.append(contents[image].pixels or str(image))
-        flat = picture.convert("L")
-        perceptual.append(int(str(imagehash.phash(flat)), 16))
-        grey.append(np.asarray(flat.resize((SIDE, SIDE))).ravel())
+        elif isinstance(look, str):
+            unreadable.append(look)
+        else:
+            paths.append(image)
+            file_hashes.append(contents[image].file)
+            pixel_hashes.append(contents[image].pixels or str(image))
+            perceptual.append(look[0])
+            grey.append(look[1])
     num_candidates, near = _near(pixel_hashes, perceptual, grey)
     near_content: dict[str, set[str]] = defaultdict(set)
     for pair in near:
@@ -96,6 +93,17 @@ def look_at(images: Sequence[Path]) -> Pictures:
     return Pictures(
         paths, file_hashes, pixel_hashes, missing, unreadable, num_candidates, near, content, dict(near_content)
     )
+
+
+def _look(image: Path) -> tuple[int, npt.NDArray[np.uint8]] | str | None:
+    """Perceptual hash and grey values (SIDE * SIDE,); a line for what cannot be decoded, None for what is not there."""
+    if not os.path.isfile(file_of(image)):
+        return None
+    try:
+        flat = load_image(image).convert("L")
+    except MedR1Error as error:
+        return str(error)
+    return int(str(imagehash.phash(flat)), 16), np.asarray(flat.resize((SIDE, SIDE))).ravel()
 
 
 def copies(items: Sequence[Item], keys: Sequence[Hashable]) -> list[list[Item]]:
