@@ -302,7 +302,8 @@ class RecordTrainer(Trainer):
     def encode(self, records: list[Record]) -> PromptBatch:
         """Prompts of records in the recipe's mode, with their images."""
         messages = [build_messages(record, self.config.rollout.mode) for record in records]
-        images = [[load_image(path) for path in record.images] for record in records]
+        loaded = {record.images: [load_image(path) for path in record.images] for record in records}
+        images = [loaded[record.images] for record in records]
         prompts = encode_prompts(self.vlm, messages, images, thinking=self.config.rollout.mode == "think")
         names = [f"record {record.id}" for record in records]
         check_lengths(self.vlm, prompts, names, self.config.rollout.max_new_tokens)
