@@ -76,8 +76,13 @@ def _read(text: str, options: Sequence[str]) -> Answer:
     """Read a text without tags."""
     if not options:
         return _open_span(text)
+    # What the prompt asks for: a letter alone. Where no option holds a lone letter it is nothing else, and the options
+    # need no reading, which takes most of the time.
+    lone = text.strip().removesuffix(".")
+    if len(lone) == 1 and lone in LETTERS[: len(options)] and not any(map(_LONE.search, options)):
+        return Answer("letter", lone)
     texts = _texts(tuple(options))
-    # A text that is an option's whole text needs no reading; a letter alone is what the prompt asks for.
+    # A text that is an option's whole text needs no reading; a letter alone may be one.
     same = texts.plain.get(normalise_option(text), texts.plain.get(normalise_option(text.strip(" .\n\"'"))))
     if same and (len(text.strip()) > 1 or text.strip().upper() not in texts.letters):
         return Answer("letter", min(same))
@@ -103,6 +108,10 @@ def _says_more(text: str, options: Sequence[str], letter: str) -> bool:
     chosen = set(normalise_answer(options[LETTERS.index(letter)]).split())
     longer = (normalise_answer(option) for option in options)
     return any(chosen < set(option.split()) <= words and option not in said for option in longer)
+
+
+_LONE = re.compile(r"(?<![^\W_])[A-Za-z](?![^\W_])|[^\x00-\x7f]")
+"""A letter that stands alone, or a character that cleaning may change."""
 
 
 @lru_cache(maxsize=4096)
