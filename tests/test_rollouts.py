@@ -12,7 +12,7 @@ from torch import Tensor
 from medr1.policy import rollouts
 from medr1.policy.adapters import add_lora
 from medr1.policy.encoding import PromptBatch, encode_prompts
-from medr1.policy.rollouts import Rollout, sample
+from medr1.policy.rollouts import Rollout, read_shared, sample
 from medr1.policy.shared_prefix import completion_logprobs
 from medr1.policy.vlm import VLM
 
@@ -69,6 +69,12 @@ def test_images_that_several_prompts_ask_about_are_read_once(family: str) -> Non
         flat = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, materialize_grads=True)])
         results.append((rows(rollout), rollout.logp_NT, flat))
     fast, plain = results
+    assert read_shared(vlm, apart) is None
+    again, _ = completion_logprobs(vlm, shared, ids, mask, prefill=read_shared(vlm, shared))
+    torch.testing.assert_close(again, logp, atol=1e-10, rtol=0)
+    loss = (again * torch.arange(10.0)[:, None]).sum()
+    flat = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, materialize_grads=True)])
+    assert (flat - plain[2]).norm() / plain[2].norm() < 1e-6
     assert fast[0] == plain[0]
     torch.testing.assert_close(fast[1], plain[1], atol=1e-10, rtol=0)
     assert (fast[2] - plain[2]).norm() / plain[2].norm() < 1e-6  # rotary angles are float32

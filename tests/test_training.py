@@ -1,5 +1,6 @@
 """Training: data order, resume, whole checkpoints, the log, and that the reward goes up."""
 
+import itertools
 import json
 import re
 import resource
@@ -218,6 +219,30 @@ def test_bfloat16_gives_every_weight_its_gradient(phantoms: Path, tmp_path: Path
     assert found[0].keys() == found[1].keys()
     once, apart = (torch.cat([gradient.flatten() for gradient in of.values()]) for of in found)
     assert torch.nn.functional.cosine_similarity(once, apart, dim=0) > 0.999
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+def test_questions_of_a_step_share_their_image(skipped: bool, phantoms: Path, tmp_path: Path) -> None:
+    """Four questions, one image: the tower sees it once in sampling, and once more for the reference, or where a group
+    teaches nothing and the others are read again."""
+    config = recipe(
+        phantoms,
+        **LETTERS,
+        **{"optimizer.steps": 1, "optimizer.prompts_per_step": 4, "grpo.beta": 0.0 if skipped else 0.1},
+    )
+    trainer = make_trainer(config, tmp_path)
+    first = trainer.train_dataset[0]
+    records = [first.model_copy(update={"id": f"{n}", "question": f"What is it? {'Say. ' * n}"}) for n in range(4)]
+    number = itertools.count()
+    trainer.rewards = [("later", lambda reply, record, _: 0.0 if record.id == "0" else float(next(number)), 1.0)]
+    patches: list[int] = []
+    for model in filter(None, (trainer.vlm.core, trainer.reference)):
+        model.base_model.visual.patch_embed.register_forward_hook(lambda module, args, out: patches.append(len(out)))
+    trainer.training_step(trainer.model, {"records": records})
+    carries = trainer.experience.advantages_BG.abs().sum(1) > 0
+    assert carries.tolist() == [False, True, True, True]
+    one = int(trainer.experience.prompts.vision["image_grid_thw"][0].prod())
+    assert patches == [one] * 2
 
 
 def test_reward_goes_up(phantoms: Path, tmp_path: Path) -> None:

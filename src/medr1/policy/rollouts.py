@@ -144,7 +144,7 @@ def sample(
 
     with evaluating(vlm.model):
         with torch.set_grad_enabled(keep_prefill):
-            prefill = _read(vlm, prompts)
+            prefill = read_shared(vlm, prompts) or _call(vlm, prompts, Prefill(prompts.attention_mask_BP))
         assert prefill.logits_BV is not None
         logits_MV = prefill.logits_BV.repeat_interleave(num_completions, dim=0)
         logp = torch.zeros(num_rows, max_new_tokens, dtype=torch.promote_types(logits_MV.dtype, torch.float32))
@@ -244,11 +244,13 @@ def _uniform(seed: int, num_steps: int, num_rows: int) -> Tensor:
     return torch.rand(num_steps, num_rows, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def _read(vlm: VLM, prompts: PromptBatch) -> Prefill:
-    """Read the prompts; images that several of them ask about, and the text before these, only once."""
+def read_shared(vlm: VLM, prompts: PromptBatch) -> Prefill | None:
+    """Prompts as `sample` keeps them for `completion_logprobs`, where several ask about the same images: these, and the
+    text before them, are read only once. None where no two do.
+    """
     shared = _beginnings(vlm, prompts)
     if shared is None:
-        return _call(vlm, prompts, Prefill(prompts.attention_mask_BP))
+        return None
     beginnings, ends, owners = shared
     before = _call(vlm, beginnings, Prefill(beginnings.attention_mask_BP))
     owner_B = torch.tensor(owners, device=prompts.input_ids_BP.device)

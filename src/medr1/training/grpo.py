@@ -33,7 +33,7 @@ from medr1.data.records import Record, read_jsonl, to_json, write_atomic
 from medr1.errors import MedR1Error
 from medr1.policy.drafts import Drafts
 from medr1.policy.encoding import FeatureCache, PromptBatch, with_vision_features
-from medr1.policy.rollouts import Rollout, sample
+from medr1.policy.rollouts import Rollout, read_shared, sample
 from medr1.policy.shared_prefix import completion_logprobs
 from medr1.policy.vlm import VLM, evaluating
 from medr1.processes import agree, gather
@@ -194,6 +194,7 @@ class GRPOTrainer(RecordTrainer):
         whole = optimizer.prompts_per_forward in (0, optimizer.prompts_per_step)
         alone = self.args.world_size == 1 and not self.is_sharded and not optimizer.gradient_checkpointing
         self.reads_prompts_once = self.repeats == 1 and whole and alone and not (dropout or config.draws.redraws)
+        self.shares_images = alone  # a wrapped model takes one call for each backward pass
         self.server = self._connect() if config.rollout.engine == "vllm" else None
         self.reads_prompts_once &= self.server is None
         self.drafts = Drafts() if config.rollout.drafts and self.server is None else None
@@ -560,6 +561,7 @@ class GRPOTrainer(RecordTrainer):
             prompts, prefill = experience.prompts, experience.rollout.prefill
             if prefill is None:
                 prompts = prompts.select(chunk)
+                prefill = read_shared(self.vlm, prompts) if self.shares_images else None
             rows_mask_NT = mask_NT[rows] & carries_B[chunk].repeat_interleave(num_completions)[:, None]
             part = rows, slice(max(1, int(rows_mask_NT.sum(1).max())))  # of these rows no more than their longest
             rows_mask_NT = rows_mask_NT[:, part[1]]
@@ -571,7 +573,12 @@ class GRPOTrainer(RecordTrainer):
                         if there != ids_NT.device:
                             asked = replace(prompts, features=None).to(there)
                         ref_logp_NT, _ = completion_logprobs(
-                            reference, asked, ids_NT.to(there), rows_mask_NT.to(there), temperature=temperature
+                            reference,
+                            asked,
+                            ids_NT.to(there),
+                            rows_mask_NT.to(there),
+                            temperature=temperature,
+                            prefill=read_shared(reference, asked) if self.shares_images else None,
                         )
                         experience.ref_logp_NT[part] = ref_logp_NT.to(ids_NT.device)
                 logp_NT, entropy_NT = completion_logprobs(
