@@ -32,7 +32,7 @@ docs: install ## the documentation site, in build/site
 test: check ## the checks and every test, at most 25 minutes on two cores
 	$(BIN)/pytest -n 2 --dist loadfile
 
-bench: install ## our GRPO step and TRL's in turn, 20 minutes
+bench: install ## our GRPO step and TRL's in turn, 25 minutes
 	$(BIN)/python benchmarks/bench.py
 
 clean: ## remove .venv and everything that was made

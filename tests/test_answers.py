@@ -1,5 +1,8 @@
 """The extractor against replies that public extractors misread, its rules, fuzz, and all real options."""
 
+import random
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -334,3 +337,19 @@ def test_the_words_of_a_longer_option_apart() -> None:
         assert extract_answer("Lung", options).letter == "AB"[options.index("Lung")]
         assert extract_answer("The finding is lung cancer.", options).letter == "AB"[options.index("Lung cancer")]
         assert extract_answer("The lung, not lung cancer", options).letter in ("AB"[options.index("Lung")], None)
+
+
+def test_a_lone_letter_is_what_the_whole_reading_makes_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options of a few words, among them letters, numbers, signs and words that mean several options."""
+    drawn = random.Random(0)
+    phrase = "left right lung T2 PET grade 2 stage I vitamin A B none of the above all yes no IgA an x-ray + - 5 mm Ⅱ α"
+    words = phrase.split()
+    asked = []
+    for _ in range(300):
+        options = [" ".join(drawn.choices(words, k=drawn.randrange(1, 4))) for _ in range(drawn.randrange(2, 7))]
+        letter = "ABCDEFGH"[drawn.randrange(len(options))]
+        form = drawn.choice(["{}", "{}.", " {}\n", "<answer>{}</answer>", "<think>x</think><answer> {}. </answer>"])
+        asked.append((form.format(letter), options))
+    quick = [extract_answer(*question) for question in asked]
+    monkeypatch.setattr("medr1.data.answers._LONE", re.compile(""))
+    assert quick == [extract_answer(*question) for question in asked]
