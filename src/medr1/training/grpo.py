@@ -194,7 +194,8 @@ class GRPOTrainer(RecordTrainer):
         whole = optimizer.prompts_per_forward in (0, optimizer.prompts_per_step)
         alone = self.args.world_size == 1 and not self.is_sharded and not optimizer.gradient_checkpointing
         self.reads_prompts_once = self.repeats == 1 and whole and alone and not (dropout or config.draws.redraws)
-        self.shares_images = alone  # a wrapped model takes one call for each backward pass
+        # A wrapped model takes one call for each backward pass.
+        self.shares_images = alone and not self.vlm.not_shared
         self.server = self._connect() if config.rollout.engine == "vllm" else None
         self.reads_prompts_once &= self.server is None
         self.drafts = Drafts() if config.rollout.drafts and self.server is None else None
