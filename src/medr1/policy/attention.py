@@ -424,8 +424,12 @@ class Decoding:
         layer: int = module.layer_idx  # type: ignore[assignment]
         hidden: DecodingMask = mask.parts
         own_keys, own_values = self.keys[layer], self.values[layer]
-        own_keys[self.row_M, :, :, self.place_M] = key[:, :, 0].to(own_keys.dtype)
-        own_values[self.row_M, :, self.place_M] = value[:, :, 0].to(own_values.dtype)
+        if self.even:  # the same place of each row: a plain copy
+            own_keys[..., self.end - 1] = key[:, :, 0]
+            own_values[:, :, self.end - 1] = value[:, :, 0]
+        else:
+            own_keys[self.row_M, :, :, self.place_M] = key[:, :, 0].to(own_keys.dtype)
+            own_values[self.row_M, :, self.place_M] = value[:, :, 0].to(own_values.dtype)
         num_rows, kv_heads, size, _ = own_keys.shape
         heads, end = query.shape[1], self.end
         shared = heads // kv_heads  # query heads of a key-value head
