@@ -59,7 +59,7 @@ class Stub:
         monkeypatch.setattr(module, "encode_prompts", self.encode)
         monkeypatch.setattr(module, "sample", self.sample)
 
-    def encode(self, vlm: VLM, messages: list, images: list) -> list[str]:
+    def encode(self, vlm: VLM, messages: list, images: list, thinking: bool) -> list[str]:
         self.images += [image for group in images for image in group]
         return [message[0]["content"][-1]["text"] for message in messages]
 
