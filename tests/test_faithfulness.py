@@ -66,7 +66,7 @@ class Stub:
             monkeypatch.setattr(place, "option_logprobs", self.option_logprobs)
         monkeypatch.setattr(medr1.evaluation.run, "sample", self.sample)
 
-    def encode(self, vlm: object, messages: list, images: list) -> SimpleNamespace:
+    def encode(self, vlm: object, messages: list, images: list, thinking: bool = False) -> SimpleNamespace:
         texts = [message[0]["content"][-1]["text"] for message in messages]
         return SimpleNamespace(texts=texts, select=lambda rows: SimpleNamespace(texts=[texts[row] for row in rows]))
 
