@@ -38,6 +38,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PrinterCallback
+from transformers.masking_utils import causal_mask_function
 
 from medr1.policy import attention
 from medr1.policy.adapters import add_lora, compile_text_layers
@@ -214,7 +215,9 @@ def flex(machine: Machine) -> dict[str, Any]:
     prompt = 4 * machine.prompt_text
     real = torch.ones(2, prompt, dtype=torch.bool, device=machine.device)
     real[0, : prompt // 5] = False
-    tree = attention.tree_mask(real, group, length, with_prompt=True)
+    tree = attention.tree_mask(
+        causal_mask_function, real, attention.places_in_row(real), group, length, with_prompt=True
+    )
     total = prompt + group * length
     dense = create_mask(tree.mask_mod, 2, None, total, total, device=str(machine.device))
     dense = dense | torch.eye(total, dtype=torch.bool, device=machine.device)  # padding: nobody reads it
@@ -378,10 +381,20 @@ class Trained:
 def recipe(group: int, new_tokens: int, *, lora: bool, pixels: int) -> Any:
     """What `plan` reads of a recipe; its own class needs pydantic."""
     return SimpleNamespace(
-        model=SimpleNamespace(lora_rank=LORA if lora else 0, train_vision=True, min_pixels=0, max_pixels=pixels),
+        model=SimpleNamespace(
+            lora_rank=LORA if lora else 0,
+            lora_targets="language",
+            quantize="none",
+            dtype="auto",
+            train_vision=True,
+            min_pixels=0,
+            max_pixels=pixels,
+        ),
         rollout=SimpleNamespace(num_completions=group, max_new_tokens=new_tokens),
-        grpo=SimpleNamespace(beta=BETA),
-        optimizer=SimpleNamespace(prompts_per_step=1, prompts_per_forward=0, gradient_checkpointing=False),
+        grpo=SimpleNamespace(beta=BETA, reference="float32"),
+        optimizer=SimpleNamespace(
+            name="adamw", prompts_per_step=1, prompts_per_forward=0, gradient_checkpointing=False
+        ),
     )
 
 
