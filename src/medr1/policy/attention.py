@@ -42,7 +42,9 @@ class Layout(Protocol):
     def mask(self, sees: Sees) -> Any:
         """What `attend` needs to know of one kind of layer; once a call and kind."""
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Tensor:
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, scaling: float, **kwargs: Any
+    ) -> Tensor:
         """Attention output (B, tokens, H, D) for query (B, H, tokens, D) and key, value (B, K, tokens, D)."""
 
     def carry(self, layer: int, run: Run, hidden_states: Tensor) -> Tensor:
@@ -78,10 +80,12 @@ def shared_prefix_attention(
     return shared_prefix.attend(module, query, key, value, attention_mask, **kwargs), None
 
 
-def shared_prefix_mask(*args: Any, mask_function: Sees = causal_mask_function, **kwargs: Any) -> Any:
+def shared_prefix_mask(*args: Any, **kwargs: Any) -> Any:
     """The mask function that transformers calls once for each kind of layer."""
     layout = _current.get()
-    return sdpa_mask(*args, mask_function=mask_function, **kwargs) if layout is None else layout.mask(mask_function)
+    return (
+        sdpa_mask(*args, **kwargs) if layout is None else layout.mask(kwargs.get("mask_function", causal_mask_function))
+    )
 
 
 def _passed_on(parts: Any, device: torch.device) -> Tensor:
@@ -418,7 +422,7 @@ class Decoding:
         return zeros.masked_fill(hidden, -torch.inf)
 
     def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **kwargs: Any
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, scaling: float, **kwargs: Any
     ) -> Tensor:
         """For query (M, H, 1, D) and key, value (M, K, 1, D) of the call that `expect` laid out."""
         layer: int = module.layer_idx  # type: ignore[assignment]

@@ -37,11 +37,12 @@ def not_shared(core: Any) -> str | None:
         return f"its {', '.join(sorted(kinds))} layers"
     if getattr(text, "attn_logit_softcapping", None):
         return "its attention with capped scores"
-    return None if {"position_ids", "logits_to_keep"} <= arguments(type(core)) else "its way of placing images"
+    kind: Any = type(core)
+    return None if {"position_ids", "logits_to_keep"} <= arguments(kind) else "its way of placing images"
 
 
 @functools.cache
-def arguments(model: type) -> frozenset[str]:
+def arguments(model: Any) -> frozenset[str]:
     """What a call of this class of models takes, by name."""
     return frozenset(inspect.signature(model.forward).parameters)
 
@@ -123,5 +124,5 @@ def lay_out_states(core: Any) -> bool:
     found = [module for module in core.get_decoder().modules() if type(module).__name__.endswith(endings)]
     for module in found:
         if not isinstance(module, CarriesState):
-            module.__class__ = _with_state(type(module))
+            module.__class__ = _with_state(type(module))  # type: ignore[arg-type]  # a class is hashable
     return bool(found)

@@ -54,7 +54,7 @@ def completion_logprobs(
         entropies (N, T) or None.
     """
     if vlm.not_shared:
-        settings = {"temperature": temperature, "entropy": entropy, "model": model}
+        settings: dict[str, Any] = {"temperature": temperature, "entropy": entropy, "model": model}
         return repeated_logprobs(vlm, prompts, completion_ids_NT, mask_NT, **settings)
     num_prompts, prompt_length = prompts.input_ids_BP.shape
     num_rows, length = completion_ids_NT.shape

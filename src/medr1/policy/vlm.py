@@ -85,7 +85,8 @@ class VLM:
 
     def takes(self, name: str) -> bool:
         """Whether a call of the model has this argument."""
-        return name in layers.arguments(type(self.core))
+        kind: Any = type(self.core)
+        return name in layers.arguments(kind)
 
     @property
     def prompt_sees_itself(self) -> bool:

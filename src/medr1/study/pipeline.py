@@ -97,7 +97,7 @@ def run_recipe(
     sample = limited(records, LOOKED, config)
     base = load_vlm(config.model.name, **config.model.loading)
     before = evaluate(base, records, out=out / "base.jsonl", **settings)
-    ask = partial(evaluate, donors=held_out, **settings)
+    ask: Any = partial(evaluate, donors=held_out, **settings)
     more: dict[str, Any] = {"donors": held_out, "batch_size": batch_size}
     own = base if forced else None
     look(before, sample, partial(ask, base), out=folder_of(out / "base.jsonl"), vlm=own, reader=own, **more)

@@ -98,8 +98,8 @@ def longest(trainer: "RecordTrainer", records: Sequence[Record], count: int) -> 
 def _pixels(path: Path) -> int:
     """Width times height of an image; of most kinds of files only the beginning is read."""
     try:
-        with Image.open(path) as image:
-            return image.width * image.height
+        with Image.open(path) as opened:
+            return opened.width * opened.height
     except (UnidentifiedImageError, OSError):
         image = load_image(path)
         return image.width * image.height

@@ -413,10 +413,11 @@ class GRPOTrainer(RecordTrainer):
         prompts = self._read(records)
         # A stream of its own for each step, so that a resumed run samples what it would have sampled; in later rounds
         # for each place of it, so that any number of processes samples the same.
-        seed: int | list[int] = (config.optimizer.seed * 1_000_003 + self.state.global_step) * 1_009
+        of_step = (config.optimizer.seed * 1_000_003 + self.state.global_step) * 1_009
+        seed: int | list[int] = of_step
         if redraw:
             shape = config.draws.redraws, config.optimizer.prompts_per_step
-            of_places = torch.randint(2**31, shape, generator=torch.Generator().manual_seed(seed + 1))
+            of_places = torch.randint(2**31, shape, generator=torch.Generator().manual_seed(of_step + 1))
             seed = of_places[redraw - 1, list(places)].tolist()
         settings: dict[str, Any] = {
             "num_completions": config.rollout.num_completions,
@@ -744,7 +745,7 @@ class GRPOTrainer(RecordTrainer):
         ]
 
     def log_line(self, sums: dict[str, float]) -> dict[str, float]:
-        line = {}
+        line: dict[str, float] = {}
         if completions := sums.get("completions"):
             given = {name: sums[f"given_{name}"] for name, _, _ in self.rewards}
             line = {

@@ -218,7 +218,8 @@ def needs_image(records: Sequence[Record]) -> list[float]:
     """
     listed = [record for record in records if not record.is_open]
     folds = [int(hashlib.sha256(record.group.encode()).hexdigest(), 16) % FOLDS for record in listed]
-    right, offered = (defaultdict(lambda: [0.0] * (FOLDS + 1)) for _ in range(2))
+    right: dict[object, list[float]] = defaultdict(lambda: [0.0] * (FOLDS + 1))
+    offered: dict[object, list[float]] = defaultdict(lambda: [0.0] * (FOLDS + 1))
     for record, fold in zip(listed, folds, strict=True):
         for letter, cues in zip(record.letters, _cues(record), strict=True):
             for cue in cues:

@@ -178,9 +178,11 @@ def count(model: str) -> Sizes:
 
 def _counted(network: Any, facts: dict[str, Any]) -> Sizes:
     """Sizes of a model that may lie on the meta device; `facts` are fields that its configuration does not tell."""
-    text, vision = network.config.get_text_config(), network.config.vision_config
+    text: Any = network.config.get_text_config()
+    vision: Any = network.config.vision_config
     layers = {name: lora_layers(network, name) for name in ("language", "vision")}
-    decoder, parts = network.get_decoder(), {"text": 0, "embeddings": 0, "vision": 0}
+    decoder = network.get_decoder()
+    parts: dict[str, Any] = {"text": 0, "embeddings": 0, "vision": 0}
     in_layers = {id(weight) for weight in decoder.layers.parameters()}
     beside = {id(weight) for module in (decoder, network.get_output_embeddings()) for weight in module.parameters()}
     for weight in network.parameters():
@@ -193,8 +195,9 @@ def _counted(network: Any, facts: dict[str, Any]) -> Sizes:
         for name, weight in decoder.layers[0].named_parameters()
         if weight.ndim == 1 and "norm" in name and name.endswith("weight")
     ]
-    width = getattr(vision, "embed_dim", None) or getattr(vision, "hidden_size", 0)
-    inner = getattr(vision, "intermediate_size", None) or int(width * getattr(vision, "mlp_ratio", 4))
+    depth: Any = getattr(vision, "depth", None) or getattr(vision, "num_hidden_layers", 0)
+    width: Any = getattr(vision, "embed_dim", None) or getattr(vision, "hidden_size", 0)
+    inner: Any = getattr(vision, "intermediate_size", None) or int(width * getattr(vision, "mlp_ratio", 4))
     return Sizes(
         **parts,
         linear_ends=_ends(layers["language"]),
@@ -207,7 +210,7 @@ def _counted(network: Any, facts: dict[str, Any]) -> Sizes:
         intermediate=getattr(text, "intermediate_size", None) or text.moe_intermediate_size * text.num_experts_per_tok,
         key_value=key,
         vocabulary=text.vocab_size,
-        vision_layers=getattr(vision, "depth", None) or getattr(vision, "num_hidden_layers", 0),
+        vision_layers=depth,
         vision_width=width,
         vision_intermediate=inner,
         vision_gated=any(name.endswith("gate_proj") for name in layers["vision"]),
