@@ -36,6 +36,7 @@ from workload import (
     MODE,
     Workload,
     from_json,
+    only_ends_by_eos,
     our_trainer,
     to_json,
     trl_trainer,
@@ -254,7 +255,7 @@ def compare_evaluation(
         folder = Path(name)
         write_model(folder / "model", pixels=224, small=small)
         records = write_records(folder / "images", count=num_records, pixels=224, questions=questions)
-        vlm = load_vlm(str(folder / "model"), device="cpu")
+        vlm = only_ends_by_eos(load_vlm(str(folder / "model"), device="cpu"))
         model = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32).eval()
         processor = AutoProcessor.from_pretrained(folder / "model")
         for number in range(rounds + 1):
@@ -319,8 +320,10 @@ def compare_drafts(steps: int = 0) -> dict[str, Any]:
         config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"steps": steps})})
     drafted, seconds, calls, turned, rows = ours_module.sample, [], [], 0, 0
 
-    def both(*args: Any, drafts: Any, **kwargs: Any) -> Any:
+    def both(*args: Any, drafts: Any = None, **kwargs: Any) -> Any:
         nonlocal turned, rows
+        if drafts is None:  # the dry step
+            return drafted(*args, **kwargs)
         found, took = {}, {}
         ways = {"plain": None, "drafts": drafts}
         for way in sorted(ways, reverse=len(seconds) % 2 == 0):  # in turn the first

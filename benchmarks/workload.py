@@ -184,9 +184,15 @@ def write_files(workload: Workload, folder: Path) -> list[Record]:
     )
 
 
+def only_ends_by_eos(vlm: VLM) -> VLM:
+    """The same model, which goes on after the end of a turn, as TRL and `generate` do: so completions are as long."""
+    vars(vlm)["stop_token_ids"] = [vlm.tokenizer.eos_token_id]
+    return vlm
+
+
 def our_trainer(workload: Workload, records: list[Record], folder: Path, vlm: VLM | None = None) -> GRPOTrainer:
     """Med-R1's trainer, as `medr1 train` makes it, by default of the model in `folder`; one step a `train()`."""
-    vlm = vlm or load_vlm(str(folder / "model"), device="cpu")
+    vlm = only_ends_by_eos(vlm or load_vlm(str(folder / "model"), device="cpu"))
     config = load_config(
         overrides={
             "model.name": vlm.name,

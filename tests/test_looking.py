@@ -189,7 +189,7 @@ class Stub:
         self.vlm: Any = SimpleNamespace(model=weights, core=core, processor=processor, name=kind, folder=None)
         self.vlm.stub = self
         module = medr1.evaluation.run
-        monkeypatch.setattr(module, "encode_prompts", lambda vlm, *given: list(zip(*given, strict=True)))
+        monkeypatch.setattr(module, "encode_prompts", lambda vlm, *given, **more: list(zip(*given, strict=True)))
         monkeypatch.setattr(module, "check_lengths", lambda *given: None)
         monkeypatch.setattr(module, "option_logprobs", lambda vlm, *given, **more: vlm.stub.weigh(*given, **more))
         monkeypatch.setattr(module, "sample", lambda vlm, prompts, **more: vlm.stub.sample(prompts))

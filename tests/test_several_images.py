@@ -116,9 +116,9 @@ def test_controls_show_as_many_images(records: list[Record], tmp_path: Path, mon
 
     encode = evaluation.encode_prompts
 
-    def watched(vlm: VLM, messages: list, images: list[list[Image.Image]]) -> object:
+    def watched(vlm: VLM, messages: list, images: list[list[Image.Image]], **more: bool) -> object:
         seen.extend(images)
-        return encode(vlm, messages, images)
+        return encode(vlm, messages, images, **more)
 
     monkeypatch.setattr(evaluation, "encode_prompts", watched)
     pairs, vlm = records[:4], tiny_vlm("qwen2_vl")

@@ -273,11 +273,11 @@ def test_weights_that_are_not_ours_are_noticed(
 def test_prompts_that_differ_or_do_not_fit_are_refused(
     server: vllm_env.Server, vlm: VLM, records: list[Record], tmp_path: Path
 ) -> None:
-    """Here our side takes smaller images than the server's."""
+    """Here our side takes larger images than the server's, which scales down what we send."""
     vlm.core.save_pretrained(tmp_path)
     remote = VLLMServer(vlm, server.url, tmp_path, mode="think", lora=False)
     remote.push(0)
-    limit_pixels(vlm.processor, vlm.name, min_pixels=56 * 56, max_pixels=56 * 56)
+    limit_pixels(vlm.processor, vlm.name, min_pixels=168 * 168, max_pixels=168 * 168)
     with pytest.raises(MedR1Error, match=f"reads the prompt of record {records[0].id} otherwise than medr1"):
         differences(vlm, remote, records)
     long = records[1].model_copy(update={"question": "Which of these is it? " * 300})

@@ -137,8 +137,13 @@ def evaluate(
         pending = [(key, record) for key, record in ordered if key not in evaluation.rows]
         drafts = Drafts()
 
-        def read(batch: list[tuple[str, Record]]) -> PromptBatch:
-            loaded = {record.images: evaluation.images(record) for _, record in batch}
+        # Images alone are read ahead: a tokenizer is not for two threads, since padding is a state of it.
+        def read(batch: list[tuple[str, Record]]) -> dict[tuple[Path, ...], list[Image.Image]]:
+            return {record.images: evaluation.images(record) for _, record in batch}
+
+        batches = [pending[start : start + batch_size] for start in range(0, len(pending), batch_size)]
+        started = time.perf_counter()
+        for batch, loaded in _one_ahead(read, batches):
             prompts = encode_prompts(
                 vlm,
                 [build_messages(record, mode) for _, record in batch],
@@ -146,11 +151,6 @@ def evaluate(
                 thinking=mode == "think",
             )
             check_lengths(vlm, prompts, [f"record {record.id}" for _, record in batch], max_new_tokens)
-            return prompts
-
-        batches = [pending[start : start + batch_size] for start in range(0, len(pending), batch_size)]
-        started = time.perf_counter()
-        for batch, prompts in _one_ahead(read, batches):
             answers = _answer(
                 vlm,
                 prompts,

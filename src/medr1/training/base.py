@@ -135,7 +135,7 @@ class RecordTrainer(Trainer):
             output_dir=str(output_dir),
             max_steps=self.num_steps,
             per_device_train_batch_size=optimizer.prompts_per_step,
-            optim="adamw_bnb_8bit" if optimizer.name == "adamw_8bit" else "adamw_torch",
+            optim="adamw_bnb_8bit" if optimizer.name == "adamw_8bit" else "adamw_torch_fused",
             learning_rate=optimizer.learning_rate,
             lr_scheduler_type=optimizer.schedule,
             warmup_steps=optimizer.warmup_steps,
