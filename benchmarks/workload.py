@@ -192,7 +192,7 @@ def only_ends_by_eos(vlm: VLM) -> VLM:
 
 def our_trainer(workload: Workload, records: list[Record], folder: Path, vlm: VLM | None = None) -> GRPOTrainer:
     """Med-R1's trainer, as `medr1 train` makes it, by default of the model in `folder`; one step a `train()`."""
-    vlm = only_ends_by_eos(vlm or load_vlm(str(folder / "model"), device="cpu"))
+    vlm = vlm or load_vlm(str(folder / "model"), device="cpu")
     config = load_config(
         overrides={
             "model.name": vlm.name,
@@ -210,7 +210,9 @@ def our_trainer(workload: Workload, records: list[Record], folder: Path, vlm: VL
             **workload.settings,
         }
     )
-    return _quiet(GRPOTrainer(vlm, config, records, [], folder / "ours"))
+    trainer = GRPOTrainer(vlm, config, records, [], folder / "ours")
+    only_ends_by_eos(trainer.vlm)  # with its adapter
+    return _quiet(trainer)
 
 
 def trl_trainer(workload: Workload, records: list[Record], folder: Path) -> TRLTrainer:
