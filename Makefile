@@ -11,7 +11,7 @@ QUICK := answers config datasets grpo house metrics phantoms prompts regions rew
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+: .*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: .venv/core ## train the tiny model on phantoms and write its report: two minutes after the installation
+demo: .venv/core ## train the tiny model on phantoms and write its report: three minutes after the installation
 	$(BIN)/medr1 demo --out runs/demo
 
 install: .venv/installed ## what the tests, the checks and the documentation need too
