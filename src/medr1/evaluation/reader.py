@@ -17,7 +17,7 @@ from medr1.data.records import write_jsonl
 from medr1.evaluation.metrics import accuracy_table, by_kind, untrained
 from medr1.evaluation.remote import Server, parse_name
 from medr1.evaluation.rows import Row, record_of
-from medr1.policy.client import NoCompletion, api_key
+from medr1.policy.client import NoCompletion, api_key, at_once
 
 UNSETTLED = ("unparsed", "ambiguous")
 """Outcomes that are read again."""
@@ -63,8 +63,6 @@ def read_again(name: str, rows: Sequence[Row], out: Path, *, concurrency: int = 
         return kept
     try:
         asyncio.run(_ask(server, kept, pending, out, concurrency))
-    except ExceptionGroup as failures:  # of the workers; the first says enough
-        raise failures.exceptions[0] from failures.exceptions[0].__cause__
     finally:
         write_jsonl(out, kept)
     return kept
@@ -90,9 +88,7 @@ async def _ask(server: Server, rows: list[Row], pending: Sequence[int], out: Pat
                 if done % WRITE_EVERY == 0:
                     write_jsonl(out, rows)
 
-        async with asyncio.TaskGroup() as workers:
-            for _ in range(concurrency):
-                workers.create_task(work())
+        await at_once(work, concurrency)
 
 
 def reader_messages(row: Row) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ from medr1.policy.client import (
     NoCompletion,
     api_key,
     api_messages,
+    at_once,
     is_filter,
     openai,
     read_completion,
@@ -89,11 +90,7 @@ def evaluate_remote(
         donors=donors,
     ) as evaluation:
         server = Server(model, url, key, max_new_tokens)
-        try:
-            asyncio.run(server.answer(evaluation, concurrency))
-        except ExceptionGroup as failures:  # of the workers; the first says enough
-            first = failures.exceptions[0]
-            raise first from first.__cause__
+        asyncio.run(server.answer(evaluation, concurrency))
     return evaluation.result
 
 
@@ -149,9 +146,7 @@ class Server:
                     seconds = round(time.perf_counter() - started, 4)
                     evaluation.add([(key, reply | {"seconds": seconds})])
 
-            async with asyncio.TaskGroup() as workers:
-                for _ in range(concurrency):
-                    workers.create_task(work())
+            await at_once(work, concurrency)
         if silent and not answers_others():
             _, record, error = silent[0]
             raise self._error(f"answers nothing at record {record.id} ({error})", "look into the server's log")

@@ -1,17 +1,18 @@
 """The client of OpenAI-compatible servers: key, messages with their images, and a failure in one line."""
 
+import asyncio
 import base64
 import io
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
-from medr1.errors import MedR1Error
+from medr1.errors import MedR1Error, first_alone
 
 try:
     import openai
@@ -24,6 +25,14 @@ TIMEOUT = 600.0
 
 NO_KEY = "EMPTY"
 """What is sent as the key where OPENAI_API_KEY is not set; local servers take any."""
+
+
+async def at_once(work: Callable[[], Coroutine[Any, Any, None]], workers: int) -> None:
+    """Let several workers go through what they share at the same time; the first failure ends all, and is raised."""
+    with first_alone():
+        async with asyncio.TaskGroup() as group:
+            for _ in range(workers):
+                group.create_task(work())
 
 
 def api_key() -> str:

@@ -13,7 +13,6 @@ Before it is trusted it is asked about answers of which exact match knows the tr
 the right answer, and the right answer of another record that has the same question, or else the same type of question.
 """
 
-import asyncio
 import hashlib
 import random
 from collections.abc import Sequence
@@ -36,7 +35,7 @@ from medr1.data.records import (
 from medr1.errors import MedR1Error
 from medr1.evaluation.intervals import interval
 from medr1.evaluation.remote import Server, parse_name
-from medr1.policy.client import NoCompletion, api_key
+from medr1.policy.client import NoCompletion, api_key, at_once
 from medr1.training.own import awaited
 
 FOLDER = "judge"
@@ -124,11 +123,7 @@ class Judge:
                     rows.append({"key": key, "id": record.id, **about, "said": said, "same": same})
 
             try:
-                async with asyncio.TaskGroup() as workers:
-                    for _ in range(CONCURRENCY):
-                        workers.create_task(work())
-            except ExceptionGroup as failures:  # the first says enough
-                raise failures.exceptions[0] from failures.exceptions[0].__cause__
+                await at_once(work, CONCURRENCY)
             finally:
                 append_jsonl(self.folder / VERDICTS, rows)
                 self.verdicts.update({row["key"]: row["same"] for row in rows})

@@ -18,7 +18,7 @@ import torch
 
 from medr1.data.answers import exact_match, extract_answer, format_ok, is_correct, read_answer, token_f1
 from medr1.data.records import LETTERS, Record
-from medr1.errors import MedR1Error
+from medr1.errors import MedR1Error, first_alone
 from medr1.training.own import as_number, awaited, find_function, naming
 
 Reward = Callable[..., Any]
@@ -115,10 +115,8 @@ def _called(name: str, reward: Reward, calls: Sequence[tuple[str, tuple[Any, ...
             tasks = [group.create_task(settled(what, value)) for (what, _), value in zip(calls, values, strict=True)]
         return [task.result() for task in tasks]
 
-    try:
+    with first_alone():
         return awaited(all_settled())
-    except ExceptionGroup as failures:  # the first says enough
-        raise failures.exceptions[0] from failures.exceptions[0].__cause__
 
 
 def _checked(name: str, value: Any, record: Record) -> float | None:
