@@ -1,6 +1,7 @@
 """Objectives that keep a policy looking: what they pay for, and what they no longer pay for."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,9 +20,10 @@ from medr1.data.phantoms import write_phantoms
 from medr1.data.prompts import build_messages
 from medr1.data.records import Record
 from medr1.evaluation.confidence import option_logprobs, reasoning_of
-from medr1.policy.encoding import encode_prompts
+from medr1.policy.encoding import PromptBatch, encode_prompts
 from medr1.policy.shared_prefix import completion_logprobs
 from medr1.policy.vlm import VLM, load_vlm
+from medr1.training import looking
 from medr1.training.looking import OtherImages, consistency, deciding_tokens, image_margins, needs_image
 from medr1.training.objective import above_chance, perception_term
 
@@ -279,6 +281,15 @@ def test_hack_a_reasoning_bent_to_the_answer(vlm: VLM, lesions: list[Lesion]) ->
     assert hacked < 0.1 < 0.7 < honest
 
 
+def read_as_it_stands(vlm: VLM, texts: Sequence[str], records: Sequence[Record]) -> list[float]:
+    """What `consistency` would be with the options in their own order, and nothing taken off."""
+    blind = [one.model_copy(update={"images": ()}) for one in records]
+    prompts = encode_prompts(vlm, [build_messages(one, "think") for one in blind], [[]] * len(blind))
+    with torch.no_grad():
+        read = option_logprobs(vlm, prompts, blind, mode="think", reasoning=[reasoning_of(text) for text in texts])
+    return [math.exp(row["ABCD".index(one.answer)]) for row, one in zip(read, records, strict=True)]
+
+
 def test_hack_an_empty_reasoning_and_one_that_goes_by_the_order(vlm: VLM, lesions: list[Lesion]) -> None:
     """The base guesses the first option after a short reasoning; so does it as a reader."""
     unguarded, guarded = [], []
@@ -287,26 +298,37 @@ def test_hack_an_empty_reasoning_and_one_that_goes_by_the_order(vlm: VLM, lesion
         short = reply_text("think", f"The image is {lesion.record.modality}.", first.gold)
         texts = [lesion.reply(), reply_text("think", "", lesion.record.gold), short]
         records = [lesion.record, lesion.record, first]
-        blind = [one.model_copy(update={"images": ()}) for one in records]
-        prompts = encode_prompts(vlm, [build_messages(one, "think") for one in blind], [[]] * 3)
-        with torch.no_grad():
-            read = option_logprobs(vlm, prompts, blind, mode="think", reasoning=[reasoning_of(text) for text in texts])
-        unguarded.append([math.exp(row["ABCD".index(one.answer)]) for row, one in zip(read, records, strict=True)])
+        unguarded.append(read_as_it_stands(vlm, texts, records))
         guarded.append(consistency(vlm, texts, records, 0))
     assert min(mean(unguarded)) > 0.2, "read with the options as they stood, and nothing taken off"
     honest, empty, by_order = mean(guarded)
     assert empty == 0 and by_order < 0.2 < 0.7 < honest
 
 
-def test_hack_a_letter_named_in_the_reasoning(vlm: VLM, lesions: list[Lesion]) -> None:
-    rewards, paid = [], []
-    for lesion in lesions:
-        named = f"<think>The answer is {lesion.record.answer}.</think><answer>{lesion.record.answer}</answer>"
-        texts = [lesion.reply(), named]
-        rewards.append(consistency(vlm, texts, [lesion.record] * 2, 0))
-        paid.append(margins(vlm, lesion, texts))
-    for honest, hacked in (mean(rewards), mean(paid)):
+def test_hack_a_letter_named_in_the_reasoning(vlm: VLM, lesions: list[Lesion], monkeypatch: pytest.MonkeyPatch) -> None:
+    named = [f"<think>The answer is {it.record.answer}.</think><answer>{it.record.answer}</answer>" for it in lesions]
+    pairs = [[lesion.reply(), text] for lesion, text in zip(lesions, named, strict=True)]
+    read = [consistency(vlm, pair, [it.record] * 2, 0) for it, pair in zip(lesions, pairs, strict=True)]
+    paid = [margins(vlm, it, pair) for it, pair in zip(lesions, pairs, strict=True)]
+    for honest, hacked in (mean(read), mean(paid)):
         assert hacked < 0.3 < 0.7 < honest
+
+    def believes_letters(
+        _: VLM, prompts: PromptBatch, records: Sequence[Record], *, mode: str, reasoning: Sequence[str]
+    ) -> list[Tensor]:
+        shares = torch.full((len(records), 4), 0.01)
+        for row, text in enumerate(reasoning):
+            if told := re.search(r"answer is ([A-D])", text):
+                shares[row, "ABCD".index(told[1])] = 1
+        return [*(shares / shares.sum(1, keepdim=True)).log()]
+
+    monkeypatch.setattr(looking, "option_logprobs", believes_letters)
+    records = [lesion.record for lesion in lesions]
+    guarded = consistency(vlm, named, records, 0)
+    monkeypatch.setattr(looking, "permuted", lambda record, seed: record)
+    unguarded = consistency(vlm, named, records, 0)
+    assert mean([[value] for value in unguarded])[0] > 0.9, "a reader that knows the options by their letters"
+    assert mean([[value] for value in guarded])[0] < 0.3
 
 
 def test_hack_the_shortcut_costs_where_it_would_be_said_of_any_image(vlm: VLM, lesions: list[Lesion]) -> None:
