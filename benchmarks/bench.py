@@ -45,13 +45,13 @@ from workload import (
     write_records,
 )
 
-import medr1.training.grpo as ours_module
 from medr1.data.images import load_image
 from medr1.data.prompts import build_messages
 from medr1.evaluation.run import evaluate
 from medr1.policy.encoding import PromptBatch
 from medr1.policy.vlm import VLM, load_vlm
 from medr1.study.demo import demo_config
+from medr1.training import collecting, grpo
 from medr1.training.run import train
 
 HERE = Path(__file__).resolve().parent
@@ -143,14 +143,14 @@ class Side:
 
 @contextlib.contextmanager
 def timed_functions(side: Side) -> Iterator[None]:
-    """The two functions of our trainer's module that are parts of their own, while `side` steps."""
-    originals = ours_module.sample, ours_module.completion_logprobs
-    side.watch.wrap(ours_module, "sample", lambda: "rollout")
-    side.watch.wrap(ours_module, "completion_logprobs", scoring)
+    """The two functions of our trainer's modules that are parts of their own, while `side` steps."""
+    originals = collecting.sample, grpo.completion_logprobs
+    side.watch.wrap(collecting, "sample", lambda: "rollout")
+    side.watch.wrap(grpo, "completion_logprobs", scoring)
     try:
         yield
     finally:
-        ours_module.sample, ours_module.completion_logprobs = originals
+        collecting.sample, grpo.completion_logprobs = originals
 
 
 def compare(workload: Workload, rounds: int) -> dict[str, Any]:
@@ -318,7 +318,7 @@ def compare_drafts(steps: int = 0) -> dict[str, Any]:
     config = demo_config(seed=0)
     if steps:
         config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"steps": steps})})
-    drafted, seconds, calls, turned, rows = ours_module.sample, [], [], 0, 0
+    drafted, seconds, calls, turned, rows = collecting.sample, [], [], 0, 0
 
     def both(*args: Any, drafts: Any = None, **kwargs: Any) -> Any:
         nonlocal turned, rows
@@ -337,12 +337,12 @@ def compare_drafts(steps: int = 0) -> dict[str, Any]:
         return found["drafts"]
 
     with tempfile.TemporaryDirectory() as name:
-        ours_module.sample = both
+        collecting.sample = both
         began = time.perf_counter()
         try:
             train(config, Path(name) / "train")
         finally:
-            ours_module.sample = drafted
+            collecting.sample = drafted
         whole = time.perf_counter() - began
     assert turned <= rows / 1_000, f"{turned} of {rows} completions are not those of plain decoding"
 
