@@ -12,13 +12,14 @@ from transformers import Qwen2VLForConditionalGeneration
 from typer.testing import CliRunner
 
 from medr1.cli import app
-from medr1.config import load_config
+from medr1.config import Config, load_config
 from medr1.errors import MedR1Error
 from medr1.policy import four_bit
 from medr1.policy.adapters import add_lora
 from medr1.policy.encoding import encode_prompts
 from medr1.policy.shared_prefix import completion_logprobs
 from medr1.policy.vlm import VLM, load_vlm
+from medr1.training.balance import balance
 from medr1.training.plan import (
     GPUS,
     KNOWN,
@@ -420,3 +421,64 @@ def test_a_rehearsal_in_4_bits_took_what_is_counted(measured: dict) -> None:
     process, held, peak = (measured[f"{name}_mib"] * 2**20 / 1e9 for name in ("process", "weights", "peak"))
     assert parts["weights"] + process == pytest.approx(held, rel=0.03)
     assert sum(parts.values()) + process == pytest.approx(peak, rel=0.15)
+
+
+BIG = Sizes(
+    text=10**9,
+    embeddings=10**8,
+    vision=0,
+    linear_ends=10**6,
+    layers=10,
+    hidden=1000,
+    intermediate=4000,
+    key_value=100,
+    vocabulary=10**5,
+    token_side=28,
+    patches=4,
+    vision_layers=0,
+    vision_width=0,
+)
+FLEET = {"image_side": 392, "gpu": "a100"}
+
+
+def recipe_of(**changes: object) -> Config:
+    settings = {"optimizer.prompts_per_step": 4, "rollout.num_completions": 8, "grpo.beta": 0.0}
+    return load_config(overrides=settings | changes)
+
+
+def test_what_a_sampler_takes_by_hand() -> None:
+    """One of two GPUs samples 4 prompts of 196 + 110 tokens, 8 completions of 256 tokens each.
+
+    A token of all rows: 2.2e9 bytes of weights; of keys and values 32 rows x 4 x 10 x 100 bytes x (306 + 128) tokens =
+    55.6e6; at 2,039 GB/s 1.106 ms. Products: 2 x 32 x 1.1e9 / (312e12 x 0.4) = 0.56 ms. The server's own 3 ms are more:
+    256 x 3 ms = 0.768 s. Reading: 4 x 2e9 x 306 / 124.8e12 = 0.020 s. Handing over: 2.2e9 / 250e9 = 0.009 s.
+    """
+    two = balance(BIG, recipe_of(), 2, **FLEET)
+    assert (two["samplers"], two["trainers"], two["prompts"]) == (1, 1, 4)
+    assert two["seconds"]["weights"] == 0.009 and two["seconds"]["sampling"] == 0.79
+    assert two["limits"] == {"sampling": "scheduling", "training": "products"}
+    training = two["seconds"]["training"]
+    assert two["step_seconds"] == pytest.approx(0.009 + max(0.788, training), abs=0.011)
+    assert two["waiting_seconds"] == pytest.approx(0.009 + 0.788 + training, abs=0.011)
+    one = balance(BIG, recipe_of(), 1, **FLEET)
+    assert one["samplers"] == 0 and one["step_seconds"] == one["waiting_seconds"]
+
+
+def test_the_balance_goes_where_the_time_is() -> None:
+    """Longer replies take more samplers; where many rows are under way at a time, memory or products bound them."""
+    few, many = (balance(BIG, recipe_of(**{"rollout.max_new_tokens": n}), 64, **FLEET) for n in (64, 4096))
+    assert few["samplers"] < many["samplers"] and few["samplers"] + few["trainers"] == 64
+    wide = balance(BIG, recipe_of(**{"optimizer.prompts_per_step": 64}), 8, **FLEET)
+    assert wide["limits"]["sampling"] == "products"
+    assert (
+        balance(BIG, recipe_of(), 8, **FLEET)["step_seconds"] < balance(BIG, recipe_of(), 8, **FLEET)["waiting_seconds"]
+    )
+    assert not balance(BIG, recipe_of(), 8, **FLEET, memory=2.0)["fits"]
+
+
+def test_the_command_shows_three_fleets(model_2b: str) -> None:
+    settings = ["--gpu", "h100", "--servers", "--json"]
+    done = CliRunner().invoke(app, ["plan", "--model", model_2b, *settings])
+    assert done.exit_code == 0, done.output
+    fleets = json.loads(done.output.splitlines()[-1])["servers"]
+    assert [one["samplers"] + one["trainers"] for one in fleets] == [1, 8, 64]

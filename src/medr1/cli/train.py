@@ -1,8 +1,9 @@
 """Commands that change or make a model: demo, run, train, study, config, plan, export, build."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -285,6 +286,7 @@ def study_command(
         "medr1 plan --preset omnimedvqa-qwen2vl-2b --gpu a100",
         "medr1 plan --model MedGemma-4B --set model.lora_rank=64 --set model.quantize=nf4 --gpu rtx4090",
         "medr1 plan --model OWNER/NAME --memory 24",
+        "medr1 plan --preset omnimedvqa-qwen2vl-2b --gpu h100 --servers",
     ),
 )
 def plan_command(
@@ -305,6 +307,9 @@ def plan_command(
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="how many in a node, each with a copy of the model")] = 1,
     nodes: Annotated[int, typer.Option("--nodes", min=1, help="how many machines")] = 1,
     sharded: Annotated[bool, typer.Option("--sharded", help="one copy divided over all GPUs (FSDP2, ZeRO-3)")] = False,
+    servers: Annotated[
+        bool, typer.Option("--servers", help="also how many of 1, 8 and 64 GPUs should sample, and what limits each")
+    ] = False,
     image_side: Annotated[
         int, typer.Option("--image-side", min=28, help="side of a square image in pixels, before it is scaled")
     ] = 392,
@@ -314,7 +319,8 @@ def plan_command(
     from medr1.training.plan import NO_BFLOAT16, count, gpu_named, gpu_of, remedy
 
     values = dict(parse_override(text) for text in overrides or [])
-    recipe = load_config(recipe_file(config, preset), values | ({"model.name": model} if model else {}))
+    values |= {"model.name": model} if model else {}
+    recipe = load_config(recipe_file(config, preset), values)
     named = gpu is not None
     gpu = gpu_of(memory) if memory and not named else gpu_named(gpu or "a100")
     sizes = count(recipe.model.name)
@@ -345,7 +351,29 @@ def plan_command(
         Console().print(f"Seconds are those of one that is as quick as {gpu}.", highlight=False)
     elif gpu in NO_BFLOAT16:
         Console().print(f"{gpu} has no bfloat16, which training computes in: it will be slower than this.")
-    finish({"settings_added": added, **needs}, as_json)
+    balances: list[dict[str, Any]] = []
+    if servers:
+        from medr1.training.balance import FLEETS, balance
+
+        changed = load_config(recipe_file(config, preset), values | dict(map(parse_override, added)))
+        settings: dict[str, Any] = {"image_side": image_side, "gpu": gpu, "sharded": sharded, "memory": memory}
+        balances = [balance(sizes, changed, fleet, **settings) for fleet in FLEETS]
+        _print_balances(balances, FLEETS)
+    finish({"settings_added": added, **needs, **({"servers": balances} if servers else {})}, as_json)
+
+
+def _print_balances(balances: list[dict[str, Any]], fleets: Sequence[int]) -> None:
+    table = Table(title="Samplers and trainers, sampling a step ahead: an estimate")
+    for heading in ("GPUs", "sample", "train", "prompts a step", "sampling", "training", "a step", "without ahead"):
+        table.add_column(heading, justify="right")
+    table.add_column("sampling is limited by")
+    table.add_column("training by")
+    for fleet, one in zip(fleets, balances, strict=True):
+        counts = (one["samplers"] or "in turn", one["trainers"], one["prompts"])
+        spent = (one["seconds"]["sampling"], one["seconds"]["training"], one["step_seconds"], one["waiting_seconds"])
+        limits = one["limits"].values() if one["fits"] else ("does not fit", "")
+        table.add_row(str(fleet), *map(str, counts), *(f"{value:.2f} s" for value in spent), *limits)
+    Console().print(table)
 
 
 @model_command("export", epilog=examples("medr1 export runs/ct --out exported --dtype bfloat16 --answers ct.jsonl"))

@@ -339,6 +339,7 @@ def plan(
         )
     in_forward = min(optimizer.prompts_per_forward or num_prompts, num_prompts)
     whole = not optimizer.gradient_checkpointing and in_forward == num_prompts and processes == 1
+    whole &= config.rollout.engine == "local"  # who has read the prompts already
     targets = config.model.lora_targets
     trains_vision = targets != "language" if lora else config.model.train_vision
     reference = config.grpo.beta > 0
