@@ -189,7 +189,7 @@ def test_the_server_samples_from_the_policy_that_was_pushed(
         disturb(vlm.model.parameters())
         assert differences(vlm, remote, records).max() > 0.1
     with pytest.raises(MedR1Error, match=r"nats a token off the policy's"):
-        remote.check(0.6)
+        remote.check({server.url: 0.6})
 
 
 def test_tokens_are_drawn_by_the_log_probs_that_come_with_them(
@@ -223,14 +223,15 @@ def test_raw_logprobs_are_refused(
     """Without --logprobs-mode, a token that only the bias makes certain has the log-prob that it has without."""
     remote = VLLMServer(vlm, server.url, tmp_path, mode="think", lora=False)
     vlm.core.save_pretrained(tmp_path)
-    create = remote.client.chat.completions.create
+    client = remote.servers[0].client
+    create = client.chat.completions.create
 
     def raw(**kwargs: Any) -> Any:
         reply = create(**kwargs)
         reply.choices[0].logprobs.content[0].logprob = -9.0
         return reply
 
-    monkeypatch.setattr(remote.client.chat.completions, "create", raw)
+    monkeypatch.setattr(client.chat.completions, "create", raw)
     with pytest.raises(MedR1Error, match="--logprobs-mode processed_logprobs"):
         remote.push(0)
 
@@ -247,7 +248,7 @@ def test_an_adapter_is_pushed_alone(server: vllm_env.Server, vlm: VLM, records: 
         vlm.model.save_pretrained(tmp_path / "adapter")
         remote.push(step)
         assert differences(vlm, remote, records).max() < 1e-4
-    served = [model.id for model in remote.client.models.list()]
+    served = [model.id for model in remote.servers[0].client.models.list()]
     assert served == ["policy", remote.version]
 
 
@@ -262,7 +263,7 @@ def test_weights_that_are_not_ours_are_noticed(
     vlm.core.save_pretrained(tmp_path / "ours")
     remote.push(0)
     other.push(0)
-    remote._post("update_weight_version", {"new_version": "default"})  # as after a restart
+    remote.servers[0].post("update_weight_version", {"new_version": "default"})  # as after a restart
     assert differences(vlm, remote, records).max() < 1e-4
     assert "started anew; waiting for the server" in capfd.readouterr().err
     other.push(1)
@@ -384,7 +385,7 @@ def test_a_killed_server_loses_nothing(
 def test_without_a_server(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vlm = load_vlm(str(trained / "model"))
     monkeypatch.setattr(rollouts_vllm, "WAIT", 0.0)
-    with pytest.raises(MedR1Error, match=r"rollout.vllm_url = .*does not end in /v1"):
+    with pytest.raises(MedR1Error, match=r"http://127.0.0.1:9: is no URL that ends in /v1"):
         VLLMServer(vlm, "http://127.0.0.1:9", tmp_path, mode="think", lora=False)
     with pytest.raises(MedR1Error, match="no vLLM for 0 seconds"):
         VLLMServer(vlm, "http://127.0.0.1:9/v1", tmp_path, mode="think", lora=False).push(0)

@@ -9,11 +9,12 @@ Unknown keys are refused with the nearest known name. The resolved recipe is wri
 import difflib
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from medr1.errors import MedR1Error
 
@@ -96,7 +97,23 @@ class RolloutConfig(_Section):
         " (local engine)",
     )
     engine: Literal["local", "vllm"] = Field("local", description="who samples: this process, or a vLLM server")
-    vllm_url: str = Field("http://127.0.0.1:8000/v1", description="that server, up to and with /v1")
+    vllm_url: tuple[str, ...] = Field(
+        ("http://127.0.0.1:8000/v1",),
+        min_length=1,
+        description="that server, up to and with /v1, or several with commas between, which share out the prompts",
+    )
+
+    @field_validator("vllm_url", mode="before")
+    @classmethod
+    def _urls(cls, said: Any) -> Any:
+        return [url.strip() for url in said.split(",")] if isinstance(said, str) else said
+
+    @field_validator("vllm_url")
+    @classmethod
+    def _each_once(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        if twice := [url for url, count in Counter(urls).items() if count > 1]:
+            raise ValueError(f"names {twice[0]} twice; name each server once")
+        return urls
 
 
 class GRPOConfig(_Section):

@@ -48,6 +48,8 @@ class Rollout:
     """Calls of the model that decoded them, the prompts' own not counted."""
     guesses: list[tuple[Kind, bool]] = field(default_factory=list)
     """Kind of each guess that was checked, and whether it was right; for `Drafts.learn`."""
+    samplers: list[str] = field(default_factory=list)
+    """Who drew each completion, where it was not this process's own model."""
     prefill: Prefill | None = None
     """The prompts' keys, values and first logits with gradient, where `sample` was asked to keep them."""
 
@@ -64,6 +66,7 @@ class Rollout:
             self.logp_NT[rows],
             self.finished_N[rows],
             self.texts[rows],
+            samplers=self.samplers[rows],
         )
 
     @classmethod
@@ -80,6 +83,7 @@ class Rollout:
             stacked(part.logp_NT for part in parts),
             torch.cat([part.finished_N for part in parts]),
             [text for part in parts for text in part.texts],
+            samplers=[name for part in parts for name in part.samplers],
         )
 
 

@@ -161,7 +161,7 @@ class GRPOTrainer(CollectingTrainer):
         size = config.optimizer.prompts_per_forward or len(indices)
         chunks = [indices[start : start + size] for start in range(0, len(indices), size or 1)]
         total = torch.zeros((), device=mask_NT.device)
-        difference = tokens = 0.0
+        gaps: list[tuple[str, float, int]] = []
         for number, chunk in enumerate(chunks):
             rows = torch.cat([torch.arange(b * num_completions, (b + 1) * num_completions) for b in chunk])
             prompts, prefill = experience.prompts, experience.rollout.prefill
@@ -207,8 +207,9 @@ class GRPOTrainer(CollectingTrainer):
                         rows_mask_NT,
                         cap=objective.rollout_ratio_cap,
                     )
-                    difference += mismatch["mismatch_abs"]
-                    tokens += float(rows_mask_NT.sum())
+                    gap_NT = (experience.old_logp_NT[part] - experience.rollout.logp_NT[part]).abs() * rows_mask_NT
+                    samplers = [experience.rollout.samplers[row] for row in rows.tolist()]
+                    gaps += zip(samplers, gap_NT.sum(1).tolist(), rows_mask_NT.sum(1).tolist(), strict=True)
                     self.add_to_log({f"policy_{name}": value for name, value in mismatch.items()})
                 loss, sums = policy_loss(
                     logp_NT,
@@ -239,7 +240,7 @@ class GRPOTrainer(CollectingTrainer):
             self.add_to_log({"policy_entropy": float(entropy_NT.detach().sum())})
             total += loss.detach()
         if self.server and self.is_first_update:
-            self._check(self.server, difference, tokens)
+            self._check(self.server, gaps)
         return total * self.args.world_size
 
     def _looking(
@@ -283,13 +284,19 @@ class GRPOTrainer(CollectingTrainer):
             loss = loss + objective.perception_entropy * entropy
         return loss
 
-    def _check(self, server: "VLLMServer", difference: float, tokens: float) -> None:
-        """See by all processes' tokens that the server has the policy's weights, before these change again."""
-        differences, counts = zip(*gather((difference, tokens)), strict=True)
+    def _check(self, server: "VLLMServer", gaps: list[tuple[str, float, int]]) -> None:
+        """See by all processes' tokens that each server has the policy's weights, before these change again.
+
+        Args:
+            gaps: of each completion, who drew it, the sum of |log π - log μ| over its tokens, and their number.
+        """
+        sums: dict[str, tuple[float, int]] = {}
+        for name, gap, tokens in (row for part in gather(gaps) for row in part if row[2]):
+            sums[name] = sums.get(name, (0.0, 0))[0] + gap, sums.get(name, (0.0, 0))[1] + tokens
         if not server.usual and (self.out / LOG).exists():  # of the run that is gone on with
             server.remember([row[DIFFERENCE] for row in read_jsonl(self.out / LOG) if DIFFERENCE in row])
-        if sum(counts):
-            agree(lambda: server.check(sum(differences) / sum(counts)))
+        if sums:
+            agree(lambda: server.check({name: gap / tokens for name, (gap, tokens) in sums.items()}))
 
     def log_line(self, sums: dict[str, float]) -> dict[str, float]:
         line: dict[str, float] = {}
