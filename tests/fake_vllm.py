@@ -28,13 +28,13 @@ class FakeVLLM:
 
     Args:
         vlm: what it serves when it starts.
-        fault: of each completion that is asked, by its number from 1: a status to answer with; None answers. It may
-            also wait, or `kill` the server, after which nobody who waits is answered.
     """
 
-    def __init__(self, vlm: VLM, fault: Callable[[int], int | None] = lambda number: None) -> None:
-        self.first, self.fault = vlm, fault
-        self.vlm = vlm
+    def __init__(self, vlm: VLM) -> None:
+        self.first = vlm
+        self.fault: Callable[[int], int | None] = lambda number: None
+        """Of each completion that is asked, by its number from 1: a status to answer with; None answers. It may also
+        `kill` the server, after which nobody who waits is answered."""
         self.port = 0
         self.asked: list[dict[str, Any]] = []
         """Bodies of the completions that were asked, those of a proof of log-probs left out."""

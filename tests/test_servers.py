@@ -30,7 +30,7 @@ from medr1.policy.shared_prefix import completion_logprobs
 from medr1.policy.vlm import VLM
 from medr1.training import GRPOTrainer
 
-Start = Callable[..., FakeVLLM]
+Start = Callable[[], FakeVLLM]
 SAMPLING: dict[str, Any] = {"num_completions": 2, "max_new_tokens": 6, "temperature": 1.0, "seed": 5}
 
 
@@ -56,8 +56,8 @@ def start(vlm: VLM) -> Iterator[Start]:
     """A server that starts with other weights than the policy's."""
     started: list[FakeVLLM] = []
 
-    def one(**more: Any) -> FakeVLLM:
-        started.append(FakeVLLM(disturbed(vlm), **more))
+    def one() -> FakeVLLM:
+        started.append(FakeVLLM(disturbed(vlm)))
         return started[-1]
 
     yield one
@@ -114,9 +114,8 @@ def test_a_server_that_dies_is_left_out_and_comes_back(
     vlm: VLM, start: Start, records: list[Record], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """It dies at its second request: what it answered before is kept, all else is asked of the other."""
-    alone, two = start(), start()
-    one = start(fault=lambda number: dies.kill() if number == 2 else None)
-    dies = one
+    alone, one, two = start(), start(), start()
+    one.fault = lambda number: one.kill() if number == 2 else None
     prompts = encode(vlm, records)
     single, both = engine(vlm, tmp_path, alone), engine(vlm, tmp_path, one, two)
     single.push(0)

@@ -291,6 +291,8 @@ class Server:
                     with contextlib.suppress(openai.NotFoundError):
                         self.post("v1/unload_lora_adapter", {"lora_name": name})
             self.post("v1/load_lora_adapter", {"lora_name": version, "lora_path": str(self.weights)})
+            with contextlib.suppress(openai.NotFoundError):  # a run begun again in the same folder uses its names again
+                self.post("reset_prefix_cache?reset_running_requests=true")
         else:
             self.post("collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(self.weights)}})
             self.post("reset_mm_cache")
