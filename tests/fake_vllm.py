@@ -42,6 +42,8 @@ class FakeVLLM:
         """Those of them that were answered."""
         self.paths: list[str] = []
         self.reads_weights = True
+        self.dtypes: set[torch.dtype] = set()
+        """Of the weights that it read last."""
         self.lock = threading.Lock()
         self.http: ThreadingHTTPServer | None = None
         self.start()

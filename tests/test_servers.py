@@ -29,6 +29,7 @@ from medr1.policy.rollouts_vllm import VLLMServer
 from medr1.policy.shared_prefix import completion_logprobs
 from medr1.policy.vlm import VLM
 from medr1.training import GRPOTrainer
+from medr1.training.folder import write_recipe
 
 Start = Callable[[], FakeVLLM]
 SAMPLING: dict[str, Any] = {"num_completions": 2, "max_new_tokens": 6, "temperature": 1.0, "seed": 5}
@@ -278,7 +279,8 @@ def recipe(phantoms: Path, *servers: FakeVLLM, **overrides: object) -> Config:
     return load_config(overrides=defaults | overrides)
 
 
-def run(config: Config, out: Path, *callbacks: TrainerCallback) -> list[dict[str, Any]]:
+def run(config: Config, out: Path, *callbacks: TrainerCallback, extend: bool = False) -> list[dict[str, Any]]:
+    write_recipe(config, out, extend=extend)
     trainer = GRPOTrainer(tiny_vlm("qwen2_vl"), config, *load_parts(config.data), out)
     for callback in callbacks:
         trainer.add_callback(callback)
@@ -313,6 +315,7 @@ def test_a_run_with_a_server_killed_and_restarted_is_the_run_without(
     said = [line for line in capfd.readouterr().err.splitlines() if one.url in line]
     assert len(said) == 2 and said[0].endswith("left out until it is back") and said[1].endswith("is back")
     log = [row for row in read_jsonl(tmp_path / "both" / "log.jsonl") if "rollout_difference" in row]
+    assert one.dtypes == {torch.float32}
     assert len(log) == 5 and all(row["rollout_difference"] < 1e-5 for row in log)
 
 
@@ -321,3 +324,15 @@ def test_a_run_with_a_server_that_reads_no_weights_ends(start: Start, phantoms: 
     two.reads_weights = False
     with pytest.raises(MedR1Error, match=f"^{two.url}: its log-probs are"):
         run(recipe(phantoms, one, two), tmp_path)
+
+
+def test_weights_are_written_in_what_the_policy_computes_in(start: Start, phantoms: Path, tmp_path: Path) -> None:
+    """bfloat16 is half of float32; servers may be elsewhere when the run is gone on with."""
+    one, two = start(), start()
+    size = {"model.dtype": "bfloat16", "optimizer.steps": 2, "log.save_every": 2}
+    run(recipe(phantoms, one, **size), tmp_path)
+    assert one.dtypes == {torch.bfloat16}
+    log = [row["rollout_difference"] for row in read_jsonl(tmp_path / "log.jsonl") if "rollout_difference" in row]
+    assert len(log) == 2 and all(1e-5 < difference < 0.1 for difference in log)
+    run(recipe(phantoms, two, **size | {"optimizer.steps": 4}), tmp_path, extend=True)
+    assert two.version.endswith("-3")

@@ -495,8 +495,8 @@ class RecordTrainer(Trainer):
         if self.is_world_process_zero():
             rotate_checkpoints(output_dir=str(self.out), save_total_limit=self.args.save_total_limit)
 
-    def _write_folder(self, folder: Path, *, training_state: bool) -> None:
-        """The whole model, and with `training_state` all that a run needs to go on from here.
+    def _write_folder(self, folder: Path, *, training_state: bool, dtype: torch.dtype | None = None) -> None:
+        """The whole model, and with `training_state` all that a run needs to go on from here; `dtype` rounds weights.
 
         Written aside and renamed when every process has written its part: a full disk or a kill leaves older folders
         as they are. Weights that are not finite are not written.
@@ -514,7 +514,8 @@ class RecordTrainer(Trainer):
 
         def write() -> None:
             if first:
-                self._save(str(staging), state_dict=weights)
+                rounded = _rounded(weights or cast(nn.Module, self.model).state_dict(), dtype) if dtype else weights
+                self._save(str(staging), state_dict=rounded)
                 if self.config.model.lora_rank:  # an adapter folder that loads by itself
                     self.vlm.processor.save_pretrained(staging)
                     if four_bit.is_four_bit(self.vlm.core):  # says what its base was
@@ -648,6 +649,15 @@ class _DryStep(TrainerCallback):
 
 def _refuse(message: str) -> None:
     raise MedR1Error(message)
+
+
+def _rounded(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Floats in this type, in main memory; a tensor of two names, such as a head that is also the embedding, is one."""
+    kept: dict[int, Tensor] = {}
+    for weight in weights.values():
+        if weight.data_ptr() not in kept:
+            kept[weight.data_ptr()] = (weight.to(dtype) if weight.is_floating_point() else weight).cpu()
+    return {name: kept[weight.data_ptr()] for name, weight in weights.items()}
 
 
 def _or_disk_error(folder: Path, write: Callable[[], None]) -> None:

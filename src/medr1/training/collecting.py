@@ -189,7 +189,9 @@ class CollectingTrainer(RecordTrainer):
         """
         server, step = self.server, self.state.global_step
         if server:
-            self._write_folder(self.out / WEIGHTS, training_state=False)
+            # In what the policy computes in, as a server in the same type would round them.
+            rounded = self.args.bf16 and not self.config.model.lora_rank
+            self._write_folder(self.out / WEIGHTS, training_state=False, dtype=torch.bfloat16 if rounded else None)
             agree(lambda: server.push(step, load=self.is_world_process_zero()))
         prompts, rollout, groups, thrown = self._drawn(records)
         records = [group.record for group in groups]

@@ -27,6 +27,8 @@ LOG = "log.jsonl"
 MODEL = "model"
 RESULT = "result.json"
 EXTENSIONS = "extensions.jsonl"
+PLACES = {"rollout.vllm_url"}
+"""Fields in which one run may differ from session to session: where servers are."""
 LENGTH = {"optimizer.steps", "optimizer.epochs"}
 """Fields that may grow: the run goes on with them."""
 STATELESS = "constant_with_warmup"
@@ -72,8 +74,8 @@ def check_recipe(config: Config, out: Path, *, extend: bool = False) -> dict[str
     if not path.exists() or path.read_text(encoding="utf-8") == to_toml(config):
         return None
     there = load_config(path)
-    changed = differences(there, config)
-    if not changed:  # written by a version that had other fields or other words
+    changed = {key: values for key, values in differences(there, config).items() if key not in PLACES}
+    if not changed:  # or written by a version that had other fields or other words
         return None
     listed = "; ".join(f"{key} was {old!r} and is now {new!r}" for key, (old, new) in changed.items())
     if set(changed) - LENGTH:
