@@ -407,10 +407,8 @@ REHEARSALS = json.loads((Path(__file__).parents[1] / "benchmarks" / "rehearsal.j
 
 @pytest.mark.parametrize("measured", REHEARSALS, ids=lambda measured: measured["model"])
 def test_a_rehearsal_in_4_bits_took_what_is_counted(measured: dict) -> None:
-    """One step on a CPU of a published shape, adapters on both towers: what was held before it within 3 %.
-
-    Of its peak within 15 %: a CPU takes a gigabyte more from its first decoding on, which is not explained yet.
-    """
+    """One step on a CPU of a published shape, adapters on both towers: what was held before it within 3 %, its peak
+    within 10 %."""
     name = measured["model"].split(",")[0]
     settings = {"model.dtype": "bfloat16", "model.quantize": "nf4", "model.lora_rank": 16, "model.lora_targets": "both"}
     settings |= {"rollout.num_completions": measured["completions"], "rollout.max_new_tokens": measured["new_tokens"]}
@@ -420,7 +418,7 @@ def test_a_rehearsal_in_4_bits_took_what_is_counted(measured: dict) -> None:
     parts = plan(sizes, recipe, **machine(), text_tokens=text)["memory_gb"]
     process, held, peak = (measured[f"{name}_mib"] * 2**20 / 1e9 for name in ("process", "weights", "peak"))
     assert parts["weights"] + process == pytest.approx(held, rel=0.03)
-    assert sum(parts.values()) + process == pytest.approx(peak, rel=0.15)
+    assert sum(parts.values()) + process == pytest.approx(peak, rel=0.1)
 
 
 BIG = Sizes(
