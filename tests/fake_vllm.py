@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from medr1.policy.encoding import encode_prompts
+from medr1.policy.encoding import PromptBatch, encode_prompts
 from medr1.policy.rollouts import sample
-from medr1.policy.vlm import VLM
+from medr1.policy.vlm import VLM, restrict
 
 
 class FakeVLLM:
@@ -145,18 +145,40 @@ class FakeVLLM:
             greedy=not body["temperature"],
             seed=[body.get("seed", 0)],
         )
-        whole = {"prompt_token_ids": prompts.input_ids_BP[0].tolist()}
+        whole = {"prompt_token_ids": prompts.tokens[0]}
         return [
             (
                 {
                     "message": {"role": "assistant", "content": rollout.texts[row]},
                     "finish_reason": "stop" if rollout.finished_N[row] else "length",
                     "token_ids": ids,
-                    "logprobs": {"content": [said("?", logp) for logp in rollout.logp_NT[row].tolist()[: len(ids)]]},
+                    "logprobs": {
+                        "content": [
+                            {"token": "?", "logprob": logp, "bytes": None, "top_logprobs": top}
+                            for logp, top in zip(
+                                rollout.logp_NT[row].tolist(), self.tops(prompts, ids, body), strict=False
+                            )
+                        ]
+                    },
                 },
                 whole,
             )
             for row, ids in enumerate(rollout.tokens)
+        ]
+
+    def tops(self, prompts: PromptBatch, ids: list[int], body: dict[str, Any]) -> list[list[dict[str, Any]]]:
+        """The likeliest tokens at each place of a reply, where they are asked for."""
+        if not (number := body.get("top_logprobs")):
+            return [[] for _ in ids]
+        assert body["return_tokens_as_token_ids"]
+        whole = torch.cat([prompts.input_ids_BP, torch.tensor([ids])], 1)
+        with torch.no_grad():
+            more = prompts.model_inputs() | prompts.kinds_before(len(ids))
+            logits = self.vlm.model(input_ids=whole, **more, use_cache=False).logits[0, -len(ids) - 1 : -1]
+        top = restrict(logits, 1.0, self.vlm.banned_token_ids).log_softmax(-1).topk(number)
+        return [
+            [{"token": f"token_id:{id}", "logprob": logp, "bytes": None} for id, logp in zip(*place, strict=True)]
+            for place in zip(top.indices.tolist(), top.values.tolist(), strict=True)
         ]
 
 
@@ -165,13 +187,10 @@ def named(match: re.Match[str]) -> str:
     return "model.visual." if match[1] else "model.language_model."
 
 
-def said(token: str, logp: float) -> dict[str, Any]:
-    return {"token": token, "logprob": logp, "bytes": None, "top_logprobs": []}
-
-
 def certain() -> tuple[dict[str, Any], dict[str, Any]]:
     message = {"role": "assistant", "content": "!"}
-    return {"message": message, "finish_reason": "length", "logprobs": {"content": [said("!", 0.0)]}}, {}
+    told = {"token": "!", "logprob": 0.0, "bytes": None, "top_logprobs": []}
+    return {"message": message, "finish_reason": "length", "logprobs": {"content": [told]}}, {}
 
 
 def disturbed(vlm: VLM, size: float = 0.02) -> VLM:

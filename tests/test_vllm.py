@@ -25,6 +25,7 @@ from medr1.data.phantoms import write_phantoms
 from medr1.data.prompts import build_messages
 from medr1.data.records import Record, read_jsonl
 from medr1.errors import MedR1Error
+from medr1.evaluation.engines import compare
 from medr1.evaluation.remote import evaluate_remote
 from medr1.evaluation.run import evaluate
 from medr1.policy import rollouts_vllm
@@ -32,7 +33,7 @@ from medr1.policy.adapters import add_lora
 from medr1.policy.client import api_messages
 from medr1.policy.encoding import PromptBatch, encode_prompts
 from medr1.policy.pixels import limit_pixels
-from medr1.policy.rollouts_vllm import VLLMServer
+from medr1.policy.rollouts_vllm import VLLMServer, greedy
 from medr1.policy.shared_prefix import completion_logprobs
 from medr1.policy.vlm import VLM, load_vlm
 from medr1.training import GRPOTrainer
@@ -162,6 +163,21 @@ def test_a_trained_model_is_served_as_it_is(server: vllm_env.Server, trained: Pa
         if length == 64:
             assert reply.choices[0].message.content == ours[0]["reply"]
     assert {row["finish"] for row in ours} == {"length"}
+
+
+def test_the_server_computes_what_transformers_computes(server: vllm_env.Server, vlm: VLM, phantoms: Path) -> None:
+    """`medr1 engines check`, and one cause that a server of real weights tells: an older policy is not the server's."""
+    asked = load_parts(recipe(phantoms).data)[0][::9][:6]
+    how: dict[str, Any] = {"mode": "think", "max_new_tokens": 24}
+    found = compare(vlm, asked, lambda records: greedy(vlm, server.url, records, **how), **how)
+    assert [found[name] for name in ("prompts", "logps", "replies", "outcomes")] == [6] * 4
+    assert found["max_gap"] < 1e-4 and not found["causes"]
+    disturb(vlm.model.parameters())
+    found = compare(vlm, asked, lambda records: greedy(vlm, server.url, records, **how), **how)
+    assert list(found["causes"]) == ["weights"]
+    for parting in found["partings"]:
+        sides = parting["ours"], parting["theirs"]
+        assert all(side["here"] is not None and side["there"] is not None for side in sides)
 
 
 def test_what_the_server_refuses_is_one_line(server: vllm_env.Server, records: list[Record], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from medr1 import NOTICE
-from medr1.cli import ask, data, evaluate, train
+from medr1.cli import ask, data, engines, evaluate, train
 from medr1.cli.options import Group, examples, help_when_alone
 from medr1.errors import MedR1Error
 from medr1.processes import Interrupts, say_stopped
@@ -33,6 +33,7 @@ app = typer.Typer(
 for commands in (train, evaluate, ask):
     app.add_typer(commands.app)
 app.add_typer(data.data_app, name="data", rich_help_panel="Data")
+app.add_typer(engines.engines_app, name="engines", rich_help_panel="Measure")
 app.add_typer(train.build_app, name="build", rich_help_panel="Models")
 
 

@@ -61,6 +61,11 @@ class PromptBatch:
         return len(self.image_counts)
 
     @property
+    def tokens(self) -> list[list[int]]:
+        """The token ids of each prompt, those of its images included."""
+        return [ids[real].tolist() for ids, real in zip(self.input_ids_BP, self.attention_mask_BP.bool(), strict=True)]
+
+    @property
     def next_position_B(self) -> Tensor:
         """Rotary position of the first completion token: one past the largest of the prompt, padding left out."""
         padding = self.attention_mask_BP == 0

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from medr1.errors import MedR1Error
 
@@ -56,3 +57,16 @@ class Watch:
                 )
         if not known:
             self.usual.append(statistics.fmean(mismatches.values()))
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """What an engine makes of one prompt, taking the most likely token each time."""
+
+    prompt_ids: list[int]
+    """As it has read the prompt, images included."""
+    tokens: list[int]
+    """Of its reply, the stop token included."""
+    logps: list[float]
+    tops: list[dict[int, float]]
+    """Log-probs of the most likely tokens at each place."""

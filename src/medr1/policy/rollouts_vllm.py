@@ -32,7 +32,7 @@ from medr1.data.records import Record
 from medr1.errors import MedR1Error
 from medr1.policy.client import TIMEOUT, api_key, api_messages, openai, reason_of
 from medr1.policy.encoding import PromptBatch
-from medr1.policy.mismatch import Watch
+from medr1.policy.mismatch import Greedy, Watch
 from medr1.policy.pixels import as_scaled
 from medr1.policy.rollouts import Rollout, reply_texts
 from medr1.policy.vlm import VLM
@@ -47,6 +47,9 @@ MAX_FAULTS = 3
 """Replies of status 5xx in a row after which servers that answer are given up."""
 MAX_REQUESTS = 64
 """Prompts under way at a time with each server."""
+
+TOP = 20
+"""Most likely tokens of a place that a server tells; more than vLLM gives unless it is told to."""
 
 T = TypeVar("T")
 Completion = tuple[list[int], list[float], bool]
@@ -81,7 +84,7 @@ class VLLMServer(Watch):
         self.loads = True
         """Whether this process gave them these weights, and so knows who is there."""
         self.servers = [
-            Server(url.rstrip("/"), weights.resolve(), self.prefix, vlm.stop_token_ids[0], lora=lora)
+            Server(url, vlm.stop_token_ids[0], weights=weights.resolve(), prefix=self.prefix, lora=lora)
             for url in ([urls] if isinstance(urls, str) else urls)
         ]
 
@@ -128,28 +131,7 @@ class VLLMServer(Watch):
             generator = torch.Generator().manual_seed(seed)
             seed = torch.randint(2**31, (part[1], len(records)), generator=generator)[part[0]].tolist()
         seeds = seed
-        settings: dict[str, Any] = {
-            "n": num_completions,
-            "max_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_p": 1.0,
-            "logprobs": True,
-            "logit_bias": {str(token): -100 for token in self.vlm.banned_token_ids},
-            # Fields of vLLM's own; unset ones would come from the model's generation_config.
-            "extra_body": {
-                "top_k": -1,
-                "min_p": 0.0,
-                "repetition_penalty": 1.0,
-                "stop_token_ids": self.vlm.stop_token_ids,
-                "return_token_ids": True,
-                "chat_template_kwargs": {"enable_thinking": self.mode == "think"},
-            },
-        }
-
-        def messages(record: Record) -> Any:
-            # Scaled here, so that the recipe's limits hold whatever those of the server are.
-            images = (as_scaled(self.vlm.processor, load_image(path)) for path in record.images)
-            return api_messages(build_messages(record, self.mode), images)
+        settings = _settings(self.vlm, self.mode, max_new_tokens)
 
         def ask(place: int, server: Server) -> list[Completion] | None:
             """None of a server that is lost, or now is."""
@@ -158,17 +140,19 @@ class VLLMServer(Watch):
             return server.attempt(
                 lambda: server.answer(
                     records[place],
-                    prompts.input_ids_BP[place][prompts.attention_mask_BP[place].bool()].tolist(),
+                    ours[place],
                     model=server.model(self.version),
                     messages=asked[place],
                     seed=seeds[place],
+                    n=num_completions,
+                    temperature=temperature,
                     **settings,
                 )
             )
 
-        replies: dict[int, tuple[str, list[Completion]]] = {}
+        ours, replies = prompts.tokens, dict[int, tuple[str, list[Completion]]]()
         with ThreadPoolExecutor(min(len(records), MAX_REQUESTS * len(self.servers))) as pool:
-            asked = list(pool.map(messages, records))
+            asked = list(pool.map(lambda record: _messages(self.vlm, record, self.mode), records))
             self._each(self._there if self.loads else self.servers, self._prove)
             for there in self._rounds():
                 missing = [place for place in range(len(records)) if place not in replies]
@@ -244,9 +228,10 @@ class Server:
 
     Args:
         certain: a token that a completion may begin with.
+        weights: what it reads, where it is given weights; their names begin with `prefix`.
     """
 
-    def __init__(self, url: str, weights: Path, prefix: str, certain: int, *, lora: bool) -> None:
+    def __init__(self, url: str, certain: int, *, weights: Path = Path(), prefix: str = "", lora: bool = False) -> None:
         self.url, self.weights, self.prefix, self.certain, self.lora = url, weights, prefix, certain, lora
         if not re.fullmatch(r"https?://\S+/v1", url):
             raise MedR1Error(f"{url}: is no URL that ends in /v1; write it like http://127.0.0.1:8000/v1")
@@ -284,7 +269,7 @@ class Server:
 
     def load(self, version: str) -> None:
         """Give it the weights by this name."""
-        there = self._models()
+        there = self.models()
         if self.lora:
             for name in there:
                 if name.startswith(self.prefix):  # of an earlier step, or an attempt that ended halfway
@@ -300,11 +285,11 @@ class Server:
             if self.post("reset_prefix_cache?reset_running_requests=true") != {"success": True}:
                 raise _Unready("it cannot forget what it computed with other weights")
             self.post("update_weight_version", {"new_version": version})
-        self._prove_processed(version)
+        self.prove_processed(self.model(version))
 
     def prove(self, version: str) -> None:
         """See that it has the weights of this name and no others."""
-        there = self._models()
+        there = self.models()
         if self.lora:
             if version not in there:
                 raise _Unready("it was started anew")
@@ -319,7 +304,7 @@ class Server:
                 raise MedR1Error(
                     f"{self.url}: holds the weights {held}, not {version}; give each run a server of its own"
                 )
-        self._prove_processed(version)
+        self.prove_processed(self.model(version))
 
     def answer(self, record: Record, ours: list[int], **request: Any) -> list[Completion]:
         """Completions of one record.
@@ -327,15 +312,7 @@ class Server:
         Args:
             ours: tokens of its prompt, images included.
         """
-        try:
-            reply: Any = self.client.chat.completions.create(**request)
-        except openai.NotFoundError as error:
-            raise _Unready(reason_of(error)) from error
-        except openai.BadRequestError as error:
-            raise MedR1Error(
-                f"{self.url}: refuses record {record.id} ({reason_of(error)}); raise the server's limits, such as"
-                " --max-model-len, or leave the record out"
-            ) from error
+        reply = self.complete(record, **request)
         check_prompt(self.url, record, reply.model_extra.get("prompt_token_ids"), ours)
         return [
             (
@@ -346,21 +323,33 @@ class Server:
             for choice in sorted(reply.choices, key=lambda choice: choice.index)
         ]
 
+    def complete(self, record: Record, **request: Any) -> Any:
+        """The client's completion of a request about this record."""
+        try:
+            return self.client.chat.completions.create(**request)
+        except openai.NotFoundError as error:
+            raise _Unready(reason_of(error)) from error
+        except openai.BadRequestError as error:
+            raise MedR1Error(
+                f"{self.url}: refuses record {record.id} ({reason_of(error)}); raise the server's limits, such as"
+                " --max-model-len, or leave the record out"
+            ) from error
+
     def post(self, path: str, body: object = None) -> object:
         return self.client.post(f"{self._root}/{path}", cast_to=object, body=body)
 
-    def _models(self) -> list[str]:
+    def models(self) -> list[str]:
         """What it serves; a server that hangs is soon found to."""
         models = list(self.client.with_options(timeout=LOOK).models.list())
         self.base = next(model.id for model in models if not (model.model_extra or {}).get("parent"))
         return [model.id for model in models]
 
-    def _prove_processed(self, version: str) -> None:
+    def prove_processed(self, model: str) -> None:
         """A token that a bias makes certain has log-prob 0, unless log-probs are of the distribution before biases."""
         if self.known:
             return
         reply: Any = self.client.chat.completions.create(
-            model=self.model(version),
+            model=model,
             messages=[{"role": "user", "content": "?"}],
             max_tokens=1,
             logprobs=True,
@@ -383,6 +372,79 @@ class Server:
         if self.lora:
             return "start vLLM with --enable-lora, --max-lora-rank and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
         return "start vLLM 0.32 or newer with VLLM_SERVER_DEV_MODE=1"
+
+
+def greedy(
+    vlm: VLM, url: str, records: Sequence[Record], *, mode: str, max_new_tokens: int, served: str = ""
+) -> list[Greedy]:
+    """What a server makes of these records with the weights that it has.
+
+    Args:
+        served: its name of the model; empty: the one that it was started with.
+
+    Raises:
+        MedR1Error: it cannot be reached, fails or refuses, or is no vLLM.
+    """
+    server = Server(url, vlm.stop_token_ids[0])
+    settings = _settings(vlm, mode, max_new_tokens)
+    settings["extra_body"]["return_tokens_as_token_ids"] = True
+
+    def ask(record: Record) -> Greedy:
+        reply = server.complete(
+            record,
+            model=served or server.base,
+            messages=_messages(vlm, record, mode),
+            temperature=0,
+            top_logprobs=TOP,
+            **settings,
+        )
+        (choice,) = reply.choices
+        told = choice.logprobs.content
+        if None in (choice.model_extra.get("token_ids"), reply.model_extra.get("prompt_token_ids")):
+            raise MedR1Error(f"{url}: tells no token ids; it is no vLLM, or one older than 0.11")
+        return Greedy(
+            prompt_ids=reply.model_extra["prompt_token_ids"],
+            tokens=choice.model_extra["token_ids"],
+            logps=[token.logprob for token in told],
+            tops=[
+                {int(top.token.removeprefix("token_id:")): top.logprob for top in token.top_logprobs} for token in told
+            ],
+        )
+
+    def ask_all() -> list[Greedy]:
+        server.models()
+        server.prove_processed(served or server.base)
+        with ThreadPoolExecutor(min(len(records), MAX_REQUESTS)) as pool:
+            return list(pool.map(ask, records))
+
+    if (replies := server.attempt(ask_all)) is None:
+        raise MedR1Error(f"{url}: {server.reason}; start the server or mend the URL") from server.lost
+    return replies
+
+
+def _settings(vlm: VLM, mode: str, max_new_tokens: int) -> dict[str, Any]:
+    """Of a request: the policy's own distribution."""
+    return {
+        "max_tokens": max_new_tokens,
+        "top_p": 1.0,
+        "logprobs": True,
+        "logit_bias": {str(token): -100 for token in vlm.banned_token_ids},
+        # Fields of vLLM's own; unset ones would come from the model's generation_config.
+        "extra_body": {
+            "top_k": -1,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "stop_token_ids": vlm.stop_token_ids,
+            "return_token_ids": True,
+            "chat_template_kwargs": {"enable_thinking": mode == "think"},
+        },
+    }
+
+
+def _messages(vlm: VLM, record: Record, mode: str) -> Any:
+    # Scaled here, so that the recipe's limits hold whatever those of the server are.
+    images = (as_scaled(vlm.processor, load_image(path)) for path in record.images)
+    return api_messages(build_messages(record, mode), images)
 
 
 def say(line: str) -> None:
