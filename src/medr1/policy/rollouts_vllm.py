@@ -247,7 +247,7 @@ class Server:
 
     @property
     def reason(self) -> str:
-        return reason_of(self.lost) if isinstance(self.lost, openai.APIError) else str(self.lost)
+        return reason_of(self.lost).rstrip(".") if isinstance(self.lost, openai.APIError) else str(self.lost)
 
     def model(self, version: str) -> str:
         """What it calls the policy."""
