@@ -115,7 +115,7 @@ def test_sampling_logprobs_are_the_policys(family: str, temperature: float) -> N
     assert rollout.finished_N.any(), "some rows stop early, so that dropping rows is part of the test"
     lengths = rollout.mask_NT.sum(1)
     assert lengths.max() == rollout.completion_ids_NT.shape[1] and lengths.min() < lengths.max()
-    plain = sample(vlm, prompts, num_completions=8, max_new_tokens=30, temperature=temperature, seed=3)
+    plain = sample(vlm, prompts, num_completions=16, max_new_tokens=30, temperature=temperature, seed=3)
     again, _ = completion_logprobs(vlm, prompts, plain.completion_ids_NT, plain.mask_NT, temperature=temperature)
     torch.testing.assert_close(plain.logp_NT, again.detach(), atol=1e-5, rtol=0)
 

@@ -263,13 +263,15 @@ def test_masks_are_those_of_a_completion_alone_behind_its_prompt(kind: str) -> N
     decoding_of.expect([2] * len(lengths) * G, [1, 3, 4] * len(lengths))
     decoding = decoding_of.mask(sees(zeros)).parts  # type: ignore[attr-defined]
     for row, (mask, length) in enumerate(zip(alone, lengths, strict=True)):
+        seen = torch.nn.functional.pad(decoding.added[row, 0] == 0, (decoding.start, 0))  # (2 G, P + 6 G)
+        own = seen[:, longest:].unflatten(1, (-1, G))
         for group, cached in enumerate([1, 3, 4]):
             for offset in (0, 1):
-                expected = mask[0, 0, length + cached + offset]
-                own = decoding.own[row * G + group, 0, 0, offset] == 0
-                assert torch.equal(own, expected[length : length + decoding_of.end])
-                prompt = decoding.prompt[row, 0, group, 0, offset] == 0
-                assert torch.equal(prompt[-length:], expected[:length][-len(prompt) :])
+                expected, query = mask[0, 0, length + cached + offset], 2 * group + offset
+                assert torch.equal(own[query, :, group], expected[length : length + decoding_of.reached])
+                assert int(own[query].sum()) == int(own[query, :, group].sum()), "another row's"
+                assert torch.equal(seen[query, longest - length : longest], expected[:length])
+                assert not seen[query, : longest - length].any(), "padding"
 
 
 def test_compiled_layers_change_nothing() -> None:

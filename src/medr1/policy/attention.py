@@ -30,6 +30,8 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from medr1.policy.layers import State
 
 NAME = "medr1_shared_prefix"
+ROWS_TOGETHER = 8
+"""Completions that are decoded over one cache. With fewer a product has few rows; with more, most of it is masked."""
 Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Whether a query sees a key, of (row, head, query's place, key's place); transformers' mask functions are such."""
 Run = Callable[..., Tensor]
@@ -343,141 +345,115 @@ class Prefill:
 
 @dataclass(frozen=True)
 class DecodingMask:
-    """What is added to the scores of one call of `Decoding`: 0, and -inf where a token does not see; None for zeros."""
+    """What is added to the scores of one call of `Decoding`: 0, and -inf where a token does not see."""
 
     start: int
-    """The first of the prompts' columns that any of them sees."""
-    prompt: Tensor | None
-    """(B, 1, 1, P) for all tokens of a prompt alike, or (B, 1, G, 1, C, P - start)."""
-    own: Tensor | None
-    """(N, 1, 1, C, end)."""
+    """The first column that any token sees."""
+    added: Tensor
+    """(B, 1, C, end - start)."""
 
 
 class Decoding:
-    """New tokens for each of N rows, over the prompts' cache (B, K, P, D) and each row's own static cache.
+    """New tokens for each of N rows, over one cache a prompt: its own tokens, then those of its G rows, place by place.
 
-    A call holds M tokens, each a sequence of its own to the model: of each row the newest token, and after it tokens
-    that it may go on with (`drafts`), as many as the caller likes; rows need not be equally long. Scores against the
-    prompt are one batched product a prompt, scores against the row's own tokens another; one softmax over both. So a
-    group reads its prompt's keys once instead of G times. Inside attention a row has C places, as many as the call's
-    longest row has tokens.
+    Place t of row g is column P + t*G + g. A call holds M tokens, each a sequence of its own to the model: of each row
+    the newest token, and after it tokens that it may go on with (`drafts`), as many as the caller likes; rows need not
+    be equally long. Inside attention the tokens of a prompt's rows lie side by side in C places, as many as the prompt
+    with the most has tokens, and are compared in one product with the prompt and with all that these rows have written,
+    others' tokens masked. So a group reads its prompt's keys once instead of G times. A group of 16, 24, … rows is
+    several of ROWS_TOGETHER here, each with a copy of the prompt.
     """
 
     def __init__(self, prefill: Prefill, num_completions: int, max_new_tokens: int) -> None:
-        self.num_completions = num_completions
-        self.prompt_keys = {layer: key.detach().transpose(2, 3).contiguous() for layer, key in prefill.keys.items()}
-        self.prompt_values = {layer: value.detach().contiguous() for layer, value in prefill.values.items()}
-        self.real_BP = prefill.attention_mask_BP.bool()
+        each = torch.arange(len(prefill.attention_mask_BP), device=prefill.attention_mask_BP.device)
+        self.states = {
+            layer: state.detached().of_rows(each.repeat_interleave(num_completions))
+            for layer, state in prefill.states.items()
+        }
+        parts = 1 if num_completions % ROWS_TOGETHER else num_completions // ROWS_TOGETHER
+        self.num_completions = num_completions // parts
+        self.real_BP = prefill.attention_mask_BP.bool().repeat_interleave(parts, dim=0)
+        self.places_BP, self.device = places_in_row(self.real_BP), self.real_BP.device
         self.dtype = next(iter(prefill.keys.values())).dtype
-        self.padding = None if bool(self.real_BP.all()) else self._hidden(~self.real_BP)[:, None, None]
-        num_rows, self.device = len(self.real_BP) * num_completions, self.real_BP.device
-        each = torch.arange(len(self.real_BP), device=self.device).repeat_interleave(num_completions)
-        self.states = {layer: state.detached().of_rows(each) for layer, state in prefill.states.items()}
-        # Keys with the head dimension first: products with one query a row are twice as fast on a CPU. Zeros, since
-        # places that a row has not reached are masked, and masking does not undo a NaN.
-        self.keys = {
-            layer: key.new_zeros(num_rows, key.shape[1], key.shape[3], max_new_tokens)
-            for layer, key in prefill.keys.items()
-        }
-        self.values = {
-            layer: value.new_zeros(num_rows, value.shape[1], max_new_tokens, value.shape[3])
-            for layer, value in prefill.values.items()
-        }
+        self.columns, self.reached = self.real_BP.shape[1] + self.num_completions * max_new_tokens, 0
+
+        def cache(states: Tensor) -> Tensor:  # (B, K, P, D) -> (B, columns, K, D)
+            states = states.detach().transpose(1, 2).repeat_interleave(parts, dim=0)
+            # Zeros, since places that a row has not reached are masked, and masking does not undo a NaN.
+            return nn.functional.pad(states, (0, 0, 0, 0, 0, self.columns - states.shape[1]))
+
+        self.keys = {layer: cache(key) for layer, key in prefill.keys.items()}
+        self.values = {layer: cache(value) for layer, value in prefill.values.items()}
 
     def expect(self, counts: list[int], cached: list[int]) -> None:
         """Lay out the next call: tokens of each row in it (at least 1), and tokens that its cache holds already."""
-        counts_N, self.cached_N = torch.tensor(counts, device=self.device), torch.tensor(cached, device=self.device)
-        self.width, self.end = max(counts), max(map(sum, zip(counts, cached, strict=True)))
-        self.offsets_C = torch.arange(self.width, device=self.device)
-        self.row_M, offset_M = (self.offsets_C < counts_N[:, None]).nonzero(as_tuple=True)
-        self.place_M = self.cached_N[self.row_M] + offset_M
-        self.slot_M: Tensor | None = (
-            None if len(self.row_M) == self.width * len(counts) else (self.row_M * self.width + offset_M)
-        )
-        self.even = self.width == 1 and min(cached) + 1 == self.end
+        counts_N = torch.tensor(counts)
+        counts_B = counts_N.view(-1, self.num_completions).sum(1)
+        first_N, first_B = counts_N.cumsum(0) - counts_N, counts_B.cumsum(0) - counts_B
+        row_M, token_M = torch.arange(len(counts)).repeat_interleave(counts_N), torch.arange(sum(counts))
+        place_M = torch.tensor(cached)[row_M] + token_M - first_N[row_M]
+        prompt_M, group_M = row_M // self.num_completions, row_M % self.num_completions
+        self.width, self.reached = int(counts_B.max()), int(place_M.max()) + 1
+        # An empty place repeats the prompt's last token, and nobody reads its output there.
+        token_BC = first_B[:, None] + torch.arange(self.width).minimum(counts_B[:, None] - 1)
+        slot_M = prompt_M * self.width + token_M - first_B[prompt_M]
+        cell_M = prompt_M * self.columns + self.real_BP.shape[1] + place_M * self.num_completions + group_M
+        self.row_M, self.place_M, self.group_M = (each.to(self.device) for each in (row_M, place_M, group_M))
+        self.token_BC, self.slot_M, self.cell_M = (each.to(self.device) for each in (token_BC, slot_M, cell_M))
 
     def mask(self, sees: Sees) -> Tensor:
-        if sees is causal_mask_function and self.even:
-            return _passed_on(DecodingMask(0, self.padding, None), self.device)
-        own_NC = self.cached_N[:, None] + self.offsets_C
-        own_NE = torch.arange(self.end, device=self.device).expand(len(own_NC), -1)
-        if sees is causal_mask_function:
-            own = self._hidden(own_NE[:, None] > own_NC[..., None])
-            return _passed_on(DecodingMask(0, self.padding, own[:, None, None]), self.device)
-        real_NP, places_NP = (
-            tensor.repeat_interleave(self.num_completions, dim=0)
-            for tensor in (self.real_BP, places_in_row(self.real_BP))
+        length_B1 = self.real_BP.sum(1, keepdim=True)
+        query_BC, own_BT = (
+            length_B1 + self.place_M[self.token_BC],
+            length_B1 + torch.arange(self.reached, device=self.device),
         )
-        length_N1 = real_NP.sum(1, keepdim=True)
-        prompt = dense(sees, length_N1 + own_NC, places_NP, real_NP)  # (N, C, P)
-        own = dense(sees, length_N1 + own_NC, length_N1 + own_NE, torch.ones_like(own_NE, dtype=torch.bool))
-        seen_P = prompt.flatten(0, 1).any(0)
-        start = int(seen_P.to(torch.uint8).argmax()) if bool(seen_P.any()) else len(seen_P)
-        by_group = prompt[..., start:].unflatten(0, (-1, self.num_completions))
-        prompt = self._hidden(~by_group)[:, None, :, None]
-        return _passed_on(DecodingMask(start, prompt, self._hidden(~own)[:, None, None]), self.device)
-
-    def _hidden(self, hidden: Tensor) -> Tensor:
-        zeros = torch.zeros(hidden.shape, dtype=self.dtype, device=hidden.device)
-        return zeros.masked_fill(hidden, -torch.inf)
+        prompt = dense(sees, query_BC, self.places_BP, self.real_BP)
+        own = dense(sees, query_BC, own_BT, torch.ones_like(own_BT, dtype=torch.bool))
+        of_row = self.group_M[self.token_BC][..., None] == torch.arange(self.num_completions, device=self.device)
+        seen = torch.cat([prompt, (own[..., None] & of_row[:, :, None]).flatten(2)], dim=2)[:, None]
+        start = 0 if sees is causal_mask_function else int(seen.flatten(0, 2).any(0).to(torch.uint8).argmax())
+        added = torch.zeros((), dtype=self.dtype, device=self.device).where(seen[..., start:], -torch.inf)
+        return _passed_on(DecodingMask(start, added), self.device)
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, scaling: float, **kwargs: Any
     ) -> Tensor:
         """For query (M, H, 1, D) and key, value (M, K, 1, D) of the call that `expect` laid out."""
         layer: int = module.layer_idx  # type: ignore[assignment]
-        hidden: DecodingMask = mask.parts
-        own_keys, own_values = self.keys[layer], self.values[layer]
-        if self.even:  # the same place of each row: a plain copy
-            own_keys[..., self.end - 1] = key[:, :, 0]
-            own_values[:, :, self.end - 1] = value[:, :, 0]
-        else:
-            own_keys[self.row_M, :, :, self.place_M] = key[:, :, 0].to(own_keys.dtype)
-            own_values[self.row_M, :, self.place_M] = value[:, :, 0].to(own_values.dtype)
-        num_rows, kv_heads, size, _ = own_keys.shape
-        heads, end = query.shape[1], self.end
-        shared = heads // kv_heads  # query heads of a key-value head
-        prompts, groups = num_rows // self.num_completions, (self.num_completions, shared * self.width)
+        start, added = mask.parts.start, mask.parts.added
+        prompts, _, width, length = added.shape
+        kv_heads = key.shape[1]
 
-        def by_prompt(states: Tensor) -> Tensor:  # (N, K, R*C, …) -> (B, K, G*R*C, …): a prompt's rows side by side
-            return states.unflatten(0, (prompts, -1)).transpose(1, 2).flatten(2, 3)
+        def written(cache: Tensor, states: Tensor) -> Tensor:  # (B, K, columns that are seen, D)
+            cache.flatten(0, 1).index_copy_(0, self.cell_M, states[:, :, 0].to(cache.dtype))
+            return cache[:prompts, start : start + length].transpose(1, 2)
 
-        def by_row(states: Tensor) -> Tensor:  # and back
-            return states.unflatten(2, groups).transpose(1, 2).flatten(0, 1)
-
-        def with_mask(scores: Tensor, added: Tensor | None, *places: int) -> Tensor:
-            if added is not None:
-                (scores if added.ndim == 4 else scores.unflatten(2, (*places, self.width))).add_(added)
-            return scores
-
-        query = query[:, :, 0] * scaling
-        if self.slot_M is not None:  # a place for each of a row's C tokens, empty where it has fewer
-            query = query.new_zeros(num_rows * self.width, heads, size).index_copy_(0, self.slot_M, query)
-        # (N, C, K, R, D) -> (N, K, R*C, D)
-        query = query.view(num_rows, self.width, kv_heads, -1, size).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        prompt_scores = by_prompt(query) @ self.prompt_keys[layer][..., hidden.start :]
-        prompt_scores = with_mask(prompt_scores, hidden.prompt, self.num_completions, shared)
-        own_scores = with_mask(query @ own_keys[..., :end], hidden.own, shared)
-        scores = torch.cat([prompt_scores, by_prompt(own_scores)], dim=-1)
-        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
-        prompt_weights, own_weights = weights.tensor_split([weights.shape[-1] - end], dim=-1)
-        out = by_row(prompt_weights @ self.prompt_values[layer][:, :, hidden.start :])
-        out += by_row(own_weights) @ own_values[:, :, :end]
-        out = out.unflatten(2, (-1, self.width)).permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
-        return (out if self.slot_M is None else out[self.slot_M])[:, None]
+        # (M, H, D) -> (B, K, R*C, D): query heads of one key-value head are further queries to it.
+        query = query[:, :, 0].index_select(0, self.token_BC.flatten()).unflatten(0, (prompts, width))
+        query = query.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+        shared = query.shape[2]
+        out = nn.functional.scaled_dot_product_attention(
+            query.flatten(2, 3),
+            written(self.keys[layer], key),
+            written(self.values[layer], value),
+            attn_mask=added[:, :, None].expand(-1, -1, shared, -1, -1).flatten(2, 3),
+            scale=scaling,
+        )
+        out = out.unflatten(2, (shared, width)).permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
+        return out.index_select(0, self.slot_M)[:, None]
 
     def carry(self, layer: int, run: Run, hidden_states: Tensor) -> Tensor:
-        assert self.width == 1, "a state holds no token that a row may not go on with"
+        assert len(hidden_states) == len(self.real_BP) * self.num_completions, "a state holds no token that is a guess"
         return run(hidden_states, self.states[layer])
 
     def keep(self, prompts: Tensor, rows: Tensor, num_completions: int) -> None:
         """Keep only these prompts and rows, by their present indices; num_completions rows a prompt."""
+        length, kept_BG = self.real_BP.shape[1], (rows % self.num_completions).view(-1, num_completions)
+        places_T = torch.arange(self.reached, device=self.device) * self.num_completions
+        own_BT = (length + places_T[:, None] + kept_BG[:, None]).flatten(1)
+        columns_B = torch.cat([torch.arange(length, device=self.device).expand(len(own_BT), -1), own_BT], dim=1)
+        for cache in (*self.keys.values(), *self.values.values()):
+            cache[: len(prompts), : columns_B.shape[1]] = cache[prompts[:, None], columns_B]
         self.num_completions = num_completions
-        self.real_BP = self.real_BP[prompts]
-        self.padding = None if self.padding is None else self.padding[prompts]
+        self.real_BP, self.places_BP = self.real_BP[prompts], self.places_BP[prompts]
         self.states = {layer: state.of_rows(rows) for layer, state in self.states.items()}
-        for layer in self.keys:
-            self.prompt_keys[layer] = self.prompt_keys[layer][prompts]
-            self.prompt_values[layer] = self.prompt_values[layer][prompts]
-            self.keys[layer] = self.keys[layer][rows]
-            self.values[layer] = self.values[layer][rows]

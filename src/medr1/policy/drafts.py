@@ -44,7 +44,7 @@ class Counts:
     """How often each token followed each context of 1 to CONTEXT tokens."""
 
     def __init__(self) -> None:
-        self._after: dict[tuple[int, ...], Counter[int]] = {}
+        self._after: dict[tuple[int, ...], dict[int, int]] = {}
         self._likeliest: dict[tuple[int, ...], tuple[int, int, int]] = {}
 
     def add(self, sequence: Sequence[int], start: int = 0, times: int = 1) -> None:
@@ -52,22 +52,25 @@ class Counts:
         padded = (_START, *sequence)
         for end in range(start + 1, len(padded)):
             token = padded[end]
-            for length in range(1, min(CONTEXT, end) + 1):
-                context = padded[end - length : end]
-                counter = self._after.setdefault(context, Counter())
-                counter[token] += times
-                if not counter[token]:
-                    del counter[token]
-                    if not counter:
+            for first in range(max(0, end - CONTEXT), end):
+                context = padded[first:end]
+                counts = self._after.get(context)
+                if counts is None:
+                    counts = self._after[context] = {}
+                counts[token] = counts.get(token, 0) + times
+                if not counts[token]:
+                    del counts[token]
+                    if not counts:
                         del self._after[context]
                 self._likeliest.pop(context, None)
 
     def likeliest(self, context: tuple[int, ...]) -> tuple[int, int, int] | None:
         """(token, its count, count of the context); of equal ones the smallest token. None for a new context."""
         found = self._likeliest.get(context)
-        if found is None and (counter := self._after.get(context)):
-            token = max(counter, key=lambda token: (counter[token], -token))
-            found = self._likeliest[context] = token, counter[token], counter.total()
+        if found is None and (counts := self._after.get(context)):
+            most = max(counts.values())
+            token = min(token for token, count in counts.items() if count == most)
+            found = self._likeliest[context] = token, most, sum(counts.values())
         return found
 
 
@@ -127,6 +130,8 @@ class GroupDrafts:
         self._drafts, self._num_completions = drafts, num_completions
         self._groups = [Counts() for _ in range(num_groups)]
         self._rows: list[list[int]] = [[] for _ in range(num_groups * num_completions)]
+        self._guessed: dict[tuple[int, tuple[int, ...], int], list[Guess]] = {}
+        """What was guessed since the last tokens came: by group, tokens before, and how many rows share the call."""
         self.outcomes: list[tuple[Kind, bool]] = []
         """Kind of each guess that was checked, and whether it was right."""
 
@@ -135,15 +140,23 @@ class GroupDrafts:
         start = len(self._rows[row])
         self._rows[row] += tokens
         self._groups[row // self._num_completions].add(self._rows[row], start)
+        self._guessed.clear()
 
     def guess(self, row: int, num_rows: int, limit: int) -> list[Guess]:
         """Tokens that a row may go on with, at most `limit`, where `num_rows` rows share the call."""
-        needed = num_rows / (num_rows + FREE_TOKENS)
+        group = row // self._num_completions
         before = (_START, *self._rows[row][-CONTEXT:])[-CONTEXT:]
+        guessed = self._guessed.get((group, before, num_rows))
+        if guessed is None:  # rows of a group often stand at the same words
+            guessed = self._guessed[group, before, num_rows] = self._chain(group, before, num_rows)
+        return guessed[:limit]
+
+    def _chain(self, group: int, before: tuple[int, ...], num_rows: int) -> list[Guess]:
+        needed = num_rows / (num_rows + FREE_TOKENS)
         chance = 1.0
         guessed: list[Guess] = []
-        while len(guessed) < min(limit, MAX_GUESSES):
-            longest_first = (self._best(row, before[start:]) for start in range(len(before)))
+        while len(guessed) < MAX_GUESSES:
+            longest_first = (self._best(group, before[start:]) for start in range(len(before)))
             best = next(filter(None, longest_first), None)
             if best is None or (chance := chance * best.chance) < needed:
                 break
@@ -151,10 +164,10 @@ class GroupDrafts:
             before = (*before, best.token)[-CONTEXT:]
         return guessed
 
-    def _best(self, row: int, context: tuple[int, ...]) -> Guess | None:
+    def _best(self, group: int, context: tuple[int, ...]) -> Guess | None:
         """After a context, from the run or the group, whichever is likelier right."""
         found = []
-        for place, counts in enumerate((self._drafts.counts, self._groups[row // self._num_completions])):
+        for place, counts in enumerate((self._drafts.counts, self._groups[group])):
             if likeliest := counts.likeliest(context):
                 token, count, total = likeliest
                 kind = (place, len(context), 8 * count // total, min(total.bit_length(), 5))
