@@ -96,11 +96,29 @@ class RolloutConfig(_Section):
         description="guess tokens from what was written and decode several a call; the completions stay the same"
         " (local engine)",
     )
-    engine: Literal["local", "vllm"] = Field("local", description="who samples: this process, or a vLLM server")
+    engine: Literal["local", "vllm", "vllm-colocate"] = Field(
+        "local",
+        description="who samples: this process, a vLLM server, or vllm-colocate: vLLM in this process, installed beside"
+        " medr1",
+    )
     vllm_url: tuple[str, ...] = Field(
         ("http://127.0.0.1:8000/v1",),
         min_length=1,
         description="that server, up to and with /v1, or several with commas between, which share out the prompts",
+    )
+
+    vllm_memory: float = Field(
+        0.3,
+        gt=0,
+        le=1,
+        description="share of the GPU's memory that vLLM in this process takes while it samples, its weights included;"
+        " more of it answers more prompts at a time (on a CPU of the machine's memory, or VLLM_CPU_KVCACHE_SPACE GiB)",
+    )
+    vllm_tensor_parallel: int = Field(
+        1,
+        ge=1,
+        description="processes that divide one vllm-colocate engine among their GPUs, for a model too large for one;"
+        " at 1 each has an engine of its own",
     )
 
     @field_validator("vllm_url", mode="before")
@@ -329,6 +347,11 @@ class Config(_Section):
         if self.method == "sft" and (self.draws.redraws or self.draws.curriculum):
             raise ValueError(
                 "draws.redraws and draws.curriculum go by what replies earn; leave them out of method = sft"
+            )
+        if self.draws.redraws and self.rollout.vllm_tensor_parallel > 1:
+            raise ValueError(
+                "rollout.vllm_tensor_parallel: processes that share an engine ask it together, and draws.redraws asks"
+                " in some; set one of them back"
             )
         return self
 

@@ -1,9 +1,10 @@
 """Whether those who sample for a run hold the policy's weights: by log-probs of the same tokens, once a step."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from medr1.data.records import Record
 from medr1.errors import MedR1Error
 
 MAX_MISMATCH = 0.5
@@ -19,6 +20,12 @@ LEAST_MISMATCH = 0.02
 
 class Watch:
     """What differences a run has seen."""
+
+    remedies = (
+        "serve the recipe's model, with --logprobs-mode processed_logprobs",
+        "start the server anew and run the same command, which goes on from the last checkpoint",
+    )
+    """Where the first steps are far off already, and where later ones are."""
 
     def __init__(self) -> None:
         self.usual: list[float] = []
@@ -42,7 +49,7 @@ class Watch:
             if not mismatch <= MAX_MISMATCH:
                 raise MedR1Error(
                     f"{name}: its log-probs are {mismatch:.2g} nats a token off the policy's, with the weights pushed;"
-                    " serve the recipe's model, with --logprobs-mode processed_logprobs"
+                    f" {self.remedies[0]}"
                 )
         if known := len(self.usual) == USUAL_STEPS:
             usual, known_from = statistics.median(self.usual), "were {:.2g} in the first steps"
@@ -52,8 +59,7 @@ class Watch:
             if mismatch > max(LEAST_MISMATCH, MAX_GROWTH * usual):
                 raise MedR1Error(
                     f"{name}: its log-probs are {mismatch:.2g} nats a token off the policy's, and"
-                    f" {known_from.format(usual)}, as if it had older weights; start the server anew and run the same"
-                    " command, which goes on from the last checkpoint"
+                    f" {known_from.format(usual)}, as if it had older weights; {self.remedies[1]}"
                 )
         if not known:
             self.usual.append(statistics.fmean(mismatches.values()))
@@ -70,3 +76,23 @@ class Greedy:
     logps: list[float]
     tops: list[dict[int, float]]
     """Log-probs of the most likely tokens at each place."""
+
+
+def check_prompt(
+    name: str,
+    record: Record,
+    theirs: Sequence[int] | None,
+    ours: list[int],
+    remedy: str = "serve the recipe's model with its own chat template and image sizes",
+) -> None:
+    """That vLLM has read a record's prompt as we do.
+
+    Raises:
+        MedR1Error: it has not.
+    """
+    if theirs != ours:
+        count = "no ids" if theirs is None else f"{len(theirs)} tokens"
+        raise MedR1Error(
+            f"{name}: reads the prompt of record {record.id} otherwise than medr1 ({count} there, {len(ours)} here);"
+            f" {remedy}"
+        )

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from medr1.errors import NotFiniteError
 from medr1.policy.attention import Decoding, Prefill, laid_out
@@ -28,6 +29,10 @@ from medr1.policy.vlm import VLM, evaluating, restrict
 
 COMPACT_BELOW = 0.75
 """Finished rows are dropped when this share of the rows, or less, would remain."""
+
+
+Completion = tuple[list[int], list[float], bool]
+"""Token ids, log-probs and whether it ended by itself, as vLLM gives them."""
 
 
 @dataclass(frozen=True)
@@ -235,6 +240,29 @@ def _rollout(vlm: VLM, prompts: PromptBatch, written: list[list[int]], logp_NT: 
         texts=reply_texts(vlm, prompts, written),
         **more,
     )
+
+
+def rollout_of(vlm: VLM, prompts: PromptBatch, completions: Sequence[Completion], samplers: list[str]) -> Rollout:
+    """Completions in prompt-major order as a rollout; `samplers` names who drew each."""
+    device = prompts.input_ids_BP.device
+    rows = [torch.tensor(ids) for ids, _, _ in completions]
+    ids_NT = pad_sequence(rows, batch_first=True, padding_value=vlm.pad_token_id)
+    logp_NT = pad_sequence([torch.tensor(logp) for _, logp, _ in completions], batch_first=True)
+    mask_NT = torch.arange(ids_NT.shape[1]) < torch.tensor([[len(row)] for row in rows])
+    finished_N: Tensor = torch.tensor([finished for _, _, finished in completions])
+    texts = reply_texts(vlm, prompts, [ids for ids, _, _ in completions])
+    return Rollout(
+        ids_NT.to(device), mask_NT.to(device), logp_NT.to(device), finished_N.to(device), texts, samplers=samplers
+    )
+
+
+def seeds_of(seed: int | Sequence[int], count: int, part: tuple[int, int]) -> Sequence[int]:
+    """A seed for each of `count` prompts, where they are not given: drawn for all parts, and those of this one."""
+    if not isinstance(seed, int):
+        return seed
+    generator = torch.Generator().manual_seed(seed)
+    drawn: list[int] = torch.randint(2**31, (part[1], count), generator=generator)[part[0]].tolist()
+    return drawn
 
 
 def reply_texts(vlm: VLM, prompts: PromptBatch, written: list[list[int]]) -> list[str]:

@@ -21,10 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from rich.console import Console
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from medr1.data.images import load_image
 from medr1.data.prompts import build_messages
@@ -32,9 +29,9 @@ from medr1.data.records import Record
 from medr1.errors import MedR1Error
 from medr1.policy.client import TIMEOUT, api_key, api_messages, openai, reason_of
 from medr1.policy.encoding import PromptBatch
-from medr1.policy.mismatch import Greedy, Watch
+from medr1.policy.mismatch import Greedy, Watch, check_prompt
 from medr1.policy.pixels import as_scaled
-from medr1.policy.rollouts import Rollout, reply_texts
+from medr1.policy.rollouts import Completion, Rollout, rollout_of, seeds_of
 from medr1.policy.vlm import VLM
 
 WAIT = 600.0
@@ -52,8 +49,6 @@ TOP = 20
 """Most likely tokens of a place that a server tells; more than vLLM gives unless it is told to."""
 
 T = TypeVar("T")
-Completion = tuple[list[int], list[float], bool]
-"""Token ids, log-probs and whether it ended by itself."""
 
 
 class _Unready(Exception):
@@ -102,6 +97,9 @@ class VLLMServer(Watch):
             self._each(self.servers, self._load)
             next(self._rounds())
 
+    def close(self) -> None:
+        """Servers go on without us."""
+
     def sample(
         self,
         records: Sequence[Record],
@@ -127,10 +125,7 @@ class VLLMServer(Watch):
             MedR1Error: as `push`; or a server reads a prompt otherwise than we do, refuses it, or was given other
                 weights by somebody else.
         """
-        if isinstance(seed, int):
-            generator = torch.Generator().manual_seed(seed)
-            seed = torch.randint(2**31, (part[1], len(records)), generator=generator)[part[0]].tolist()
-        seeds = seed
+        seeds = seeds_of(seed, len(records), part)
         settings = _settings(self.vlm, self.mode, max_new_tokens)
 
         def ask(place: int, server: Server) -> list[Completion] | None:
@@ -449,31 +444,3 @@ def _messages(vlm: VLM, record: Record, mode: str) -> Any:
 
 def say(line: str) -> None:
     Console(stderr=True, soft_wrap=True).print(line, markup=False, highlight=False)
-
-
-def check_prompt(name: str, record: Record, theirs: Sequence[int] | None, ours: list[int]) -> None:
-    """That vLLM has read a record's prompt as we do.
-
-    Raises:
-        MedR1Error: it has not.
-    """
-    if theirs != ours:
-        count = "no ids" if theirs is None else f"{len(theirs)} tokens"
-        raise MedR1Error(
-            f"{name}: reads the prompt of record {record.id} otherwise than medr1 ({count} there, {len(ours)} here);"
-            " serve the recipe's model with its own chat template and image sizes"
-        )
-
-
-def rollout_of(vlm: VLM, prompts: PromptBatch, completions: Sequence[Completion], samplers: list[str]) -> Rollout:
-    """Completions in prompt-major order as a rollout; `samplers` names who drew each."""
-    device = prompts.input_ids_BP.device
-    rows = [torch.tensor(ids) for ids, _, _ in completions]
-    ids_NT = pad_sequence(rows, batch_first=True, padding_value=vlm.pad_token_id)
-    logp_NT = pad_sequence([torch.tensor(logp) for _, logp, _ in completions], batch_first=True)
-    mask_NT = torch.arange(ids_NT.shape[1]) < torch.tensor([[len(row)] for row in rows])
-    finished_N: Tensor = torch.tensor([finished for _, _, finished in completions])
-    texts = reply_texts(vlm, prompts, [ids for ids, _, _ in completions])
-    return Rollout(
-        ids_NT.to(device), mask_NT.to(device), logp_NT.to(device), finished_N.to(device), texts, samplers=samplers
-    )

@@ -40,6 +40,7 @@ from medr1.training.rewards import MAX_REWARD, Reward, is_of_step, load_rewards,
 from medr1.training.trackers import SendCompletions
 
 if TYPE_CHECKING:
+    from medr1.policy.rollouts_colocate import ColocatedVLLM
     from medr1.policy.rollouts_vllm import VLLMServer
     from medr1.training.judge import Judge
 
@@ -157,7 +158,7 @@ class CollectingTrainer(RecordTrainer):
                     " asks in some; set grpo.reference to cpu, or leave one of the two out"
                 )
             self.reference = fsdp2_prepare_model(self.accelerator, self.reference)
-        self.server: VLLMServer | None = self._connect() if config.rollout.engine == "vllm" else None
+        self.server = None if config.rollout.engine == "local" else self._connect()
         self.drafts = Drafts() if config.rollout.drafts and self.server is None else None
         self.draws: Draws | None = None
         if config.draws.redraws or config.draws.curriculum:
@@ -171,16 +172,29 @@ class CollectingTrainer(RecordTrainer):
 
         return Judge(name, output_dir / FOLDER)
 
-    def _connect(self) -> "VLLMServer":
-        from medr1.policy.rollouts_vllm import VLLMServer  # needs the openai client
+    def _connect(self) -> "VLLMServer | ColocatedVLLM":
+        rollout = self.config.rollout
+        if rollout.engine == "vllm":
+            from medr1.policy.rollouts_vllm import VLLMServer  # needs the openai client
 
-        rollout, lora = self.config.rollout, self.config.model.lora_rank > 0
-        return VLLMServer(self.vlm, rollout.vllm_url, self.out / WEIGHTS, mode=rollout.mode, lora=lora)
+            lora = self.config.model.lora_rank > 0
+            return VLLMServer(self.vlm, rollout.vllm_url, self.out / WEIGHTS, mode=rollout.mode, lora=lora)
+        from medr1.policy.rollouts_colocate import ColocatedVLLM
+
+        return ColocatedVLLM(
+            self.vlm,
+            mode=rollout.mode,
+            dtype="bfloat16" if self.args.bf16 else "float32",
+            memory=rollout.vllm_memory,
+            tensor_parallel=rollout.vllm_tensor_parallel,
+        )
 
     def run(self, *, dry_step: bool = False) -> None:
         super().run(dry_step=dry_step)
-        if self.server and self.is_world_process_zero():
-            shutil.rmtree(self.out / WEIGHTS, ignore_errors=True)
+        if self.server:
+            self.server.close()
+            if self.is_world_process_zero():
+                shutil.rmtree(self.out / WEIGHTS, ignore_errors=True)
 
     def collect(self, records: list[Record]) -> Experience:
         """Sample, reward and compare G completions of each record; write those of all processes down.
@@ -188,10 +202,11 @@ class CollectingTrainer(RecordTrainer):
         Records are those of the step, or with `Draws` the next ones, drawn as often as it takes.
         """
         server, step = self.server, self.state.global_step
-        if server:
+        if self.config.rollout.engine == "vllm":
             # In what the policy computes in, as a server in the same type would round them.
             rounded = self.args.bf16 and not self.config.model.lora_rank
             self._write_folder(self.out / WEIGHTS, training_state=False, dtype=torch.bfloat16 if rounded else None)
+        if server:
             agree(lambda: server.push(step, load=self.is_world_process_zero()))
         prompts, rollout, groups, thrown = self._drawn(records)
         records = [group.record for group in groups]
@@ -268,7 +283,8 @@ class CollectingTrainer(RecordTrainer):
         """
         records = [self.as_asked(record, self.state.global_step + 1) for record in records]
         with self.whole_weights():
-            prompts, rollout = agree(lambda: self._sample(records, places, redraw) if records else (None, None))
+            prompts = agree(lambda: self._read(records) if records else None)
+            rollout = agree(lambda: self._sample(records, prompts, places, redraw) if prompts else None)
             parts = agree(lambda: self._rewards_of_policy(records, rollout))
         num_completions = self.config.rollout.num_completions
         owners = [record for record in records for _ in range(num_completions)]
@@ -316,9 +332,8 @@ class CollectingTrainer(RecordTrainer):
     def _read(self, records: list[Record]) -> PromptBatch:
         return with_vision_features(self.vlm, self.encode(records), self.features)
 
-    def _sample(self, records: list[Record], places: Sequence[int], redraw: int) -> tuple[PromptBatch, Rollout]:
+    def _sample(self, records: list[Record], prompts: PromptBatch, places: Sequence[int], redraw: int) -> Rollout:
         config = self.config
-        prompts = self._read(records)
         # A stream of its own for each step, so that a resumed run samples what it would have sampled; in later rounds
         # for each place of it, so that any number of processes samples the same.
         of_step = (config.optimizer.seed * 1_000_003 + self.state.global_step) * 1_009
@@ -337,10 +352,8 @@ class CollectingTrainer(RecordTrainer):
         if self.server is None:
             # Autocast around all of it, so that each weight is cast once, not for each token.
             with self.naming_step(self.state.global_step + 1, records), self.accelerator.autocast():
-                return prompts, sample(
-                    self.vlm, prompts, keep_prefill=self.reads_prompts_once, drafts=self.drafts, **settings
-                )
-        return prompts, self.server.sample(records, prompts, **settings)
+                return sample(self.vlm, prompts, keep_prefill=self.reads_prompts_once, drafts=self.drafts, **settings)
+        return self.server.sample(records, prompts, **settings)
 
     def _other_view(self, records: list[Record], rollout: Rollout) -> OtherView:
         """Another image for each prompt, and what of the completions is asked under it."""

@@ -12,7 +12,7 @@ import contextlib
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from medr1.config import Config
 from medr1.data.records import Record, read_jsonl
 from medr1.errors import MedR1Error
+from medr1.policy.mismatch import Watch
 from medr1.policy.rollouts import read_shared, sample
 from medr1.policy.shared_prefix import completion_logprobs
 from medr1.policy.vlm import VLM
@@ -35,9 +36,6 @@ from medr1.training.objective import (
     rollout_weights,
     row_means,
 )
-
-if TYPE_CHECKING:
-    from medr1.policy.rollouts_vllm import VLLMServer
 
 DIFFERENCE = "rollout_difference"
 """In the log: between the log-probs of a server and the policy's."""
@@ -284,7 +282,7 @@ class GRPOTrainer(CollectingTrainer):
             loss = loss + objective.perception_entropy * entropy
         return loss
 
-    def _check(self, server: "VLLMServer", gaps: list[tuple[str, float, int]]) -> None:
+    def _check(self, server: Watch, gaps: list[tuple[str, float, int]]) -> None:
         """See by all processes' tokens that each server has the policy's weights, before these change again.
 
         Args:
