@@ -85,7 +85,7 @@ def main(data: str, out: str) -> None:
     engine = ColocatedVLLM(vlm, mode="think", dtype="float32", memory=0.3)
     state, threads = torch.get_rng_state(), torch.set_num_threads
     told: dict[str, Any] = {"first": compare(vlm, engine, records)}
-    told["untouched"] = bool(torch.equal(state, torch.get_rng_state()) and threads is torch.set_num_threads)
+    told["untouched"] = [torch.equal(state, torch.get_rng_state()), torch.set_num_threads is threads]
     told["again"] = compare(vlm, engine, records)
     told["stale"], told["pushed"] = [], []
     for step in range(2):

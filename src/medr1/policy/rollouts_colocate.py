@@ -156,7 +156,7 @@ class ColocatedVLLM(Watch):
             group, member = divmod(part[0], self.tensor_parallel)
             parts = gather(asked)[group * self.tensor_parallel : (group + 1) * self.tensor_parallel]
             first, asked = sum(map(len, parts[:member])), [one for each in parts for one in each]
-        with self._awake():
+        with _untouched(), self._awake():
             longest = self.llm.model_config.max_model_len
             for name, length, *_ in asked:
                 if length + max_new_tokens > longest:
@@ -245,8 +245,7 @@ class ColocatedVLLM(Watch):
             # Compiling takes minutes; and vLLM dies of a request with a seed whose prompt it reads in parts (0.32).
             settings |= {"enforce_eager": True, "enable_chunked_prefill": False}
         try:
-            with _untouched():
-                return LLM(**settings)
+            return LLM(**settings)
         except (ValueError, RuntimeError, NotImplementedError, AssertionError) as error:
             # Of a refused setting the first line says only that there is one.
             said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
@@ -320,7 +319,7 @@ def renew_heads(model: nn.Module) -> list[str]:
 
 @contextlib.contextmanager
 def _untouched() -> Iterator[None]:
-    """What an engine that starts sets for its whole process is as it was before: random states, `set_num_threads`."""
+    """What an engine changes for its whole process is afterwards as it was: random states, `torch.set_num_threads`."""
     states, threads = (random.getstate(), np.random.get_state()), torch.set_num_threads
     try:
         with torch.random.fork_rng():
