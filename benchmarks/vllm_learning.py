@@ -1,11 +1,12 @@
-"""Does GRPO learn from a vLLM server's rollouts as it does from the local sampler's? Both, side by side, some seeds.
+"""Does GRPO learn from vLLM's rollouts as it does from the local sampler's? Side by side, some seeds.
 
     python benchmarks/vllm_learning.py write MODEL     # the tiny model in a folder, to be served
     VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --dtype float32 --logprobs-mode processed_logprobs
     python benchmarks/vllm_learning.py run MODEL --out runs/vllm-learning
+    python benchmarks/vllm_learning.py run tiny --engine vllm-colocate --out runs/colocate-learning   # beside vLLM
 
-Writes table.md and curves.svg into the output folder; stopped, the same command goes on. The model is the tiny one
-with an output head of its own: vLLM's CPU build does not renew a head that is tied to the embeddings.
+Writes table.md and curves.svg into the output folder; stopped, the same command goes on. What `write` writes is
+the tiny model with an output head of its own: a server of vLLM's CPU build does not renew one that is tied.
 """
 
 import statistics
@@ -22,8 +23,7 @@ from medr1.data.records import read_jsonl, write_atomic
 from medr1.policy.vlm import load_vlm
 from medr1.training import GRPOTrainer
 
-ENGINES = ("local", "vllm")
-COLOURS = {"local": "#1b6ca8", "vllm": "#d1495b"}
+COLOURS = {"local": "#1b6ca8", "vllm": "#d1495b", "vllm-colocate": "#d1495b"}
 WINDOW = 10
 """Steps that the first and the last reward of a run are averaged over."""
 
@@ -71,11 +71,12 @@ def run(
     steps: Annotated[int, typer.Option(min=2 * WINDOW)] = 60,
     seeds: Annotated[int, typer.Option(min=2)] = 6,
     url: Annotated[str, typer.Option()] = "http://127.0.0.1:8000/v1",
+    engine: Annotated[str, typer.Option(help="vllm or vllm-colocate")] = "vllm",
 ) -> None:
-    """Train with both engines and every seed; compare."""
-    logs: dict[str, list[list[dict[str, Any]]]] = {engine: [] for engine in ENGINES}
+    """Train with the local sampler and with this engine and every seed; compare."""
+    logs: dict[str, list[list[dict[str, Any]]]] = {"local": [], engine: []}
     for seed in range(seeds):
-        for engine in ENGINES:
+        for engine in logs:
             folder = out / f"{engine}-{seed}"
             if not (folder / "model").is_dir():
                 config = recipe(model, engine, seed, steps, url)
@@ -98,17 +99,17 @@ def tabulate(logs: dict[str, list[list[dict[str, Any]]]]) -> str:
         " | mean abs. difference of log-probs | capped tokens |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for engine in ENGINES:
-        for seed, rows in enumerate(logs[engine]):
+    for engine, runs in logs.items():
+        for seed, rows in enumerate(runs):
             first, last = rows[:WINDOW], rows[-WINDOW:]
-            mismatch = f"{mean(rows, 'rollout_difference'):.1e}" if engine == "vllm" else "–"
-            capped = f"{mean(rows, 'rollout_capped'):.1e}" if engine == "vllm" else "–"
+            mismatch = f"{mean(rows, 'rollout_difference'):.1e}" if engine != "local" else "–"
+            capped = f"{mean(rows, 'rollout_capped'):.1e}" if engine != "local" else "–"
             lines.append(
                 f"| {engine} | {seed} | {mean(first, 'reward'):.3f} | {mean(last, 'reward'):.3f}"
                 f" | {mean(last, 'reward_accuracy'):.3f} | {mean(rows, 'step_seconds'):.2f} | {mismatch} | {capped} |"
             )
-    pairs = zip(logs["vllm"], logs["local"], strict=True)
-    gaps = [mean(vllm[-WINDOW:], "reward") - mean(local[-WINDOW:], "reward") for vllm, local in pairs]
+    local, other = logs.values()
+    gaps = [mean(b[-WINDOW:], "reward") - mean(a[-WINDOW:], "reward") for a, b in zip(local, other, strict=True)]
     error = statistics.stdev(gaps) / len(gaps) ** 0.5
     return (
         "\n".join([*lines, "", f"vLLM minus local, last {WINDOW} steps: {statistics.mean(gaps):+.3f} ({error:.3f})"])
@@ -119,8 +120,8 @@ def tabulate(logs: dict[str, list[list[dict[str, Any]]]]) -> str:
 def plot(logs: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
     """Reward against step: a thin line a seed, a thick one their mean."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for engine in ENGINES:
-        curves = [[row["reward"] for row in rows] for rows in logs[engine]]
+    for engine, runs in logs.items():
+        curves = [[row["reward"] for row in rows] for rows in runs]
         for curve in curves:
             axes.plot(range(1, len(curve) + 1), curve, color=COLOURS[engine], alpha=0.25, linewidth=1)
         means = [statistics.mean(values) for values in zip(*curves, strict=True)]
