@@ -78,7 +78,7 @@ def encode(vlm: VLM, records: list[Record]) -> PromptBatch:
 
 def engine(vlm: VLM, folder: Path, *servers: FakeVLLM) -> VLLMServer:
     vlm.core.save_pretrained(folder)
-    return VLLMServer(vlm, [server.url for server in servers], folder, mode="no-think", lora=False)
+    return VLLMServer(vlm, [f"{server.url}/" for server in servers], folder, mode="no-think", lora=False)
 
 
 def same(one: Rollout, other: Rollout) -> bool:

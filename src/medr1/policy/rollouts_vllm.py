@@ -227,11 +227,12 @@ class Server:
     """
 
     def __init__(self, url: str, certain: int, *, weights: Path = Path(), prefix: str = "", lora: bool = False) -> None:
-        self.url, self.weights, self.prefix, self.certain, self.lora = url, weights, prefix, certain, lora
-        if not re.fullmatch(r"https?://\S+/v1", url):
+        self.url, self.weights, self.prefix = url.rstrip("/"), weights, prefix
+        self.certain, self.lora = certain, lora
+        if not re.fullmatch(r"https?://\S+/v1", self.url):
             raise MedR1Error(f"{url}: is no URL that ends in /v1; write it like http://127.0.0.1:8000/v1")
         timeout = openai.Timeout(TIMEOUT, connect=10.0)
-        self.client = openai.OpenAI(api_key=api_key(), base_url=url, timeout=timeout, max_retries=0)
+        self.client = openai.OpenAI(api_key=api_key(), base_url=self.url, timeout=timeout, max_retries=0)
         self.known = False
         """Whether the server that answers was seen to give the log-probs of what it draws from."""
         self.base = ""
@@ -335,7 +336,7 @@ class Server:
 
     def models(self) -> list[str]:
         """What it serves; a server that hangs is soon found to."""
-        models = list(self.client.with_options(timeout=LOOK).models.list())
+        models = list(self.client.with_options(timeout=openai.Timeout(LOOK, connect=10.0)).models.list())
         self.base = next(model.id for model in models if not (model.model_extra or {}).get("parent"))
         return [model.id for model in models]
 
