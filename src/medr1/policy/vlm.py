@@ -307,8 +307,8 @@ def restrict(logits: Tensor, temperature: float, banned: list[int]) -> Tensor:
 
 def entropy_of(logp: Tensor) -> Tensor:
     """Entropy in nats (…) of log-probabilities (…, V)."""
-    probs = logp.exp().clamp(min=torch.finfo(logp.dtype).tiny)  # not 0, where the gradient of p log p is infinite
-    return torch.special.entr(probs).sum(-1)
+    # 0 times a finite number where a token has no chance, so that neither the sum nor its gradient is NaN.
+    return -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)
 
 
 @contextlib.contextmanager
