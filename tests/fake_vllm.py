@@ -40,7 +40,8 @@ class FakeVLLM:
         """Bodies of the completions that were asked, those of a proof of log-probs left out."""
         self.answered: list[dict[str, Any]] = []
         """Those of them that were answered."""
-        self.paths: list[str] = []
+        self.posted: list[tuple[str, dict[str, Any]]] = []
+        """Everything else."""
         self.reads_weights = True
         self.dtypes: set[torch.dtype] = set()
         """Of the weights that it read last."""
@@ -97,13 +98,15 @@ class FakeVLLM:
                 "object": "list",
                 "data": [{"id": "policy", "object": "model", "created": 1, "owned_by": "me"}],
             }
+        if path == "/get_world_size":
+            return 200, {"world_size": 2}
         assert path == "/weight_info", path
         return 200, {"weight_version": self.version}
 
     def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        self.paths.append(path)
         if path == "/v1/chat/completions":
             return self.complete(body)
+        self.posted.append((path.partition("?")[0], body))
         if path == "/collective_rpc" and self.reads_weights:
             weights = load_file(Path(body["kwargs"]["weights_path"]) / "model.safetensors")
             self.dtypes = {weight.dtype for weight in weights.values()}

@@ -45,6 +45,12 @@ def beside(*command: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([python, *command], env=environment, capture_output=True, text=True, timeout=300)
 
 
+def test_weights_for_a_server_are_sent_by_vllm_s_own_classes(tmp_path: Path) -> None:
+    """From GPU to GPU, but that nothing is sent here."""
+    done = beside(TESTS / "nccl_worker.py", tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_the_engine_samples_from_the_policy_in_memory(phantoms: Path, tmp_path: Path) -> None:
     """A tied head, vision weights and adapters, each after an update; before a push the engine is far off."""
     done = beside(TESTS / "colocate_worker.py", phantoms, tmp_path / "told.json")

@@ -336,3 +336,9 @@ def test_weights_are_written_in_what_the_policy_computes_in(start: Start, phanto
     assert len(log) == 2 and all(1e-5 < difference < 0.1 for difference in log)
     run(recipe(phantoms, two, **size | {"optimizer.steps": 4}), tmp_path, extend=True)
     assert two.version.endswith("-3")
+
+
+def test_sending_from_gpu_to_gpu_needs_vllm_here(start: Start, phantoms: Path, tmp_path: Path) -> None:
+    with pytest.raises(MedR1Error, match=r"rollout.vllm_transfer = nccl needs .*files$") as error:
+        run(recipe(phantoms, start(), **{"rollout.vllm_transfer": "nccl"}), tmp_path)
+    assert "\n" not in str(error.value) and not (tmp_path / "vllm-weights").exists()

@@ -106,7 +106,11 @@ class RolloutConfig(_Section):
         min_length=1,
         description="that server, up to and with /v1, or several with commas between, which share out the prompts",
     )
-
+    vllm_transfer: Literal["files", "nccl"] = Field(
+        "files",
+        description="how servers get weights in full fine-tuning: files in the run's folder, or nccl: from GPU to GPU"
+        " by vLLM's own transfer, where vLLM is installed beside medr1 (no GPU has run it yet)",
+    )
     vllm_memory: float = Field(
         0.3,
         gt=0,

@@ -15,12 +15,15 @@ a server's arithmetic depends on what else is in a batch, so that a resumed run 
 import contextlib
 import hashlib
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from rich.console import Console
 
 from medr1.data.images import load_image
@@ -45,6 +48,8 @@ MAX_FAULTS = 3
 MAX_REQUESTS = 64
 """Prompts under way at a time with each server."""
 
+SENDING = threading.Lock()
+"""Held while weights go from GPU to GPU."""
 TOP = 20
 """Most likely tokens of a place that a server tells; more than vLLM gives unless it is told to."""
 
@@ -66,9 +71,19 @@ class VLLMServer(Watch):
         urls: of the servers, up to and with /v1. OPENAI_API_KEY is sent where it is set.
         weights: the folder that `push` has the servers read: a model, or with `lora` an adapter.
         mode: one of prompts.MODES.
+        nccl: send the weights from GPU to GPU in this type, and read none from `weights` (see `transfer`).
     """
 
-    def __init__(self, vlm: VLM, urls: str | Sequence[str], weights: Path, *, mode: str, lora: bool) -> None:
+    def __init__(
+        self,
+        vlm: VLM,
+        urls: str | Sequence[str],
+        weights: Path,
+        *,
+        mode: str,
+        lora: bool,
+        nccl: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.vlm, self.mode = vlm, mode
         run = hashlib.sha256(str(weights.resolve()).encode()).hexdigest()[:12]
@@ -82,6 +97,11 @@ class VLLMServer(Watch):
             Server(url, vlm.stop_token_ids[0], weights=weights.resolve(), prefix=self.prefix, lora=lora)
             for url in ([urls] if isinstance(urls, str) else urls)
         ]
+        if nccl:
+            from medr1.policy.transfer import connect
+
+            for server in self.servers:
+                server.connect = partial(connect, vlm, nccl)
 
     def push(self, step: int, *, load: bool = True) -> None:
         """Have the servers read `weights` and forget all that they computed with others; waits where all are lost.
@@ -172,7 +192,10 @@ class VLLMServer(Watch):
         return [server for server in self.servers if not server.lost]
 
     def _load(self, server: "Server") -> None:
-        server.load(self.version)
+        if server.connect and not self.loads:  # a group has one process that sends
+            server.prove(self.version)
+        else:
+            server.load(self.version)
 
     def _prove(self, server: "Server") -> None:
         server.prove(self.version)
@@ -237,6 +260,10 @@ class Server:
         """Whether the server that answers was seen to give the log-probs of what it draws from."""
         self.base = ""
         """What it calls the model that it was started with, once it was asked."""
+        self.connect: Callable[[Server, int], Any] | None = None
+        """Makes what sends weights without files, given the number of the server's processes."""
+        self.link: Any = None
+        """What it made."""
         self.lost: Exception | None = None
         """Why it is left out, where it is."""
         self.told_lost = False
@@ -259,6 +286,8 @@ class Server:
             return work()
         except (openai.APIConnectionError, openai.InternalServerError, _Unready) as error:
             self.lost, self.known = self.lost or error, False
+            if self.link:
+                self.link = self.link.shutdown()
             return None
         except openai.APIStatusError as refusal:
             raise MedR1Error(f"{self.url}: refuses ({reason_of(refusal)}); {self._remedy(refusal)}") from refusal
@@ -275,13 +304,42 @@ class Server:
             with contextlib.suppress(openai.NotFoundError):  # a run begun again in the same folder uses its names again
                 self.post("reset_prefix_cache?reset_running_requests=true")
         else:
-            self.post("collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(self.weights)}})
+            if self.connect:
+                self._send(self.connect)
+            else:
+                self.post("collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(self.weights)}})
             self.post("reset_mm_cache")
             self.post("reset_encoder_cache")
             if self.post("reset_prefix_cache?reset_running_requests=true") != {"success": True}:
                 raise _Unready("it cannot forget what it computed with other weights")
             self.post("update_weight_version", {"new_version": version})
         self.prove_processed(self.model(version))
+
+    def _send(self, connect: "Callable[[Server, int], Any]") -> None:
+        """Send the weights from GPU to GPU, to one server at a time."""
+        with SENDING:
+            if self.link is None:
+                self.post("shutdown_weight_transfer_engine")  # the group of a trainer before
+                found: Any = self.client.get(f"{self._root}/get_world_size", cast_to=object)
+                self.link = connect(self, found["world_size"])
+            try:
+                self.link.send_weights()
+            except RuntimeError as error:
+                raise MedR1Error(f"{self.url}: NCCL fails ({error}); set rollout.vllm_transfer to files") from error
+
+    # What vLLM's engine asks of a server while it makes a group with it and sends.
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self.post("init_weight_transfer_engine", {"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        self.post("start_weight_update")
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.post("update_weights", {"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self.post("finish_weight_update", {"weight_version": weight_version})
 
     def prove(self, version: str) -> None:
         """See that it has the weights of this name and no others."""
@@ -367,7 +425,8 @@ class Server:
             return "set OPENAI_API_KEY"
         if self.lora:
             return "start vLLM with --enable-lora, --max-lora-rank and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
-        return "start vLLM 0.32 or newer with VLLM_SERVER_DEV_MODE=1"
+        more = """ and --weight-transfer-config '{"backend": "nccl"}'""" if self.connect else ""
+        return f"start vLLM 0.32 or newer with VLLM_SERVER_DEV_MODE=1{more}"
 
 
 def greedy(

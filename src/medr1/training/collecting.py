@@ -172,13 +172,29 @@ class CollectingTrainer(RecordTrainer):
 
         return Judge(name, output_dir / FOLDER)
 
+    @property
+    def sends(self) -> bool:
+        """Whether servers get weights from GPU to GPU."""
+        rollout = self.config.rollout
+        return rollout.engine == "vllm" and rollout.vllm_transfer == "nccl" and not self.config.model.lora_rank
+
     def _connect(self) -> "VLLMServer | ColocatedVLLM":
         rollout = self.config.rollout
         if rollout.engine == "vllm":
             from medr1.policy.rollouts_vllm import VLLMServer  # needs the openai client
 
-            lora = self.config.model.lora_rank > 0
-            return VLLMServer(self.vlm, rollout.vllm_url, self.out / WEIGHTS, mode=rollout.mode, lora=lora)
+            if self.sends and self.is_sharded:
+                raise MedR1Error(
+                    "rollout.vllm_transfer = nccl sends whole weights, and these are divided; set it to files"
+                )
+            return VLLMServer(
+                self.vlm,
+                rollout.vllm_url,
+                self.out / WEIGHTS,
+                mode=rollout.mode,
+                lora=self.config.model.lora_rank > 0,
+                nccl=(torch.bfloat16 if self.args.bf16 else torch.float32) if self.sends else None,
+            )
         from medr1.policy.rollouts_colocate import ColocatedVLLM
 
         return ColocatedVLLM(
@@ -202,7 +218,7 @@ class CollectingTrainer(RecordTrainer):
         Records are those of the step, or with `Draws` the next ones, drawn as often as it takes.
         """
         server, step = self.server, self.state.global_step
-        if self.config.rollout.engine == "vllm":
+        if self.config.rollout.engine == "vllm" and not self.sends:
             # In what the policy computes in, as a server in the same type would round them.
             rounded = self.args.bf16 and not self.config.model.lora_rank
             self._write_folder(self.out / WEIGHTS, training_state=False, dtype=torch.bfloat16 if rounded else None)
