@@ -111,6 +111,14 @@ class RolloutConfig(_Section):
         description="how servers get weights in full fine-tuning: files in the run's folder, or nccl: from GPU to GPU"
         " by vLLM's own transfer, where vLLM is installed beside medr1 (no GPU has run it yet)",
     )
+    ahead: int = Field(
+        0,
+        ge=0,
+        le=1,
+        description="1: the server samples each step while the one before trains, by weights one update older, which"
+        " the ratio policy / server corrects; where sampling and training take about as long; 0: nobody samples"
+        " meanwhile",
+    )
     vllm_memory: float = Field(
         0.3,
         gt=0,
@@ -357,7 +365,21 @@ class Config(_Section):
                 "rollout.vllm_tensor_parallel: processes that share an engine ask it together, and draws.redraws asks"
                 " in some; set one of them back"
             )
+        if self.rollout.ahead:
+            self._can_be_ahead()
         return self
+
+    def _can_be_ahead(self) -> None:
+        if self.rollout.engine != "vllm":
+            raise ValueError("rollout.ahead is for a sampler of its own; set rollout.engine = vllm, or leave it at 0")
+        for field, is_set, why in (
+            ("draws.redraws", self.draws.redraws, "take the next step's records"),
+            ("draws.curriculum", self.draws.curriculum, "chooses the next step's records by this one's replies"),
+            ("grpo.num_iterations", self.grpo.num_iterations > 1, "would make weights older by as many updates"),
+            ("grpo.rewards: image_margin", "image_margin" in self.grpo.rewards, "compares two images by one policy"),
+        ):
+            if is_set:
+                raise ValueError(f"{field} {why}; leave it out, or rollout.ahead at 0")
 
 
 def load_config(path: Path | None = None, overrides: dict[str, Any] | None = None) -> Config:

@@ -18,8 +18,8 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,6 +54,8 @@ TOP = 20
 """Most likely tokens of a place that a server tells; more than vLLM gives unless it is told to."""
 
 T = TypeVar("T")
+Reply = tuple[str, Completion]
+"""Who drew it, by URL, and what."""
 
 
 class _Unready(Exception):
@@ -120,7 +122,11 @@ class VLLMServer(Watch):
     def close(self) -> None:
         """Servers go on without us."""
 
-    def sample(
+    def sample(self, records: Sequence[Record], prompts: PromptBatch, **settings: Any) -> Rollout:
+        """What is drawn by `ask`, with its settings, as `rollouts.sample` gives it."""
+        return self.rollout(prompts, self.ask(records, prompts, **settings))
+
+    def ask(
         self,
         records: Sequence[Record],
         prompts: PromptBatch,
@@ -130,8 +136,10 @@ class VLLMServer(Watch):
         temperature: float,
         seed: int | Sequence[int],
         part: tuple[int, int] = (0, 1),
-    ) -> Rollout:
+    ) -> list[Reply]:
         """As `rollouts.sample`, by the servers and with the weights of the last `push`; waits where all are lost.
+
+        Leaves the tokenizer alone, so that a thread may ask while another reads other prompts.
 
         Args:
             records: what `prompts` were made of.
@@ -139,7 +147,7 @@ class VLLMServer(Watch):
             part: number of this process and of all; each draws seeds for its own part of the step's prompts.
 
         Returns:
-            A rollout whose log-probs are the servers' (see `grpo.rollout_weights`).
+            Completions in prompt-major order.
 
         Raises:
             MedR1Error: as `push`; or a server reads a prompt otherwise than we do, refuses it, or was given other
@@ -166,14 +174,15 @@ class VLLMServer(Watch):
             )
 
         ours, replies = prompts.tokens, dict[int, tuple[str, list[Completion]]]()
-        with ThreadPoolExecutor(min(len(records), MAX_REQUESTS * len(self.servers))) as pool:
-            asked = list(pool.map(lambda record: _messages(self.vlm, record, self.mode), records))
+        # Unlike an executor's, these threads let the process end while a server does not answer.
+        with ThreadPool(min(len(records), MAX_REQUESTS * len(self.servers))) as pool:
+            asked = pool.map(lambda record: _messages(self.vlm, record, self.mode), records, chunksize=1)
             self._each(self._there if self.loads else self.servers, self._prove)
             for there in self._rounds():
                 missing = [place for place in range(len(records)) if place not in replies]
                 first = part[0] * len(records)  # processes with a prompt each begin with different servers
                 turns = [(place, there[(first + number) % len(there)]) for number, place in enumerate(missing)]
-                given = list(pool.map(ask, *zip(*turns, strict=True)))
+                given = pool.starmap(ask, turns, chunksize=1)
                 # Whoever is lost on the way had the weights until then; whoever is there must have them still.
                 there = self._there
                 self._each(there, self._prove)
@@ -185,7 +194,11 @@ class VLLMServer(Watch):
                     break
         completions = [(url, row) for _, (url, rows) in sorted(replies.items()) for row in rows]
         assert len(completions) == len(records) * num_completions
-        return rollout_of(self.vlm, prompts, [row for _, row in completions], [url for url, _ in completions])
+        return completions
+
+    def rollout(self, prompts: PromptBatch, replies: Sequence[Reply]) -> Rollout:
+        """What was asked about these prompts; its log-probs are the servers' (see `objective.rollout_weights`)."""
+        return rollout_of(self.vlm, prompts, [row for _, row in replies], [url for url, _ in replies])
 
     @property
     def _there(self) -> "list[Server]":
@@ -232,8 +245,8 @@ class VLLMServer(Watch):
             server.lost = None
             server.attempt(lambda: work(server))
 
-        with ThreadPoolExecutor(max(1, len(servers))) as pool:
-            list(pool.map(attempt, servers))
+        with ThreadPool(max(1, len(servers))) as pool:
+            pool.map(attempt, servers)
         for server in self.servers:
             if bool(server.lost) != server.told_lost:
                 server.told_lost = bool(server.lost)
@@ -469,8 +482,8 @@ def greedy(
     def ask_all() -> list[Greedy]:
         server.models()
         server.prove_processed(served or server.base)
-        with ThreadPoolExecutor(min(len(records), MAX_REQUESTS)) as pool:
-            return list(pool.map(ask, records))
+        with ThreadPool(min(len(records), MAX_REQUESTS)) as pool:
+            return pool.map(ask, records, chunksize=1)
 
     if (replies := server.attempt(ask_all)) is None:
         raise MedR1Error(f"{url}: {server.reason}; start the server or mend the URL") from server.lost

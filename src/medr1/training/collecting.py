@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
@@ -42,8 +42,11 @@ from medr1.training.trackers import SendCompletions
 if TYPE_CHECKING:
     from medr1.policy.rollouts_colocate import ColocatedVLLM
     from medr1.policy.rollouts_vllm import VLLMServer
+    from medr1.training.ahead import Ahead
     from medr1.training.judge import Judge
 
+AHEAD = "ahead.json"
+"""In a checkpoint: what was sampled for the step after it, which a resumed run trains on as it is."""
 COMPLETIONS = "completions.jsonl"
 DRAFTS = "drafts.json"
 """In a checkpoint: what next tokens are guessed from. Without it a resumed run would make other calls, whose rounding
@@ -159,10 +162,13 @@ class CollectingTrainer(RecordTrainer):
                 )
             self.reference = fsdp2_prepare_model(self.accelerator, self.reference)
         self.server = None if config.rollout.engine == "local" else self._connect()
+        self.ahead = self._ahead() if config.rollout.ahead else None
         self.drafts = Drafts() if config.rollout.drafts and self.server is None else None
         self.draws: Draws | None = None
         if config.draws.redraws or config.draws.curriculum:
             self.draws = Draws(train_records, self.order, config.optimizer.seed)
+        states = {AHEAD: self.ahead, DRAFTS: self.drafts, DRAWS: self.draws}
+        self.kept = {name: kept for name, kept in states.items() if kept is not None}
         if judge and self.is_world_process_zero():
             judge.measure(train_records, config.grpo.judge_agreement, config.optimizer.seed)
 
@@ -205,6 +211,16 @@ class CollectingTrainer(RecordTrainer):
             tensor_parallel=rollout.vllm_tensor_parallel,
         )
 
+    def _ahead(self) -> "Ahead":
+        from medr1.training.ahead import Ahead  # needs the openai client
+
+        if self.is_deepspeed_enabled:
+            raise MedR1Error(
+                "rollout.ahead holds completions against the weights before they change, and DeepSpeed changes these"
+                " within the backward pass; set it to 0, or use configs/accelerate/fsdp2.yaml"
+            )
+        return Ahead(cast("VLLMServer", self.server), self.order, self.config.optimizer.prompts_per_step)
+
     def run(self, *, dry_step: bool = False) -> None:
         super().run(dry_step=dry_step)
         if self.server:
@@ -218,6 +234,7 @@ class CollectingTrainer(RecordTrainer):
         Records are those of the step, or with `Draws` the next ones, drawn as often as it takes.
         """
         server, step = self.server, self.state.global_step
+        self.weights_step = self.ahead.weights_step if self.ahead and self.ahead.replies else step
         if self.config.rollout.engine == "vllm" and not self.sends:
             # In what the policy computes in, as a server in the same type would round them.
             rounded = self.args.bf16 and not self.config.model.lora_rank
@@ -299,8 +316,9 @@ class CollectingTrainer(RecordTrainer):
         """
         records = [self.as_asked(record, self.state.global_step + 1) for record in records]
         with self.whole_weights():
-            prompts = agree(lambda: self._read(records) if records else None)
+            prompts = agree(lambda: self._prompts(records) if records else None)
             rollout = agree(lambda: self._sample(records, prompts, places, redraw) if prompts else None)
+            agree(self._ask_ahead)
             parts = agree(lambda: self._rewards_of_policy(records, rollout))
         num_completions = self.config.rollout.num_completions
         owners = [record for record in records for _ in range(num_completions)]
@@ -324,14 +342,12 @@ class CollectingTrainer(RecordTrainer):
         return prompts, rollout, groups
 
     def save_more(self, folder: Path) -> None:
-        for name, kept in ((DRAFTS, self.drafts), (DRAWS, self.draws)):
-            if kept is not None:
-                write_atomic(folder / name, to_json(kept.state()))
+        for name, kept in self.kept.items():
+            write_atomic(folder / name, to_json(kept.state()))
 
     def load_more(self, folder: Path) -> None:
-        for name, kept in ((DRAFTS, self.drafts), (DRAWS, self.draws)):
-            if kept is not None:
-                kept.load(json.loads((folder / name).read_text(encoding="utf-8")))
+        for name, kept in self.kept.items():
+            kept.load(json.loads((folder / name).read_text(encoding="utf-8")))
 
     def _tell_unscored(self) -> None:
         """Say once that no reward applied to a reply, which may be meant and may be a mistake in them."""
@@ -348,28 +364,56 @@ class CollectingTrainer(RecordTrainer):
     def _read(self, records: list[Record]) -> PromptBatch:
         return with_vision_features(self.vlm, self.encode(records), self.features)
 
+    def _prompts(self, records: list[Record]) -> PromptBatch:
+        """As `_read`, or as they were asked a step ahead."""
+        if not (self.ahead and self.ahead.replies and self.ahead.asked):
+            return self._read(records)
+        asked, prompts, _ = self.ahead.asked
+        assert asked == records, "a step has the next records of the order"
+        return prompts
+
     def _sample(self, records: list[Record], prompts: PromptBatch, places: Sequence[int], redraw: int) -> Rollout:
+        step = self.state.global_step
+        if self.ahead and self.ahead.replies:
+            size = len(records) * self.config.rollout.num_completions
+            replies, self.ahead.replies = self.ahead.replies[self.args.process_index * size :][:size], ()
+            return self.ahead.server.rollout(prompts, replies)
+        settings = self._settings(step, places, redraw)
+        if self.server is None:
+            # Autocast around all of it, so that each weight is cast once, not for each token.
+            with self.naming_step(step + 1, records), self.accelerator.autocast():
+                return sample(self.vlm, prompts, keep_prefill=self.reads_prompts_once, drafts=self.drafts, **settings)
+        return self.server.sample(records, prompts, **settings)
+
+    def _settings(self, step: int, places: Sequence[int] = (), redraw: int = 0) -> dict[str, Any]:
+        """How a step is sampled, by this process or a server.
+
+        Each step has a stream of draws of its own, so that a resumed run samples what it would have sampled; later
+        rounds have one for each place of them, so that any number of processes samples the same.
+        """
         config = self.config
-        # A stream of its own for each step, so that a resumed run samples what it would have sampled; in later rounds
-        # for each place of it, so that any number of processes samples the same.
-        of_step = (config.optimizer.seed * 1_000_003 + self.state.global_step) * 1_009
+        of_step = (config.optimizer.seed * 1_000_003 + step) * 1_009
         seed: int | list[int] = of_step
         if redraw:
             shape = config.draws.redraws, config.optimizer.prompts_per_step
             of_places = torch.randint(2**31, shape, generator=torch.Generator().manual_seed(of_step + 1))
             seed = of_places[redraw - 1, list(places)].tolist()
-        settings: dict[str, Any] = {
+        return {
             "num_completions": config.rollout.num_completions,
             "max_new_tokens": config.rollout.max_new_tokens,
             "temperature": config.rollout.temperature,
             "seed": seed,
             "part": (self.args.process_index, self.args.world_size),
         }
-        if self.server is None:
-            # Autocast around all of it, so that each weight is cast once, not for each token.
-            with self.naming_step(self.state.global_step + 1, records), self.accelerator.autocast():
-                return sample(self.vlm, prompts, keep_prefill=self.reads_prompts_once, drafts=self.drafts, **settings)
-        return self.server.sample(records, prompts, **settings)
+
+    def _ask_ahead(self) -> None:
+        """Begin to sample the next step, by the weights that this one begins with."""
+        step, count = self.state.global_step + 1, self.args.per_device_train_batch_size
+        if self.ahead is None or step == self.num_steps:
+            return
+        indices = self.ahead.indices(step)[self.args.process_index * count :][:count]
+        records = [self.as_asked(record, step + 1) for record in self._at(indices)]
+        self.ahead.begin(records, self._read(records), self._settings(step))
 
     def _other_view(self, records: list[Record], rollout: Rollout) -> OtherView:
         """Another image for each prompt, and what of the completions is asked under it."""
@@ -492,6 +536,7 @@ class CollectingTrainer(RecordTrainer):
                     "completions": len(group.answers),
                     "groups": 1,
                     "tokens": float(group.rollout.mask_NT.sum()),
+                    "lag": len(group.answers) * (self.state.global_step - self.weights_step),
                     "reward": float(group.rewards_G.nansum()),
                     "scored": float((~group.rewards_G.isnan()).sum()),
                     "group_std": float(group_deviation(group.rewards_G[None])),
@@ -515,6 +560,7 @@ class CollectingTrainer(RecordTrainer):
         return [
             {
                 "step": self.state.global_step + 1,
+                **({"weights_step": self.weights_step} if self.server else {}),
                 "id": record.id,
                 "answer": record.answer,
                 **({"images": images} if config.draws.exchanged_images else {}),

@@ -12,7 +12,7 @@ import contextlib
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,16 @@ from medr1.training.objective import (
     row_means,
 )
 
+if TYPE_CHECKING:
+    from medr1.training.ahead import Ahead
+
 DIFFERENCE = "rollout_difference"
-"""In the log: between the log-probs of a server and the policy's."""
+"""In the log: between the log-probs of a server and those of the policy that learns, which is newer one step ahead."""
+WATCHED = "server_difference"
+"""In the log, one step ahead: between the log-probs of a server and those of the weights that it was given."""
+
+Gap = tuple[str, float, int]
+"""Of a completion: who drew it, the sum of |log π - log μ| over its tokens, and their number."""
 
 
 class _EnoughError(Exception):
@@ -97,6 +105,8 @@ class GRPOTrainer(CollectingTrainer):
         self.step_records = self.experience.records
         model.train()
         loss = self._update(model, self.experience)
+        if self.ahead and self.state.global_step + 1 < self.num_steps:
+            self._arrive(model, self.ahead)
         world = self.args.world_size
         self.add_to_log({"steps": 1 / world, "seconds": (time.perf_counter() - began) / world})
         return loss
@@ -159,7 +169,7 @@ class GRPOTrainer(CollectingTrainer):
         size = config.optimizer.prompts_per_forward or len(indices)
         chunks = [indices[start : start + size] for start in range(0, len(indices), size or 1)]
         total = torch.zeros((), device=mask_NT.device)
-        gaps: list[tuple[str, float, int]] = []
+        gaps: list[Gap] = []
         for number, chunk in enumerate(chunks):
             rows = torch.cat([torch.arange(b * num_completions, (b + 1) * num_completions) for b in chunk])
             prompts, prefill = experience.prompts, experience.rollout.prefill
@@ -205,9 +215,9 @@ class GRPOTrainer(CollectingTrainer):
                         rows_mask_NT,
                         cap=objective.rollout_ratio_cap,
                     )
-                    gap_NT = (experience.old_logp_NT[part] - experience.rollout.logp_NT[part]).abs() * rows_mask_NT
                     samplers = [experience.rollout.samplers[row] for row in rows.tolist()]
-                    gaps += zip(samplers, gap_NT.sum(1).tolist(), rows_mask_NT.sum(1).tolist(), strict=True)
+                    difference_NT = experience.old_logp_NT[part] - experience.rollout.logp_NT[part]
+                    gaps += _gaps(samplers, difference_NT, rows_mask_NT)
                     self.add_to_log({f"policy_{name}": value for name, value in mismatch.items()})
                 loss, sums = policy_loss(
                     logp_NT,
@@ -237,7 +247,7 @@ class GRPOTrainer(CollectingTrainer):
             self.add_to_log({f"policy_{name}": value for name, value in sums.items()})
             self.add_to_log({"policy_entropy": float(entropy_NT.detach().sum())})
             total += loss.detach()
-        if self.server and self.is_first_update:
+        if self.server and self.is_first_update and not self.ahead:
             self._check(self.server, gaps)
         return total * self.args.world_size
 
@@ -282,17 +292,41 @@ class GRPOTrainer(CollectingTrainer):
             loss = loss + objective.perception_entropy * entropy
         return loss
 
-    def _check(self, server: Watch, gaps: list[tuple[str, float, int]]) -> None:
-        """See by all processes' tokens that each server has the policy's weights, before these change again.
+    def _arrive(self, model: nn.Module, ahead: "Ahead") -> None:
+        """Wait for the next step's completions, and see that they are of the weights that the servers were given.
 
-        Args:
-            gaps: of each completion, who drew it, the sum of |log π - log μ| over its tokens, and their number.
+        The policy still has these. It is asked for the first prompts, one a server, which are shared out among them.
         """
+        assert ahead.asked is not None
+        _, prompts, asked = ahead.asked
+        began = time.perf_counter()
+        replies = agree(asked.result)
+        self.add_to_log({"waited": (time.perf_counter() - began) / self.args.world_size})
+        chosen = prompts.select(list(range(min(len(prompts), len(ahead.server.servers)))))
+        rollout = ahead.server.rollout(chosen, replies[: len(chosen) * self.config.rollout.num_completions])
+        with torch.no_grad():
+            logp_NT, _ = completion_logprobs(
+                self.vlm,
+                chosen,
+                rollout.completion_ids_NT,
+                rollout.mask_NT,
+                temperature=self.config.rollout.temperature,
+                model=model,
+            )
+        gaps = _gaps(rollout.samplers, logp_NT - rollout.logp_NT, rollout.mask_NT)
+        self.add_to_log({"gap": sum(gap for _, gap, _ in gaps), "gap_tokens": sum(tokens for *_, tokens in gaps)})
+        self._check(ahead.server, gaps)
+        ahead.replies = [reply for part in gather(replies) for reply in part]
+        ahead.weights_step = self.state.global_step
+
+    def _check(self, server: Watch, gaps: list[Gap]) -> None:
+        """See by all processes' tokens that each server has the policy's weights, before these change again."""
         sums: dict[str, tuple[float, int]] = {}
         for name, gap, tokens in (row for part in gather(gaps) for row in part if row[2]):
             sums[name] = sums.get(name, (0.0, 0))[0] + gap, sums.get(name, (0.0, 0))[1] + tokens
         if not server.usual and (self.out / LOG).exists():  # of the run that is gone on with
-            server.remember([row[DIFFERENCE] for row in read_jsonl(self.out / LOG) if DIFFERENCE in row])
+            name = WATCHED if self.ahead else DIFFERENCE
+            server.remember([row[name] for row in read_jsonl(self.out / LOG) if name in row])
         if sums:
             agree(lambda: server.check({name: gap / tokens for name, (gap, tokens) in sums.items()}))
 
@@ -309,6 +343,7 @@ class GRPOTrainer(CollectingTrainer):
                 "format_rate": sums["format_ok"] / completions,
                 "truncated_rate": sums["truncated"] / completions,
                 "unparsed_rate": sums["unparsed"] / completions,
+                **({"rollout_lag": sums["lag"] / completions} if self.ahead else {}),
                 "completion_tokens": sums["tokens"] / completions,
                 "tokens_per_second": sums["tokens"] / sums["seconds"],
                 **{name: sums[name] for name in ("drawn", "used", "thrown_away", "left_aside") if name in sums},
@@ -331,4 +366,11 @@ class GRPOTrainer(CollectingTrainer):
             line["other_image_kl"] = sums["other_kl"] / tokens
         if rows := sums.get("other_rows"):
             line["above_chance_rate"] = sums["above_chance"] / rows
+        if "waited" in sums:
+            line |= {WATCHED: sums["gap"] / sums["gap_tokens"], "wait_seconds": sums["waited"] / sums["steps"]}
         return line | {"step_seconds": sums["seconds"] / sums["steps"]}
+
+
+def _gaps(samplers: list[str], difference_NT: Tensor, mask_NT: Tensor) -> list[Gap]:
+    sums = (difference_NT.abs() * mask_NT).sum(1).tolist()
+    return list(zip(samplers, sums, mask_NT.sum(1).tolist(), strict=True))
