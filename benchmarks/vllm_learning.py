@@ -3,6 +3,7 @@
     python benchmarks/vllm_learning.py write MODEL     # the tiny model in a folder, to be served
     VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --dtype float32 --logprobs-mode processed_logprobs
     python benchmarks/vllm_learning.py run MODEL --out runs/vllm-learning
+    python benchmarks/vllm_learning.py run MODEL --engine ahead --beside vllm --prompts 16 --out runs/ahead
     python benchmarks/vllm_learning.py run tiny --engine vllm-colocate --out runs/colocate-learning   # beside vLLM
 
 Writes table.md and curves.svg into the output folder; stopped, the same command goes on. What `write` writes is
@@ -23,7 +24,13 @@ from medr1.data.records import read_jsonl, write_atomic
 from medr1.policy.vlm import load_vlm
 from medr1.training import GRPOTrainer
 
-COLOURS = {"local": "#1b6ca8", "vllm": "#d1495b", "vllm-colocate": "#d1495b"}
+ENGINES: dict[str, dict[str, Any]] = {
+    "local": {"rollout.engine": "local"},
+    "vllm": {"rollout.engine": "vllm"},
+    "vllm-colocate": {"rollout.engine": "vllm-colocate"},
+    "ahead": {"rollout.engine": "vllm", "rollout.ahead": 1},
+}
+COLOURS = ("#1b6ca8", "#d1495b")
 WINDOW = 10
 """Steps that the first and the last reward of a run are averaged over."""
 
@@ -42,19 +49,19 @@ def write(model: Path) -> None:
     vlm.processor.save_pretrained(model)
 
 
-def recipe(model: Path, engine: str, seed: int, steps: int, url: str) -> Config:
+def recipe(model: Path, engine: str, seed: int, steps: int, url: str, prompts: int, new_tokens: int) -> Config:
     return load_config(
         overrides={
             "model.name": str(model),
             "data.path": "phantoms",
             "data.num_phantoms": 400,
             "rollout.num_completions": 8,
-            "rollout.max_new_tokens": 48,
-            "rollout.engine": engine,
+            "rollout.max_new_tokens": new_tokens,
+            **ENGINES[engine],
             "rollout.vllm_url": url,
             "grpo.beta": 0.0,
             "optimizer.steps": steps,
-            "optimizer.prompts_per_step": 8,
+            "optimizer.prompts_per_step": prompts,
             "optimizer.learning_rate": 1e-4,
             "optimizer.schedule": "constant_with_warmup",
             "optimizer.warmup_steps": 5,
@@ -71,15 +78,18 @@ def run(
     steps: Annotated[int, typer.Option(min=2 * WINDOW)] = 60,
     seeds: Annotated[int, typer.Option(min=2)] = 6,
     url: Annotated[str, typer.Option()] = "http://127.0.0.1:8000/v1",
-    engine: Annotated[str, typer.Option(help="vllm or vllm-colocate")] = "vllm",
+    engine: Annotated[str, typer.Option(help=f"one of {', '.join(ENGINES)}")] = "vllm",
+    beside: Annotated[str, typer.Option(help="the engine to compare it with")] = "local",
+    prompts: Annotated[int, typer.Option(help="a step")] = 8,
+    new_tokens: Annotated[int, typer.Option(help="of a completion, at most")] = 48,
 ) -> None:
-    """Train with the local sampler and with this engine and every seed; compare."""
-    logs: dict[str, list[list[dict[str, Any]]]] = {"local": [], engine: []}
+    """Train with both engines and every seed; compare."""
+    logs: dict[str, list[list[dict[str, Any]]]] = {beside: [], engine: []}
     for seed in range(seeds):
         for engine in logs:
             folder = out / f"{engine}-{seed}"
             if not (folder / "model").is_dir():
-                config = recipe(model, engine, seed, steps, url)
+                config = recipe(model, engine, seed, steps, url, prompts, new_tokens)
                 GRPOTrainer(load_vlm(str(model), dtype="float32"), config, *load_parts(config.data), folder).run()
             logs[engine].append([row for row in read_jsonl(folder / "log.jsonl") if "reward" in row])
     table = tabulate(logs)
@@ -93,7 +103,7 @@ def mean(rows: list[dict[str, Any]], name: str) -> float:
 
 
 def tabulate(logs: dict[str, list[list[dict[str, Any]]]]) -> str:
-    """One row a run; then the paired difference of the last rewards, its standard error over seeds in brackets."""
+    """One row a run; then what pairs of them differ by, the standard error over seeds in brackets."""
     lines = [
         f"| engine | seed | reward, first {WINDOW} steps | last {WINDOW} | accuracy, last {WINDOW} | seconds a step"
         " | mean abs. difference of log-probs | capped tokens |",
@@ -108,27 +118,31 @@ def tabulate(logs: dict[str, list[list[dict[str, Any]]]]) -> str:
                 f"| {engine} | {seed} | {mean(first, 'reward'):.3f} | {mean(last, 'reward'):.3f}"
                 f" | {mean(last, 'reward_accuracy'):.3f} | {mean(rows, 'step_seconds'):.2f} | {mismatch} | {capped} |"
             )
-    local, other = logs.values()
-    gaps = [mean(b[-WINDOW:], "reward") - mean(a[-WINDOW:], "reward") for a, b in zip(local, other, strict=True)]
-    error = statistics.stdev(gaps) / len(gaps) ** 0.5
-    return (
-        "\n".join([*lines, "", f"vLLM minus local, last {WINDOW} steps: {statistics.mean(gaps):+.3f} ({error:.3f})"])
-        + "\n"
-    )
+    pairs = list(zip(*logs.values(), strict=True))
+    gaps = [mean(other[-WINDOW:], "reward") - mean(one[-WINDOW:], "reward") for one, other in pairs]
+    ratios = [mean(other, "step_seconds") / mean(one, "step_seconds") for one, other in pairs]
+    beside, engine = logs
+    lines += ["", f"{engine} minus {beside}, last {WINDOW} steps: {_estimate(gaps, '+.3f')}"]
+    lines += ["", f"Seconds a step, {engine} over {beside}: {_estimate(ratios, '.3f')}"]
+    return "\n".join(lines) + "\n"
+
+
+def _estimate(values: list[float], form: str) -> str:
+    return f"{statistics.mean(values):{form}} ({statistics.stdev(values) / len(values) ** 0.5:.3f})"
 
 
 def plot(logs: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
     """Reward against step: a thin line a seed, a thick one their mean."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for engine, runs in logs.items():
+    for colour, (engine, runs) in zip(COLOURS, logs.items(), strict=True):
         curves = [[row["reward"] for row in rows] for rows in runs]
         for curve in curves:
-            axes.plot(range(1, len(curve) + 1), curve, color=COLOURS[engine], alpha=0.25, linewidth=1)
+            axes.plot(range(1, len(curve) + 1), curve, color=colour, alpha=0.25, linewidth=1)
         means = [statistics.mean(values) for values in zip(*curves, strict=True)]
         axes.plot(
             range(1, len(means) + 1),
             means,
-            color=COLOURS[engine],
+            color=colour,
             linewidth=2,
             label=f"{engine}, mean of {len(curves)}",
         )

@@ -418,4 +418,5 @@ def test_the_benchmark_of_both_engines_compares_last_rewards_by_seed(monkeypatch
 
     table = vllm_learning.tabulate({"local": [rows(0.5), rows(0.7)], "vllm": [rows(0.7), rows(0.8)]})
     assert "| vllm | 1 | 0.250 | 0.800 | 0.500 | 1.00 | 1.0e-05 | 0.0e+00 |" in table
-    assert table.endswith("vLLM minus local, last 10 steps: +0.150 (0.050)\n")
+    assert "vllm minus local, last 10 steps: +0.150 (0.050)\n" in table
+    assert table.endswith("Seconds a step, vllm over local: 1.000 (0.000)\n")
