@@ -19,6 +19,7 @@ from medr1.data.parts import load_parts
 from medr1.data.prompts import build_messages
 from medr1.data.records import Record, read_jsonl
 from medr1.errors import MedR1Error
+from medr1.evaluation import engines
 from medr1.policy.adapters import add_lora
 from medr1.policy.encoding import encode_prompts
 from medr1.policy.pixels import limit_pixels
@@ -87,6 +88,8 @@ def main(data: str, out: str) -> None:
     told: dict[str, Any] = {"first": compare(vlm, engine, records)}
     told["untouched"] = [torch.equal(state, torch.get_rng_state()), torch.set_num_threads is threads]
     told["again"] = compare(vlm, engine, records)
+    how: dict[str, Any] = {"mode": "think", "max_new_tokens": 12}
+    told["check"] = engines.compare(vlm, records, lambda *asked: engine.greedy(*asked, 12), **how)
     told["stale"], told["pushed"] = [], []
     for step in range(2):
         disturb(vlm.model)

@@ -59,6 +59,7 @@ def test_the_engine_samples_from_the_policy_in_memory(phantoms: Path, tmp_path: 
     fresh = [told["first"], told["again"], *told["pushed"]]
     assert max(seen["off"] for seen in fresh) < 1e-4
     assert min(seen["off"] for seen in told["stale"]) > 0.05
+    assert not told["check"]["causes"] and [told["check"][name] for name in ("prompts", "logps", "replies")] == [3] * 3
     assert not any(seen["banned"] for seen in [*fresh, *told["stale"]])
     assert told["first"]["replies"] == told["again"]["replies"], "the same seeds"
     assert len(set(told["pushed"][1]["replies"])) > 3, "were a group's draws equal, there would be 3"

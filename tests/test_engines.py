@@ -74,7 +74,7 @@ def check(vlm: VLM, records: list[Record], serve: Callable[[VLM], FakeVLLM]) -> 
 
     def checked(other: VLM) -> dict[str, Any]:
         url = serve(other).url
-        return compare(vlm, records, lambda asked: greedy(vlm, url, asked, **HOW), **HOW)
+        return compare(vlm, records, lambda asked, _: greedy(vlm, url, asked, **HOW), **HOW)
 
     return checked
 
@@ -136,7 +136,7 @@ def test_a_server_that_ends_replies_itself_is_the_sampling(
 ) -> None:
     server, complete = serve(vlm), FakeVLLM.complete
     monkeypatch.setattr(server, "complete", lambda body: complete(server, body | {"max_tokens": 3}))
-    found = compare(vlm, records, lambda asked: greedy(vlm, server.url, asked, **HOW), **HOW)
+    found = compare(vlm, records, lambda asked, _: greedy(vlm, server.url, asked, **HOW), **HOW)
     assert list(found["causes"]) == ["sampling"] and agreeing(found)[:3] == [6, 6, 0]
     assert found["partings"][0]["position"] == 3 and found["partings"][0]["theirs"]["text"] is None
 
@@ -157,6 +157,8 @@ def test_the_command(
         said = capsys.readouterr()
         return int(str(end.value.code)), said.out, said.err
 
+    status, _, error = run()
+    assert status == 1 and "give --url of a vLLM server" in error
     status, out, _ = run("--url", serve(other).url)
     assert status == 0 and "computes what transformers computes, on 3 records" in out
     assert "prompt tokens" in out and "greedy replies" in out

@@ -169,11 +169,11 @@ def test_the_server_computes_what_transformers_computes(server: vllm_env.Server,
     """`medr1 engines check`, and one cause that a server of real weights tells: an older policy is not the server's."""
     asked = load_parts(recipe(phantoms).data)[0][::9][:6]
     how: dict[str, Any] = {"mode": "think", "max_new_tokens": 24}
-    found = compare(vlm, asked, lambda records: greedy(vlm, server.url, records, **how), **how)
+    found = compare(vlm, asked, lambda records, _: greedy(vlm, server.url, records, **how), **how)
     assert [found[name] for name in ("prompts", "logps", "replies", "outcomes")] == [6] * 4
     assert found["max_gap"] < 1e-4 and not found["causes"]
     disturb(vlm.model.parameters())
-    found = compare(vlm, asked, lambda records: greedy(vlm, server.url, records, **how), **how)
+    found = compare(vlm, asked, lambda records, _: greedy(vlm, server.url, records, **how), **how)
     assert list(found["causes"]) == ["weights"]
     for parting in found["partings"]:
         sides = parting["ours"], parting["theirs"]

@@ -1,6 +1,6 @@
 """Commands about who samples: engines check."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -43,16 +43,20 @@ engines_app = typer.Typer(
     cls=Command,
     epilog=examples(
         "medr1 engines check runs/ct --data DATA --url http://127.0.0.1:8000/v1",
-        "medr1 engines check Qwen/Qwen2-VL-2B-Instruct --data DATA --url http://127.0.0.1:8000/v1 --n 200",
+        "medr1 engines check Qwen/Qwen2-VL-2B-Instruct --data DATA --engine vllm-colocate --n 200",
     ),
 )
 def engines_check(
     *,
     model: Annotated[str, typer.Argument(help=MODEL_HELP, callback=known_model)],
     url: Annotated[
-        str,
+        str | None,
         typer.Option("--url", help="of a vLLM server that has this model, up to and with /v1", rich_help_panel=WHAT),
-    ],
+    ] = None,
+    engine: Annotated[
+        Literal["vllm", "vllm-colocate"],
+        typer.Option("--engine", help="a server, or vLLM in this process", rich_help_panel=WHAT),
+    ] = "vllm",
     data: DataOption = "phantoms",
     modality: ModalityOption = None,
     question_type: TypeOption = None,
@@ -81,13 +85,15 @@ def engines_check(
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Ask transformers and a vLLM server the same, greedily: where do they part, and why? Exit status 1 if they do."""
-    from medr1.evaluation.engines import check_server
+    """Ask transformers and vLLM the same, greedily: where do they part, and why? Exit status 1 if they do."""
+    if (url is None) == (engine == "vllm"):
+        raise MedR1Error("give --url of a vLLM server, such as http://127.0.0.1:8000/v1, or --engine vllm-colocate")
+    from medr1.evaluation.engines import check_engine
 
     own = recipe_of(model) or Config()
     more = {"rollout.mode": mode or own.rollout.mode}
     config = asked(model, data, modality, question_type, settings, more)
-    found = check_server(
+    found = check_engine(
         model,
         config,
         url=url,
@@ -98,7 +104,7 @@ def engines_check(
     )
     if not as_json:
         _print(found)
-    agree = f"{url} computes what transformers computes, on {found['n']} records"
+    agree = f"{url or 'vLLM'} computes what transformers computes, on {found['n']} records"
     finish(found, as_json, said=[] if found["causes"] else [agree])
     if found["causes"]:
         raise MedR1Error("; ".join(f"{cause}: {seen}" for cause, seen in found["causes"].items()))

@@ -34,34 +34,51 @@ from medr1.policy.encoding import PromptBatch, check_lengths, encode_prompts
 from medr1.policy.mismatch import LEAST_MISMATCH, MAX_GROWTH, Greedy
 from medr1.policy.rollouts import Rollout, reply_texts, sample
 from medr1.policy.shared_prefix import completion_logprobs
-from medr1.policy.vlm import VLM, evaluating, load_vlm
+from medr1.policy.vlm import VLM, computes_in_bfloat16, evaluating, load_vlm
 
 EXACT = 1e-3
 """Mean difference of log-probs, in nats a token, within which two computations in float32 agree."""
 BATCH = 16
 
-Ask = Callable[[Sequence[Record]], Sequence[Greedy]]
+Ask = Callable[[Sequence[Record], PromptBatch], Sequence[Greedy]]
 """An engine: what it makes of each of these records."""
 
 
-def check_server(
-    model: str, config: Config, *, url: str, run: RunSplit | None, limit: int, max_new_tokens: int, served: str = ""
+def check_engine(
+    model: str,
+    config: Config,
+    *,
+    url: str | None,
+    run: RunSplit | None,
+    limit: int,
+    max_new_tokens: int,
+    served: str = "",
 ) -> dict[str, Any]:
-    """`compare` on records that a model's run held out, with a vLLM server.
+    """`compare` on records that a model's run held out, with a vLLM server, or with vLLM in this process.
 
     Args:
+        url: of the server; None: in this process.
         limit: so many records, drawn by the split seed.
         served: the server's name of the model; empty: the one that it was started with.
 
     Raises:
-        MedR1Error: as `compare`; or the server cannot be reached, fails or refuses.
+        MedR1Error: as `compare`; the server cannot be reached, fails or refuses; or no vLLM is installed here.
     """
-    from medr1.policy.rollouts_vllm import greedy  # needs the openai client
-
     records = limited(load_parts(config.data, run)[1], limit, config)
-    vlm = load_vlm(model, **config.model.loading)
-    how: dict[str, Any] = {"mode": config.rollout.mode, "max_new_tokens": max_new_tokens}
-    return compare(vlm, records, lambda asked: greedy(vlm, url, asked, served=served, **how), **how)
+    vlm, mode = load_vlm(model, **config.model.loading), config.rollout.mode
+    how: dict[str, Any] = {"mode": mode, "max_new_tokens": max_new_tokens}
+    if url:
+        from medr1.policy.rollouts_vllm import greedy  # needs the openai client
+
+        return compare(vlm, records, lambda asked, _: greedy(vlm, url, asked, served=served, **how), **how)
+    from medr1.policy.rollouts_colocate import ColocatedVLLM
+
+    dtype = "bfloat16" if computes_in_bfloat16(config.model.dtype, vlm.device) else "float32"
+    engine = ColocatedVLLM(vlm, mode=mode, dtype=dtype, memory=config.rollout.vllm_memory)
+    try:
+        return compare(vlm, records, lambda asked, prompts: engine.greedy(asked, prompts, max_new_tokens), **how)
+    finally:
+        engine.close()
 
 
 @dataclass(frozen=True)
@@ -122,7 +139,7 @@ def compare(vlm: VLM, records: Sequence[Record], ask: Ask, *, mode: str, max_new
             prompts = encode_prompts(vlm, messages, images, thinking=mode == "think")
             check_lengths(vlm, prompts, [f"record {record.id}" for record in batch], max_new_tokens)
             rollout = sample(vlm, prompts, num_completions=1, max_new_tokens=max_new_tokens, greedy=True, seed=0)
-            lines += _lines(vlm, batch, prompts, rollout, ask(batch))
+            lines += _lines(vlm, batch, prompts, rollout, ask(batch, prompts))
             if wide:
                 with torch.autocast(vlm.device.type, torch.bfloat16):
                     rounded_NT, _ = completion_logprobs(vlm, prompts, rollout.completion_ids_NT, rollout.mask_NT)

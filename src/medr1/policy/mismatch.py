@@ -14,6 +14,8 @@ USUAL_STEPS = 5
 MAX_GROWTH = 4.0
 """Times the usual difference above which a sampler is taken to hold older weights. Users of another trainer reported a
 server that had stopped reading them: 0.201 in place of 0.015, thirteen times."""
+TOP = 20
+"""Most likely tokens of a place that an engine tells; more than vLLM gives unless it is told to."""
 LEAST_MISMATCH = 0.02
 """Nats a token that are never taken for that, so that two float32 computations, 1e-6 apart, may come to differ."""
 

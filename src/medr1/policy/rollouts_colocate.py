@@ -32,7 +32,7 @@ from medr1.data.records import Record
 from medr1.errors import MedR1Error
 from medr1.policy import four_bit
 from medr1.policy.encoding import PromptBatch, render_prompt
-from medr1.policy.mismatch import Watch, check_prompt
+from medr1.policy.mismatch import TOP, Greedy, Watch, check_prompt
 from medr1.policy.pixels import as_scaled
 from medr1.policy.rollouts import Rollout, rollout_of, seeds_of
 from medr1.policy.vlm import VLM
@@ -133,22 +133,10 @@ class ColocatedVLLM(Watch):
         Raises:
             MedR1Error: the engine reads a prompt otherwise than we do, or has no room for it.
         """
-        from vllm import SamplingParams
-
-        size = self.vlm.core.config.get_text_config().vocab_size
-        settings: dict[str, Any] = {
-            "n": num_completions,
-            "max_tokens": max_new_tokens,
-            "temperature": temperature,
-            "logprobs": 0,
-            "logit_bias": {token: -100.0 for token in self.vlm.banned_token_ids if token < size},
-            "stop_token_ids": self.vlm.stop_token_ids,
-            "detokenize": False,
-        }
-        masks_BP = prompts.attention_mask_BP.bool()
-        ours = [ids_P[mask_P].tolist() for ids_P, mask_P in zip(prompts.input_ids_BP, masks_BP, strict=True)]
+        settings = {"n": num_completions, "max_tokens": max_new_tokens, "temperature": temperature, "logprobs": 0}
+        ours = prompts.tokens
         asked = [
-            (record.id, len(ids), self._prompt(record), SamplingParams(**settings, seed=one))
+            (record.id, len(ids), self._prompt(record), self._params(seed=one, **settings))
             for record, ids, one in zip(records, ours, seeds_of(seed, len(records), part), strict=True)
         ]
         first = 0
@@ -156,23 +144,7 @@ class ColocatedVLLM(Watch):
             group, member = divmod(part[0], self.tensor_parallel)
             parts = gather(asked)[group * self.tensor_parallel : (group + 1) * self.tensor_parallel]
             first, asked = sum(map(len, parts[:member])), [one for each in parts for one in each]
-        with _untouched(), self._awake():
-            longest = self.llm.model_config.max_model_len
-            for name, length, *_ in asked:
-                if length + max_new_tokens > longest:
-                    raise MedR1Error(
-                        f"record {name}: its {length} tokens and rollout.max_new_tokens = {max_new_tokens} are more"
-                        f" than the {longest} that vLLM has room for; raise rollout.vllm_memory, or leave the record"
-                        " out"
-                    )
-            bos = self.vlm.tokenizer.bos_token
-            adds_bos = not (bos and asked[0][2]["prompt"].startswith(bos))
-            replies = self.llm.generate(
-                [prompt for _, _, prompt, _ in asked],
-                [params for *_, params in asked],
-                use_tqdm=False,
-                tokenization_kwargs={"add_special_tokens": adds_bos},
-            )[first : first + len(records)]
+        replies = self._replies(asked)[first : first + len(records)]
         for record, reply, ids in zip(records, replies, ours, strict=True):
             check_prompt(NAME, record, reply.prompt_token_ids, ids, self.remedies[0])
         completions = [
@@ -185,6 +157,60 @@ class ColocatedVLLM(Watch):
             for row in sorted(reply.outputs, key=lambda row: row.index)
         ]
         return rollout_of(self.vlm, prompts, completions, [NAME] * len(completions))
+
+    def greedy(self, records: Sequence[Record], prompts: PromptBatch, max_new_tokens: int) -> list[Greedy]:
+        """What the engine makes of these records, taking the most likely token each time.
+
+        Raises:
+            MedR1Error: it has no room for one.
+        """
+        params = self._params(max_tokens=max_new_tokens, temperature=0.0, logprobs=TOP)
+        asked = [
+            (record.id, len(ids), self._prompt(record), params)
+            for record, ids in zip(records, prompts.tokens, strict=True)
+        ]
+        return [
+            Greedy(
+                prompt_ids=reply.prompt_token_ids,
+                tokens=list(row.token_ids),
+                logps=[given[token].logprob for given, token in zip(row.logprobs, row.token_ids, strict=True)],
+                tops=[{token: told.logprob for token, told in given.items()} for given in row.logprobs],
+            )
+            for reply in self._replies(asked)
+            for row in reply.outputs
+        ]
+
+    def _params(self, **settings: Any) -> Any:
+        from vllm import SamplingParams
+
+        size = self.vlm.core.config.get_text_config().vocab_size
+        return SamplingParams(
+            logit_bias={token: -100.0 for token in self.vlm.banned_token_ids if token < size},
+            stop_token_ids=self.vlm.stop_token_ids,
+            detokenize=False,
+            **settings,
+        )
+
+    def _replies(self, asked: Sequence[tuple[str, int, dict[str, Any], Any]]) -> list[Any]:
+        """Of the engine, to the name of a record, the length of its prompt, the prompt, and how it is answered."""
+        with _untouched(), self._awake():
+            longest = self.llm.model_config.max_model_len
+            for name, length, _, params in asked:
+                if length + params.max_tokens > longest:
+                    raise MedR1Error(
+                        f"record {name}: its {length} tokens and rollout.max_new_tokens = {params.max_tokens} are more"
+                        f" than the {longest} that vLLM has room for; raise rollout.vllm_memory, or leave the record"
+                        " out"
+                    )
+            bos = self.vlm.tokenizer.bos_token
+            adds_bos = not (bos and asked[0][2]["prompt"].startswith(bos))
+            replies: list[Any] = self.llm.generate(
+                [prompt for _, _, prompt, _ in asked],
+                [params for *_, params in asked],
+                use_tqdm=False,
+                tokenization_kwargs={"add_special_tokens": adds_bos},
+            )
+        return replies
 
     def _prompt(self, record: Record) -> dict[str, Any]:
         text = render_prompt(self.vlm, build_messages(record, self.mode), thinking=self.mode == "think")

@@ -32,7 +32,7 @@ from medr1.data.records import Record
 from medr1.errors import MedR1Error
 from medr1.policy.client import TIMEOUT, api_key, api_messages, openai, reason_of
 from medr1.policy.encoding import PromptBatch
-from medr1.policy.mismatch import Greedy, Watch, check_prompt
+from medr1.policy.mismatch import TOP, Greedy, Watch, check_prompt
 from medr1.policy.pixels import as_scaled
 from medr1.policy.rollouts import Completion, Rollout, rollout_of, seeds_of
 from medr1.policy.vlm import VLM
@@ -50,9 +50,6 @@ MAX_REQUESTS = 64
 
 SENDING = threading.Lock()
 """Held while weights go from GPU to GPU."""
-TOP = 20
-"""Most likely tokens of a place that a server tells; more than vLLM gives unless it is told to."""
-
 T = TypeVar("T")
 Reply = tuple[str, Completion]
 """Who drew it, by URL, and what."""
@@ -492,11 +489,12 @@ def greedy(
 
 def _settings(vlm: VLM, mode: str, max_new_tokens: int) -> dict[str, Any]:
     """Of a request: the policy's own distribution."""
+    size = vlm.core.config.get_text_config().vocab_size
     return {
         "max_tokens": max_new_tokens,
         "top_p": 1.0,
         "logprobs": True,
-        "logit_bias": {str(token): -100 for token in vlm.banned_token_ids},
+        "logit_bias": {str(token): -100 for token in vlm.banned_token_ids if token < size},
         # Fields of vLLM's own; unset ones would come from the model's generation_config.
         "extra_body": {
             "top_k": -1,
