@@ -21,6 +21,7 @@ from medr1.config import load_config, to_toml
 from medr1.data.phantoms import write_phantoms
 from medr1.data.records import read_jsonl
 from medr1.errors import MedR1Error
+from medr1.evaluation.engines import check_engine
 from medr1.policy.adapters import add_lora
 from medr1.policy.rollouts_colocate import ColocatedVLLM, renew_heads, weights_as_saved
 from medr1.policy.vlm import VLM, load_vlm, merged
@@ -154,11 +155,17 @@ def test_a_stale_head_is_found_and_renewed() -> None:
     assert renew_heads(model) == []
 
 
-def test_what_cannot_be_served_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_served_is_refused_in_one_line(phantoms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vlm = load_vlm("tiny", dtype="float32")
     with pytest.raises(MedR1Error, match=r"^rollout.engine = vllm-colocate needs vLLM in this environment"):
         ColocatedVLLM(vlm, **ENGINE)
+    config = load_config(overrides={"data.path": str(phantoms)})
+    with pytest.raises(MedR1Error, match=r"^rollout.engine = vllm-colocate needs vLLM"):  # medr1 engines check tiny
+        check_engine("tiny", config, url=None, run=None, limit=1, max_new_tokens=4)
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace())
+    said = r"vLLM does not serve tiny here \(no such kernel\); where .* another rollout.vllm_memory than 0.3, else"
+    with pytest.raises(MedR1Error, match=said), ColocatedVLLM(vlm, **ENGINE)._in_one_line():
+        raise RuntimeError("no such kernel\nin this build")
     with pytest.raises(MedR1Error, match="vllm_tensor_parallel = 2 does not divide the 1 processes of this run; start"):
         ColocatedVLLM(vlm, **ENGINE, tensor_parallel=2)
     vlm.core.is_loaded_in_4bit = True

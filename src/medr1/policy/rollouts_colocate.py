@@ -193,7 +193,7 @@ class ColocatedVLLM(Watch):
 
     def _replies(self, asked: Sequence[tuple[str, int, dict[str, Any], Any]]) -> list[Any]:
         """Of the engine, to the name of a record, the length of its prompt, the prompt, and how it is answered."""
-        with _untouched(), self._awake():
+        with self._in_one_line(), _untouched(), self._awake():
             longest = self.llm.model_config.max_model_len
             for name, length, _, params in asked:
                 if length + params.max_tokens > longest:
@@ -270,15 +270,20 @@ class ColocatedVLLM(Watch):
         if vlm.device.type == "cpu":
             # Compiling takes minutes; and vLLM dies of a request with a seed whose prompt it reads in parts (0.32).
             settings |= {"enforce_eager": True, "enable_chunked_prefill": False}
+        return LLM(**settings)
+
+    @contextlib.contextmanager
+    def _in_one_line(self) -> Iterator[None]:
+        """What vLLM raises, as a MedR1Error."""
         try:
-            return LLM(**settings)
+            yield
         except (ValueError, RuntimeError, NotImplementedError, AssertionError) as error:
             # Of a refused setting the first line says only that there is one.
             said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-            reason = said.strip().split("\n")[0]
+            reason = said.strip().split("\n")[0] or type(error).__name__
             raise MedR1Error(
-                f"{ENGINE}: vLLM does not serve {vlm.name} here ({reason}); where that is for want of"
-                f" memory, set another rollout.vllm_memory than {self.memory:g}, else rollout.engine to local"
+                f"{ENGINE}: vLLM does not serve {self.vlm.name} here ({reason}); where that is for want of memory, set"
+                f" another rollout.vllm_memory than {self.memory:g}, else rollout.engine to local"
             ) from error
 
     def _hand_over(self) -> None:
