@@ -18,7 +18,7 @@ from medr1.cli import app
 from medr1.data.datasets import load_records
 from medr1.data.datasets.convert import convert
 from medr1.data.heldout import read_split
-from medr1.data.images import load_image
+from medr1.data.images import load_image, resolve_inside
 from medr1.data.phantoms import write_phantoms
 from medr1.data.prompts import build_messages
 from medr1.data.records import MODALITIES, QUESTION_TYPES, Record, read_jsonl
@@ -710,3 +710,25 @@ def test_slices_of_a_volume_are_several_images_of_one_group(tmp_path: Path) -> N
     for record, other in zip(records, again, strict=True):
         pixels = [[load_image(image).tobytes() for image in item.images] for item in (record, other)]
         assert pixels[0] == pixels[1]
+
+
+def test_many_questions_about_few_images_take_the_paths_of_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path is resolved once, and records that say the same hold the same objects: counted, at two sizes."""
+    resolved: list[str] = []
+
+    def counted(root: Path, name: str) -> Path:
+        resolved.append(name)
+        return resolve_inside(root, name)
+
+    monkeypatch.setattr("medr1.data.datasets.rows.resolve_inside", counted)
+    for count in (40, 80):
+        resolved.clear()
+        lines = [
+            {"image": f"{n % 4}.png", "question": f"What is {n}?", "options": ["Naevus", "Melanoma"], "answer": "B"}
+            for n in range(count)
+        ]
+        (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        records = load_records(tmp_path, check_images=False)
+        assert len(records) == count and len(resolved) == 4
+        for name, different in (("images", 4), ("options", 1), ("group", 4), ("source", 1), ("alternatives", 1)):
+            assert len({id(getattr(record, name)) for record in records}) == different, name

@@ -15,7 +15,7 @@ import math
 import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -115,7 +115,6 @@ class RecordTrainer(Trainer):
         self.order = partial(draw_order, train_records, weights, config.draws.balance, config.optimizer.seed)
         chosen = min(config.log.eval_records, len(test_records))
         self.eval_records = random.Random(config.data.split_seed).sample(test_records, chosen)
-        self.images = OtherImages(train_records)
         if config.draws.exchanged_images and not any(map(self.images.pool, train_records)):
             raise MedR1Error(
                 "draws.exchanged_images: no two training records have the same question and options, and other right"
@@ -202,6 +201,11 @@ class RecordTrainer(Trainer):
     def is_sharded(self) -> bool:
         """Whether a process holds a part of the weights only."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    @cached_property
+    def images(self) -> OtherImages:
+        """Where a step may need them: a pool takes as much memory as the records."""
+        return OtherImages(self.train_records)
 
     def run(self, *, dry_step: bool = False) -> None:
         """Train to the end, from the last whole checkpoint in the output folder where there is one; save the model.

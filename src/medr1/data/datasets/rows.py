@@ -233,6 +233,7 @@ class ImageFolder:
 
     def __init__(self, root: Path | None) -> None:
         self.root = root
+        self._located: dict[str, Path] = {}
         self._groups_file = root / "groups.csv" if root else Path()
         self._groups = _read_groups(self._groups_file) if self._groups_file.is_file() else None
 
@@ -244,7 +245,9 @@ class ImageFolder:
         """
         if self.root is None:
             raise ValueError(f"image {relative!r} is a file of its own; download the images and give --image-root")
-        return resolve_inside(self.root, relative)
+        if relative not in self._located:  # many questions are about one image
+            self._located[relative] = resolve_inside(self.root, relative)
+        return self._located[relative]
 
     def find(self, name: str, *folders: str) -> Path:
         """Path of an image that lies in the root or in one of these folders of it; in the first where it is nowhere.
@@ -314,6 +317,7 @@ def read_records(
     """
     records: list[Record] = []
     places: dict[str, str] = {}
+    known: dict[Any, Any] = {}
     bad: list[str] = []
     not_asked: list[str] = []
     for table in tables:
@@ -324,7 +328,7 @@ def read_records(
                     raise row
                 if not isinstance(row, dict):
                     raise ValueError(f"not an object but {row!r:.40}")
-                record = read(table, number, row)
+                record = read(table, number, row).sharing(known)
                 if record.id in places:
                     raise ValueError(f"id {record.id!r} was used before, at {places[record.id]}; make ids unique")
             except NotAsked as reason:
