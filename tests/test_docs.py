@@ -137,7 +137,7 @@ def commands(page: Path) -> list[list[str]]:
         for line in text.splitlines():
             words = shlex.split(line, comments=True)
             for place, word in enumerate(words):
-                if word == "medr1":
+                if word == "medr1" and words[0] != "pip":
                     found.append(words[place + 1 :])
     return found
 
