@@ -307,13 +307,21 @@ def test_prompts_that_differ_or_do_not_fit_are_refused(
 
 @pytest.mark.parametrize(
     "overrides",
-    [{"grpo.beta": 0.1}, {"grpo.num_iterations": 2}, {"model.lora_rank": 4}],
-    ids=["full", "two-updates", "lora"],
+    [
+        {"grpo.beta": 0.1},
+        {"grpo.num_iterations": 2},
+        {"model.lora_rank": 4},
+        {"model.lora_rank": 4, "rollout.ahead": 1},
+    ],
+    ids=["full", "two-updates", "lora", "lora-ahead"],
 )
 def test_training_with_the_server(
     overrides: dict[str, object], server: vllm_env.Server, vlm: VLM, phantoms: Path, tmp_path: Path
 ) -> None:
-    """The policy moves, and the server with it: before each first update both agree on every token."""
+    """The policy moves, and the server with it: before each first update both agree on every token.
+
+    One step ahead the policy that learns is apart from what sampled, and what was asked for the next step is not.
+    """
     config = recipe(
         phantoms, **overrides, **{"rollout.engine": "vllm", "rollout.vllm_url": server.url, "optimizer.steps": 4}
     )
@@ -327,6 +335,10 @@ def test_training_with_the_server(
     assert (after - before).abs().max() > 1e-4
     rows = [row for row in read_jsonl(tmp_path / "run" / "log.jsonl") if "rollout_difference" in row]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    if config.rollout.ahead:
+        assert [row["rollout_lag"] for row in rows] == [0, 1, 1, 1]
+        assert all(row["server_difference"] < 1e-4 for row in rows[:-1])
+        rows = rows[:1]
     assert all(
         row["rollout_difference"] < 1e-4 and row["rollout_kl"] < 1e-6 and not row["rollout_capped"] for row in rows
     )
@@ -334,9 +346,10 @@ def test_training_with_the_server(
 
 
 def test_two_processes_share_a_server(server: vllm_env.Server, trained: Path, phantoms: Path, tmp_path: Path) -> None:
-    """The command line as torchrun starts it: one pushes, both ask, and each for its part of the prompts."""
+    """The command line as torchrun starts it: one pushes, both ask a step ahead, each for its part of the prompts."""
     model = str(trained / "model")
-    config = recipe(phantoms, **{"rollout.engine": "vllm", "rollout.vllm_url": server.url, "model.name": model})
+    where = {"rollout.engine": "vllm", "rollout.vllm_url": server.url, "rollout.ahead": 1}
+    config = recipe(phantoms, **where, **{"model.name": model})
     (tmp_path / "recipe.toml").write_text(to_toml(config))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "medr1"]
     paths = os.pathsep.join(str(Path(__file__).parents[1] / name) for name in ("src", "tests"))
@@ -350,7 +363,7 @@ def test_two_processes_share_a_server(server: vllm_env.Server, trained: Path, ph
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [row for row in read_jsonl(tmp_path / "run" / "log.jsonl") if "rollout_difference" in row]
     assert [row["step"] for row in rows] == [1, 2, 3]
-    assert all(row["rollout_difference"] < 1e-4 for row in rows)
+    assert rows[0]["rollout_difference"] < 1e-4 and all(row["server_difference"] < 1e-4 for row in rows[:2])
     steps = [row["step"] for row in read_jsonl(tmp_path / "run" / "completions.jsonl")]
     assert steps == [number for number in (1, 2, 3) for _ in range(16)]
 
