@@ -390,7 +390,7 @@ def recipe(group: int, new_tokens: int, *, lora: bool, pixels: int) -> Any:
             min_pixels=0,
             max_pixels=pixels,
         ),
-        rollout=SimpleNamespace(num_completions=group, max_new_tokens=new_tokens),
+        rollout=SimpleNamespace(engine="local", num_completions=group, max_new_tokens=new_tokens),
         grpo=SimpleNamespace(beta=BETA, reference="float32"),
         optimizer=SimpleNamespace(
             name="adamw", prompts_per_step=1, prompts_per_forward=0, gradient_checkpointing=False
