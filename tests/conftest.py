@@ -28,6 +28,13 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture
+def local_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers of this machine are asked by no proxy, and without a key of the user's."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """In CI a run in which something was skipped has failed."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")

@@ -4,12 +4,13 @@ Weights are read from the folder that a server is told, so that what comes back 
 """
 
 import base64
+import contextlib
 import copy
 import io
 import json
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,20 @@ def certain() -> tuple[dict[str, Any], dict[str, Any]]:
     message = {"role": "assistant", "content": "!"}
     told = {"token": "!", "logprob": 0.0, "bytes": None, "top_logprobs": []}
     return {"message": message, "finish_reason": "length", "logprobs": {"content": [told]}}, {}
+
+
+@contextlib.contextmanager
+def starting() -> Iterator[Callable[[VLM], FakeVLLM]]:
+    """Starts servers, each with a model; they are killed at the end."""
+    started: list[FakeVLLM] = []
+
+    def one(vlm: VLM) -> FakeVLLM:
+        started.append(FakeVLLM(vlm))
+        return started[-1]
+
+    yield one
+    for server in started:
+        server.kill()
 
 
 def disturbed(vlm: VLM, size: float = 0.02) -> VLM:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 pytest.importorskip("openai", reason="needs the openai client: pip install 'medr1[remote]'")
 
 import test_servers
-from fake_vllm import FakeVLLM, disturbed
+from fake_vllm import FakeVLLM, disturbed, starting
 from test_training import StopAfter
 from tiny_vlms import tiny_vlm
 
@@ -38,23 +38,14 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+def settings(local_servers: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rollouts_vllm, "POLL", 0.05)
 
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    started: list[FakeVLLM] = []
-
-    def one() -> FakeVLLM:
-        started.append(FakeVLLM(disturbed(tiny_vlm("qwen2_vl"))))
-        return started[-1]
-
-    yield one
-    for server in started:
-        server.kill()
+    with starting() as start:
+        yield lambda: start(disturbed(tiny_vlm("qwen2_vl")))
 
 
 def trainer_of(phantoms: Path, out: Path, *servers: FakeVLLM, **overrides: object) -> GRPOTrainer:

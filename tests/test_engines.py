@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("openai", reason="needs the openai client: pip install 'medr1[remote]'")
 
-from fake_vllm import FakeVLLM, disturbed
+from fake_vllm import FakeVLLM, disturbed, starting
 
 from medr1.cli import main
 from medr1.config import load_config
@@ -26,6 +26,9 @@ from medr1.policy.vlm import VLM, load_vlm
 
 HOW: dict[str, Any] = {"mode": "no-think", "max_new_tokens": 12}
 Check = Callable[[VLM], dict[str, Any]]
+
+
+pytestmark = pytest.mark.usefixtures("local_servers")
 
 
 @pytest.fixture(scope="module")
@@ -49,23 +52,10 @@ def other(vlm: VLM) -> VLM:
     return copy.deepcopy(vlm)
 
 
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-
-
 @pytest.fixture
 def serve() -> Iterator[Callable[[VLM], FakeVLLM]]:
-    started: list[FakeVLLM] = []
-
-    def one(vlm: VLM) -> FakeVLLM:
-        started.append(FakeVLLM(vlm))
-        return started[-1]
-
-    yield one
-    for server in started:
-        server.kill()
+    with starting() as start:
+        yield start
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("openai", reason="needs the openai client: pip install 'medr1[remote]'")
 
-from fake_vllm import FakeVLLM, disturbed
+from fake_vllm import FakeVLLM, disturbed, starting
 from tiny_vlms import tiny_vlm
 from transformers import TrainerCallback
 
@@ -41,9 +41,7 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+def settings(local_servers: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rollouts_vllm, "POLL", 0.05)
 
 
@@ -55,15 +53,8 @@ def vlm() -> VLM:
 @pytest.fixture
 def start(vlm: VLM) -> Iterator[Start]:
     """A server that starts with other weights than the policy's."""
-    started: list[FakeVLLM] = []
-
-    def one() -> FakeVLLM:
-        started.append(FakeVLLM(disturbed(vlm)))
-        return started[-1]
-
-    yield one
-    for server in started:
-        server.kill()
+    with starting() as start:
+        yield lambda: start(disturbed(vlm))
 
 
 @pytest.fixture

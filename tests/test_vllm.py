@@ -95,9 +95,7 @@ def server(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 @pytest.fixture(autouse=True)
-def settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+def settings(local_servers: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rollouts_vllm, "POLL", 0.2)
     torch.manual_seed(0)
 

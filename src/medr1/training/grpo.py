@@ -10,6 +10,7 @@ their forward and backward are skipped, and they are counted.
 
 import contextlib
 import time
+from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -321,14 +322,15 @@ class GRPOTrainer(CollectingTrainer):
 
     def _check(self, server: Watch, gaps: list[Gap]) -> None:
         """See by all processes' tokens that each server has the policy's weights, before these change again."""
-        sums: dict[str, tuple[float, int]] = {}
+        differences, counts = defaultdict[str, float](float), Counter[str]()
         for name, gap, tokens in (row for part in gather(gaps) for row in part if row[2]):
-            sums[name] = sums.get(name, (0.0, 0))[0] + gap, sums.get(name, (0.0, 0))[1] + tokens
+            differences[name] += gap
+            counts[name] += tokens
         if not server.usual and (self.out / LOG).exists():  # of the run that is gone on with
             name = WATCHED if self.ahead else DIFFERENCE
             server.remember([row[name] for row in read_jsonl(self.out / LOG) if name in row])
-        if sums:
-            agree(lambda: server.check({name: gap / tokens for name, (gap, tokens) in sums.items()}))
+        if counts:
+            agree(lambda: server.check({name: differences[name] / count for name, count in counts.items()}))
 
     def log_line(self, sums: dict[str, float]) -> dict[str, float]:
         line: dict[str, float] = {}
