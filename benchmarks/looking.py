@@ -4,15 +4,22 @@
     python benchmarks/looking.py --shortcut-in texts --out runs/looking-texts
     python benchmarks/looking.py --no-shortcut --out runs/looking-none         # what it costs where nothing is amiss
     python benchmarks/looking.py --arms hold_to_chance --arms perception …     # other objectives beside them
+    python benchmarks/looking.py --data DATA --model runs/small/model --parts MRI --parts OCT --out runs/looking-real
 
 The tiny base is trained on phantoms with a planted shortcut (`medr1 data phantoms --shortcut`), by the demo's recipe,
 and asked about phantoms where the shortcut holds by chance alone. Two processes of one thread each; stopped, the same
 command goes on. The last line of stdout is with --json one JSON object; every mean is over all questions and seeds, its
 limits are of the questions' images and of the seeds together (see `cell`).
+
+With --data the arms are trained on each of the named modalities of a data set by itself, by the recipe of
+configs/study-small.toml, and asked all held-out questions of it. What nobody planted takes the shortcut's place: the
+option whose text was right most often in the training part. Differences from plain GRPO are paired by question; their
+limits are given with the seeds and, as everywhere in `medr1`, of the questions' groups alone.
 """
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -27,10 +34,14 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from medr1.config import Config, load_config
+from medr1.config import Config, DataConfig, load_config
 from medr1.data.datasets import load_records
+from medr1.data.parts import load_parts
 from medr1.data.phantoms import Shortcut, pointed_at, write_planted
-from medr1.data.records import LETTERS, Record, read_jsonl, write_atomic
+from medr1.data.records import LETTERS, MODALITIES, Record, read_jsonl, write_atomic
+from medr1.evaluation.controls import ALONE, most_often_right
+from medr1.evaluation.intervals import DIFFERENCE, SHARE, interval
+from medr1.evaluation.looking import values as of_rows
 
 ARMS: dict[str, dict[str, Any]] = {
     "accuracy": {},
@@ -52,107 +63,165 @@ MEASURES = ("accuracy", "accuracy_where_wrong", "follows_shortcut", "reliance", 
 SIGNED = {"reliance"}
 IMAGES, TESTED = {"positions": 1280, "texts": 2560}, 80
 """Images drawn for training (a shortcut in texts leaves three questions of four out), and asked about."""
+PHANTOMS = ""
+"""The only part of a comparison on phantoms."""
 
 app = typer.Typer(add_completion=False)
 
 
-def recipe(arm: str, seed: int, steps: int) -> Config:
-    return load_config(
-        overrides={
-            "model.name": "tiny",
-            "rollout.max_new_tokens": 64,
-            "grpo.beta": 0.0,
-            "optimizer.steps": steps,
-            "optimizer.prompts_per_step": 16,
-            "optimizer.learning_rate": 5e-5,
+class Comparison:
+    """What is compared, as a folder says it: its settings, and of each part the data, the runs and their replies."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.settings: dict[str, Any] = json.loads((out / "settings.json").read_text())
+        self.real = "data" in self.settings
+        self.base = self.settings.get("model", "tiny")
+
+    def folder(self, part: str, arm: str, seed: int) -> Path:
+        return self.out / part / f"{arm}-{seed}"
+
+    def recipe(self, arm: str, seed: int) -> Config:
+        common = {
+            "model.name": self.base,
+            "optimizer.steps": self.settings["steps"],
             "optimizer.schedule": "constant_with_warmup",
-            "optimizer.warmup_steps": 5,
             "optimizer.seed": seed,
-            "log.save_every": 40,
             "log.keep_checkpoints": 1,
         }
-        | ARMS[arm]
-    )
+        phantoms = {
+            "model.dtype": "float32",
+            "rollout.max_new_tokens": 64,
+            "grpo.beta": 0.0,
+            "optimizer.prompts_per_step": 16,
+            "optimizer.learning_rate": 5e-5,
+            "optimizer.warmup_steps": 5,
+            "log.save_every": 40,
+        }
+        small = {
+            "model.dtype": "bfloat16",
+            "model.train_vision": False,
+            "rollout.max_new_tokens": 48,
+            "grpo.beta": 0.04,
+            "optimizer.prompts_per_step": 8,
+            "optimizer.learning_rate": 1e-5,
+            "optimizer.warmup_steps": 3,
+            "log.save_every": 1000,  # a checkpoint costs more than the steps that a kill loses
+        }
+        return load_config(overrides=common | (small if self.real else phantoms) | ARMS[arm])
+
+    def questions(self, part: str) -> tuple[list[Record], list[Record]]:
+        """What is trained on, and what is asked: of phantoms what TESTED images ask, evenly over modalities."""
+        if self.real:
+            return load_parts(DataConfig(path=self.settings["data"], modalities=(part,)))
+        train, test = (load_records(self.out / "data" / name) for name in ("train", "test"))
+        images = sorted({record.images for record in test})
+        asked = set(images[:: max(1, len(images) // TESTED)])
+        return train, [record for record in test if record.images in asked]
+
+    def pointed(self, part: str) -> dict[str, set[str]]:
+        """Letters that the shortcut points at, of each question that is asked."""
+        train, test = self.questions(part)
+        if self.real:
+            return dict(zip([record.id for record in test], most_often_right(train, test), strict=True))
+        place = self.settings["shortcut_in"]
+        return {record.id: {LETTERS[record.options.index(pointed_at(record.options, place))]} for record in test}
 
 
-def test_questions(data: Path) -> list[Record]:
-    """All questions about TESTED images of the test part, evenly over modalities."""
-    records = load_records(data / "test")
-    images = sorted({record.images for record in records})
-    asked = set(images[:: max(1, len(images) // TESTED)])
-    return [record for record in records if record.images in asked]
-
-
-def ask(arm: str, seed: int, steps: int, data: Path, folder: Path) -> None:
+def ask(compared: Comparison, part: str, arm: str, seed: int) -> None:
     """Train an arm (the base is as it is) and ask it: rows by condition, then those of a reader of its reasoning."""
     import torch
 
-    from medr1.evaluation.controls import ALONE
     from medr1.evaluation.looking import kept_reasoning
     from medr1.evaluation.run import evaluate
     from medr1.policy.vlm import load_vlm
     from medr1.training import GRPOTrainer
 
     torch.set_num_threads(1)
-    model, test = "tiny", test_questions(data)
+    folder, (train, test) = compared.folder(part, arm, seed), compared.questions(part)
+    config, model = compared.recipe("accuracy" if arm == "base" else arm, seed), compared.base
     if arm != "base":
         model = str(folder / "train" / "model")
         if not Path(model).is_dir():
-            config = recipe(arm, seed, steps)
-            vlm = load_vlm("tiny", dtype="float32")
-            GRPOTrainer(vlm, config, load_records(data / "train"), test, folder / "train").run()
-    vlm, settings = load_vlm(model, dtype="float32"), {"mode": "think", "max_new_tokens": 64, "batch_size": 40}
+            vlm = load_vlm(compared.base, **config.model.loading)
+            GRPOTrainer(vlm, config, train, test, folder / "train").run()
+    vlm = load_vlm(model, **config.model.loading)
+    settings = {"mode": "think", "max_new_tokens": config.rollout.max_new_tokens, "batch_size": 40}
     for condition in CONDITIONS:
         rows = evaluate(vlm, test, out=folder / f"{condition}.jsonl", condition=condition, **settings)
         if condition == "image":
             reasoning = {row["id"]: kept_reasoning(row["reply"]) for row in rows}
-    reader, out = load_vlm("tiny", dtype="float32"), folder / "reader.jsonl"
+    reader, out = load_vlm(compared.base, **config.model.loading), folder / "reader.jsonl"
     evaluate(reader, test, out=out, condition=ALONE, reasoning=reasoning, **settings)
+    if compared.real:  # half a gigabyte each
+        shutil.rmtree(folder / "train" / "model", ignore_errors=True)
+        for checkpoint in folder.glob("train/checkpoint-*"):
+            shutil.rmtree(checkpoint)
 
 
-def values(folder: Path, place: str) -> dict[str, dict[str, float]]:
-    """Each measure's value of each question that it is about."""
-    from medr1.evaluation import looking
+Values = dict[str, dict[str, float]]
+"""Each measure's value of each question that it is about."""
 
+
+def values(folder: Path, pointed: Mapping[str, set[str]]) -> Values:
     asked = {way: read_jsonl(folder / f"{way}.jsonl") for way in (*CONDITIONS, "reader")}
     rows = asked["image"]
-    pointed = {row["id"]: LETTERS[row["options"].index(pointed_at(row["options"], place))] for row in rows}
-    found = looking.values(asked)
+    found = of_rows(asked)
     return {
         "accuracy": {row["id"]: float(row["correct"]) for row in rows},
-        "accuracy_where_wrong": {row["id"]: float(row["correct"]) for row in rows if row["gold"] != pointed[row["id"]]},
-        "follows_shortcut": {row["id"]: float(row["letter"] == pointed[row["id"]]) for row in rows},
+        "accuracy_where_wrong": {
+            row["id"]: float(row["correct"]) for row in rows if row["gold"] not in pointed[row["id"]]
+        },
+        "follows_shortcut": {row["id"]: float(row["letter"] in pointed[row["id"]]) for row in rows},
         "reliance": found["reliance"],
         "image_sensitivity": found["sensitivity"],
         "consistency": found["consistency"],
     }
 
 
-def cell(of_seeds: Sequence[Mapping[str, float]], groups: Mapping[str, str], signed: bool) -> list[float]:
-    """[mean, low, high]: the seeds' mean of each question, its interval over groups (`intervals.interval`), and beside
-    it the interval of the seeds' means (Student's t); distances from the mean add like standard errors.
-    """
-    from medr1.evaluation.intervals import DIFFERENCE, SHARE, interval
+def cell(
+    of_parts: Sequence[Sequence[Mapping[str, float]]],
+    groups: Mapping[str, str],
+    span: tuple[float, float] = SHARE,
+    *,
+    seeds: bool = True,
+) -> list[float]:
+    """[mean, low, high] over the questions of all parts, of which each seed has a value in each.
 
-    span, count = DIFFERENCE if signed else SHARE, len(of_seeds)
-    by_question = {name: statistics.mean(of_one[name] for of_one in of_seeds) for name in of_seeds[0]}
+    The limits are those of the interval over groups of the seeds' means by question (`intervals.interval`) and, beside
+    it, of the seeds: the variance of their means within each part, pooled by the parts' shares of the questions, with
+    Student's t of as many degrees of freedom as all parts have together. Distances from the mean add like standard
+    errors. Without `seeds` the interval over groups alone.
+    """
+    by_question = {
+        name: statistics.mean(of_one[name] for of_one in of_seeds) for of_seeds in of_parts for name in of_seeds[0]
+    }
     mean = statistics.mean(by_question.values())
     low, high = interval([*by_question.values()], [groups[name] for name in by_question], span) or span
-    apart = 0.0
-    if count > 1:
-        means = [statistics.mean(of_one.values()) for of_one in of_seeds]
-        apart = float(stats.t.ppf(0.975, count - 1)) * statistics.stdev(means) / count**0.5
+    variance, freedom = 0.0, 0
+    for of_seeds in of_parts if seeds else ():
+        if len(of_seeds) > 1:
+            means = [statistics.mean(of_one.values()) for of_one in of_seeds]
+            share = len(of_seeds[0]) / len(by_question)
+            variance += share**2 * statistics.variance(means) / len(of_seeds)
+            freedom += len(of_seeds) - 1
+    apart = float(stats.t.ppf(0.975, freedom)) * variance**0.5 if freedom else 0.0
     below, above = ((limit**2 + apart**2) ** 0.5 for limit in (mean - low, high - mean))
     return [round(value, 4) for value in (mean, max(span[0], mean - below), min(span[1], mean + above))]
 
 
-def job(arm: str, seed: int, steps: int, data: Path, folder: Path) -> None:
+def differences(arm: Values, plain: Values, name: str) -> dict[str, float]:
+    return {number: value - plain[name][number] for number, value in arm[name].items() if number in plain[name]}
+
+
+def job(compared: Comparison, part: str, arm: str, seed: int) -> None:
     """`ask` in a process of its own with one thread, if it is still to do; what it says goes into a file."""
+    folder = compared.folder(part, arm, seed)
     done = folder / "done"
     if done.exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, __file__, "--only", arm, str(seed), str(steps), str(data), str(folder)]
+    command = [sys.executable, __file__, "--only", str(compared.out), part, arm, str(seed)]
     with (folder / "said.txt").open("a") as said:
         ended = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=said, stderr=said)
     if ended.returncode:
@@ -167,6 +236,9 @@ def main(
     ] = 0.95,
     no_shortcut: Annotated[bool, typer.Option("--no-shortcut", help="right by chance alone in training too")] = False,
     shortcut_in: Annotated[Literal["positions", "texts"], typer.Option()] = "positions",
+    data: Annotated[str, typer.Option(help="a data set instead of phantoms; needs --model and --parts")] = "",
+    model: Annotated[str, typer.Option(help="the base, with --data")] = "",
+    parts: Annotated[list[str], typer.Option(help="modalities, each trained on by itself; may be repeated")] = [],  # noqa: B006
     steps: Annotated[int, typer.Option(min=1)] = 240,
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     arms: Annotated[list[str], typer.Option(help=f"of {', '.join(ARMS)}; may be repeated")] = ["accuracy", "looking"],  # noqa: B006
@@ -179,33 +251,78 @@ def main(
     """Train every arm with every seed, ask each and the base, compare."""
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise typer.BadParameter(f"{unknown[0]}: choose among {', '.join(ARMS)}")
+    if bool(data) != bool(model and parts) or any(part not in MODALITIES for part in parts):
+        raise typer.BadParameter(f"--data, --model and --parts go together; parts are of {', '.join(MODALITIES)}")
     began, share = time.perf_counter(), None if no_shortcut else shortcut
-    asked = {"shortcut": share, "shortcut_in": shortcut_in, "steps": steps}
+    planted = {"shortcut": share, "shortcut_in": shortcut_in, "steps": steps}
+    asked = {"data": data, "model": model, "steps": steps} if data else planted
     settings = out / "settings.json"
     if settings.exists() and json.loads(settings.read_text()) != asked:
         raise typer.BadParameter(f"{out} holds a comparison with other settings; name another --out")
-    data = out / "data"
     if not settings.exists():
-        write_planted(data, num_images=IMAGES[shortcut_in], seed=0, shortcut=Shortcut(shortcut_in, share))
+        if not data:
+            write_planted(out / "data", num_images=IMAGES[shortcut_in], seed=0, shortcut=Shortcut(shortcut_in, share))
+        out.mkdir(parents=True, exist_ok=True)
         write_atomic(settings, json.dumps(asked))
-    jobs = [("base", 0), *((arm, seed) for seed in range(seeds) for arm in arms)]
+    compared, of = Comparison(out), parts or [PHANTOMS]
+    jobs = [(part, "base", 0) for part in of]
+    jobs += [(part, arm, seed) for seed in range(seeds) for part in of for arm in arms]
     with ThreadPoolExecutor(processes) as pool:
-        list(pool.map(lambda one: job(*one, steps, data, out / f"{one[0]}-{one[1]}"), jobs))
-    groups = {record.id: record.group for record in test_questions(data)}
-    of_arms = {
-        arm: [values(out / f"{arm}-{seed}", shortcut_in) for seed in range(1 if arm == "base" else seeds)]
+        list(pool.map(lambda one: job(compared, *one), jobs))
+    groups = {record.id: record.group for part in of for record in compared.questions(part)[1]}
+    pointed = {part: compared.pointed(part) for part in of}
+    found = {(part, arm, seed): values(compared.folder(part, arm, seed), pointed[part]) for part, arm, seed in jobs}
+    cells = {
+        arm: {
+            name: cell(
+                [[found[part, arm, seed][name] for seed in range(seeds if arm != "base" else 1)] for part in of],
+                groups,
+                DIFFERENCE if name in SIGNED else SHARE,
+            )
+            for name in MEASURES
+        }
         for arm in ("base", *arms)
     }
-    cells = {
-        arm: {name: cell([of_one[name] for of_one in of_seeds], groups, name in SIGNED) for name in MEASURES}
-        for arm, of_seeds in of_arms.items()
-    }
+    result: dict[str, Any] = {"seeds": list(range(seeds)), **asked, **({"parts": of} if data else {})}
+    if "accuracy" in arms and data:
+        result["over_accuracy"] = {
+            arm: {name: over_plain(found, groups, of, arm, seeds, name) for name in MEASURES}
+            for arm in arms
+            if arm != "accuracy"
+        }
     spent = out / "seconds.json"
     seconds = time.perf_counter() - began + (json.loads(spent.read_text()) if spent.exists() else 0.0)
     write_atomic(spent, json.dumps(seconds))
     show(cells)
     if as_json:
-        print(json.dumps({"seeds": list(range(seeds)), **asked, "seconds": round(seconds), **cells}))
+        print(json.dumps({**result, "seconds": round(seconds), **cells}))
+
+
+def over_plain(
+    found: Mapping[tuple[str, str, int], Values],
+    groups: Mapping[str, str],
+    parts: Sequence[str],
+    arm: str,
+    seeds: int,
+    name: str,
+) -> dict[str, Any]:
+    """An arm's measure less plain GRPO's of the same seed, paired by question: see `cell`; and each run's by itself."""
+    of_parts = [
+        [differences(found[part, arm, seed], found[part, "accuracy", seed], name) for seed in range(seeds)]
+        for part in parts
+    ]
+    low, high = DIFFERENCE if name in SIGNED else SHARE
+    span = (low - high, high - low)
+    runs = {
+        part: [round(statistics.mean(of_one.values()), 4) for of_one in of_seeds]
+        for part, of_seeds in zip(parts, of_parts, strict=True)
+    }
+    return {
+        "with_seeds": cell(of_parts, groups, span),
+        "over_groups": cell(of_parts, groups, span, seeds=False),
+        "questions": sum(len(of_seeds[0]) for of_seeds in of_parts),
+        "runs": runs,
+    }
 
 
 def show(cells: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
@@ -221,7 +338,7 @@ def show(cells: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--only"]:
-        arm, seed, steps, data, folder = sys.argv[2:]
-        ask(arm, int(seed), int(steps), Path(data), Path(folder))
+        out, part, arm, seed = sys.argv[2:]
+        ask(Comparison(Path(out)), part, arm, int(seed))
     else:
         app()

@@ -17,6 +17,8 @@ import looking
 from typer.testing import CliRunner
 from workload import Workload
 
+from medr1.data.phantoms import write_phantoms
+
 SMALL = {"new_tokens": 3, "num_completions": 2, "num_prompts": 2, "pixels": 56, "short_prompt": True, "small": True}
 
 
@@ -55,13 +57,39 @@ def test_a_comparison_of_looking_ends_with_what_it_promises(tmp_path: Path, monk
 
 
 def test_limits_over_seeds_and_groups() -> None:
-    """Two seeds that agree keep the limits of groups; apart by 0.2 they add t(1) 0.1 = 1.27, more than a share has."""
+    """Two seeds that agree keep the limits of groups; apart by 0.2 they add t(1) 0.1 = 1.27, more than a share has.
+    Of two parts of equal size one adds half of its own 0.1, with t(2) = 4.30.
+    """
     groups = {str(n): str(n) for n in range(100)}
     one = {name: float(int(name) < 50) for name in groups}
-    mean, low, high = looking.cell([one, one], groups, signed=False)
+    mean, low, high = looking.cell([[one, one]], groups)
     assert mean == 0.5 and 0.38 < low < 0.42 and high == pytest.approx(1 - low)
     better = {name: float(int(name) < 70) for name in groups}
-    assert looking.cell([one, better], groups, signed=False) == [0.6, 0.0, 1.0]
+    assert looking.cell([[one, better]], groups) == [0.6, 0.0, 1.0]
+    other = {f"{name} of another part": 0.5 for name in groups}
+    alone = looking.cell([[one, better], [other, other]], groups | dict.fromkeys(other, "all"), (-1, 1), seeds=False)
+    with_seeds = looking.cell([[one, better], [other, other]], groups | dict.fromkeys(other, "all"), (-1, 1))
+    assert with_seeds[0] == alone[0] == 0.55
+    assert (with_seeds[2] - 0.55) ** 2 == pytest.approx((alone[2] - 0.55) ** 2 + (4.303 * 0.05) ** 2, abs=2e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_comparison_on_a_data_set(tmp_path: Path) -> None:
+    """Of any data: what most often is right in training takes the place of the shortcut that was planted."""
+    write_phantoms(tmp_path / "data", num_images=64, seed=0)
+    asked = ["--data", str(tmp_path / "data"), "--model", "tiny", "--parts", "MRI"]
+    asked += ["--steps", "1", "--seeds", "1", "--out", str(tmp_path / "out"), "--json"]
+    done = CliRunner().invoke(looking.app, asked)
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.output.splitlines()[-1])
+    assert set(result["over_accuracy"]) == {"looking"} and result["parts"] == ["MRI"]
+    for name, change in result["over_accuracy"]["looking"].items():
+        looked, plain = (result[arm][name][0] for arm in ("looking", "accuracy"))
+        assert change["questions"] > 0 and set(change["runs"]) == {"MRI"}
+        assert change["with_seeds"][0] == pytest.approx(looked - plain, abs=2e-4)
+    assert not list((tmp_path / "out").rglob("*.safetensors")), "weights are not kept"
+    wrong = CliRunner().invoke(looking.app, [*asked[:4]])
+    assert wrong.exit_code and "go together" in " ".join(wrong.output.split())
 
 
 @pytest.mark.filterwarnings("ignore")
