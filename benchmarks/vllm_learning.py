@@ -49,7 +49,9 @@ def write(model: Path) -> None:
     vlm.processor.save_pretrained(model)
 
 
-def recipe(model: Path, engine: str, seed: int, steps: int, url: str, prompts: int, new_tokens: int) -> Config:
+def recipe(
+    model: Path, engine: str, seed: int, steps: int, url: str, prompts: int, new_tokens: int, beta: float
+) -> Config:
     return load_config(
         overrides={
             "model.name": str(model),
@@ -59,7 +61,7 @@ def recipe(model: Path, engine: str, seed: int, steps: int, url: str, prompts: i
             "rollout.max_new_tokens": new_tokens,
             **ENGINES[engine],
             "rollout.vllm_url": url,
-            "grpo.beta": 0.0,
+            "grpo.beta": beta,
             "optimizer.steps": steps,
             "optimizer.prompts_per_step": prompts,
             "optimizer.learning_rate": 1e-4,
@@ -82,6 +84,7 @@ def run(
     beside: Annotated[str, typer.Option(help="the engine to compare it with")] = "local",
     prompts: Annotated[int, typer.Option(help="a step")] = 8,
     new_tokens: Annotated[int, typer.Option(help="of a completion, at most")] = 48,
+    beta: Annotated[float, typer.Option(help="of the KL to the reference")] = 0.0,
 ) -> None:
     """Train with both engines and every seed; compare."""
     logs: dict[str, list[list[dict[str, Any]]]] = {beside: [], engine: []}
@@ -89,7 +92,7 @@ def run(
         for engine in logs:
             folder = out / f"{engine}-{seed}"
             if not (folder / "model").is_dir():
-                config = recipe(model, engine, seed, steps, url, prompts, new_tokens)
+                config = recipe(model, engine, seed, steps, url, prompts, new_tokens, beta)
                 GRPOTrainer(load_vlm(str(model), dtype="float32"), config, *load_parts(config.data), folder).run()
             logs[engine].append([row for row in read_jsonl(folder / "log.jsonl") if "reward" in row])
     table = tabulate(logs)
