@@ -9,6 +9,7 @@ import copy
 import io
 import json
 import re
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,6 +24,19 @@ from medr1.policy.encoding import PromptBatch, encode_prompts
 from medr1.policy.rollouts import sample
 from medr1.policy.vlm import VLM, restrict
 
+HELD: list[socket.socket] = []
+
+
+def own_port() -> int:
+    """A port of this machine that nobody else is given, for a server that comes, goes and comes back.
+
+    The socket that holds it does not listen; a server with SO_REUSEPORT, such as vLLM, can listen beside it.
+    """
+    HELD.append(socket.socket())
+    HELD[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    HELD[-1].bind(("127.0.0.1", 0))
+    return int(HELD[-1].getsockname()[1])
+
 
 class FakeVLLM:
     """One server, which can be killed and started again on the same port, then with its first weights.
@@ -36,7 +50,7 @@ class FakeVLLM:
         self.fault: Callable[[int], int | None] = lambda number: None
         """Of each completion that is asked, by its number from 1: a status to answer with; None answers. It may also
         `kill` the server, after which nobody who waits is answered."""
-        self.port = 0
+        self.port = own_port()
         self.asked: list[dict[str, Any]] = []
         """Bodies of the completions that were asked, those of a proof of log-probs left out."""
         self.answered: list[dict[str, Any]] = []
@@ -60,11 +74,15 @@ class FakeVLLM:
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or b"{}")
-                self.reply(owner.post(self.path, body))
+                asked = body if self.path == "/v1/chat/completions" and not is_proof(body) else None
+                self.reply(owner.post(self.path, body), asked)
 
-            def reply(self, said: tuple[int, Any]) -> None:
-                if owner.http is not started:  # killed meanwhile: the connection breaks
-                    return
+            def reply(self, said: tuple[int, Any], asked: dict[str, Any] | None = None) -> None:
+                with owner.lock:
+                    if owner.http is not started:  # killed meanwhile: the connection breaks
+                        return
+                    if asked and said[0] == 200:
+                        owner.answered.append(asked)
                 content = json.dumps(said[1]).encode()
                 self.send_response(said[0])
                 self.send_header("Content-Type", "application/json")
@@ -76,15 +94,17 @@ class FakeVLLM:
                 pass
 
         class Http(ThreadingHTTPServer):
+            allow_reuse_port = True
+
             def handle_error(self, request: Any, client_address: Any) -> None:
                 pass
 
         started = self.http = Http(("127.0.0.1", self.port), Handler)
-        self.port = self.http.server_port
         threading.Thread(target=started.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     def kill(self) -> None:
-        http, self.http = self.http, None
+        with self.lock:
+            http, self.http = self.http, None
         if http is not None:
             http.shutdown()
             http.server_close()
@@ -119,17 +139,14 @@ class FakeVLLM:
         return 200, {"success": True}
 
     def complete(self, body: dict[str, Any]) -> tuple[int, Any]:
-        proof = body["messages"][0]["content"] == "?"
-        if not proof:
+        if not is_proof(body):
             with self.lock:
                 self.asked.append(body)
                 number = len(self.asked)
             if status := self.fault(number):
                 return status, {"error": {"message": "planted"}}
         with self.lock:
-            choices = [certain()] if proof else self.choices(body)
-            if not proof and self.http is not None:
-                self.answered.append(body)
+            choices = [certain()] if is_proof(body) else self.choices(body)
         return 200, {"id": "1", "object": "chat.completion", "created": 1, "model": "policy", **choices[0][1]} | {
             "choices": [choice | {"index": index} for index, (choice, _) in enumerate(choices)]
         }
@@ -189,6 +206,10 @@ class FakeVLLM:
 def named(match: re.Match[str]) -> str:
     """What a published file calls the parts, in the names of the model's own code."""
     return "model.visual." if match[1] else "model.language_model."
+
+
+def is_proof(body: dict[str, Any]) -> bool:
+    return body["messages"][0]["content"] == "?"
 
 
 def certain() -> tuple[dict[str, Any], dict[str, Any]]:

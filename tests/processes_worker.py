@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 tests/processes_worker.py JOBS.json
 
-A job: {"recipe": overrides, "data": folder, "out": folder}, and where wanted "stop": true (after step 3) and "spoil":
-the name of a function here that is given the trainer.
+A job: {"recipe": overrides, "data": folder, "out": folder}, and where wanted "stop": true (after step 3), "spoil":
+the name of a function here that is given the trainer, and "goes_on": true for the next job after a mistake in this one.
 """
 
 import contextlib
@@ -130,12 +130,14 @@ def main() -> None:
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         shard_on_cpu()
     join()
-    try:
-        for job in json.loads(Path(sys.argv[1]).read_text()):
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        try:
             run(job)
-    except MedR1Error as error:
-        print(f"medr1: {error}", file=sys.stderr)
-        sys.exit(1)
+        except (MedR1Error, SystemExit) as error:
+            if isinstance(error, MedR1Error):
+                print(f"medr1: {error}", file=sys.stderr)
+            if not job.get("goes_on"):
+                sys.exit(1)
     leave()
 
 

@@ -127,11 +127,18 @@ def faults(page: Any) -> list[str]:
     return told
 
 
+def settle(page: Any) -> None:
+    """Wait until all is drawn and nothing that has an end moves any more."""
+    page.evaluate("new Promise(drawn => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
+    moving = "each => each.playState === 'running' && each.effect.getComputedTiming().endTime < Infinity"
+    page.wait_for_function(f"!document.getAnimations().some({moving})")
+
+
 def looks(page: Any) -> Iterator[str]:
     for width, scheme in LOOKS:
         page.set_viewport_size({"width": width, "height": 844})
         page.emulate_media(color_scheme=scheme)
-        page.wait_for_timeout(150)
+        settle(page)
         yield f"{width} {scheme}"
 
 
@@ -208,6 +215,6 @@ def test_nothing_serious_is_found_in_the_app(browser: Any, tmp_path: Path) -> No
         page.wait_for_function("document.querySelector('#said').innerText.startsWith('Answered')")
         page.get_by_role("button", name="Settings").click()
         page.locator("#selector").wait_for()
-        page.wait_for_timeout(500)  # it opens slowly, and half seen nothing has contrast
+        settle(page)  # it opens slowly, and half seen nothing has contrast
         assert [f"answered, {look}: {fault}" for look in looks(page) for fault in faults(page)] == []
         page.close()

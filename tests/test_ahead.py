@@ -115,7 +115,7 @@ def test_the_next_step_is_sampled_while_this_one_trains(start: Start, phantoms: 
     trainer._update = begun  # type: ignore[method-assign]
 
     def fault(number: int) -> None:
-        in_time.append(number <= 4 or training.wait(20))
+        in_time.append(number <= 4 or training.wait(120))
 
     server.fault = fault
     trainer.run()
@@ -178,7 +178,7 @@ def test_what_goes_wrong_beside_the_training_is_one_line(
     assert "\n" not in str(error.value) and trainer.state.global_step == 0
     server.start()
     answer = threading.Event()
-    server.fault = lambda number: 503 if number > 8 and answer.wait(30) else None
+    server.fault = lambda number: 503 if number > 8 and answer.wait(120) else None
     server.asked.clear()
     trainer = trainer_of(phantoms, tmp_path / "raises", server, **{"grpo.rewards": {"test_ahead:raises_later": 1.0}})
     with pytest.raises(MedR1Error, match=r"step 2: .*on purpose"):

@@ -296,7 +296,7 @@ others = ["excluded", "MRI", "CT", "X-ray", "答案是", "。", "不是", "\n", 
 pieces = st.sampled_from(tags + phrases + others)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     reply=st.one_of(st.text(), st.lists(pieces).map(" ".join), st.lists(pieces).map("".join)),
     options=option_lists,
@@ -308,7 +308,7 @@ def test_never_raises_and_stays_among_the_options(reply: str, options: list[str]
     assert extract_answer(reply, options) == answer
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     options=st.lists(
         st.from_regex(r"[A-Za-z][a-z]{3,9}( [a-z]{4,9}){0,2}", fullmatch=True),

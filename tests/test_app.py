@@ -48,7 +48,7 @@ def url() -> Iterator[str]:
 def page(browser: Any, url: str, request: pytest.FixtureRequest) -> Iterator[Any]:
     """The app, opened; any request to another host, any error on the page, fails the test."""
     page = browser.new_page(viewport={"width": getattr(request, "param", 1280), "height": 844})
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(120_000)
     outside: list[str] = []
     faults: list[str] = []
     page.on(
@@ -70,7 +70,19 @@ def picture(path: Path, size: tuple[int, int] = (120, 90)) -> Path:
 
 
 @pytest.mark.parametrize("page", [1280, 390], indirect=True)
-def test_upload_ask_stream_compare_heatmap_save(page: Any, tmp_path: Path) -> None:
+def test_upload_ask_stream_compare_heatmap_save(page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, ask = threading.Event(), medr1.ask.app.ask
+
+    def slow(*asked: Any, on_update: Any, **settings: Any) -> None:
+        """Writes on once its first words are on the page."""
+
+        def update(case: Any) -> None:
+            on_update(case)
+            assert not case.reply or seen.wait(120)
+
+        ask(*asked, on_update=update, **settings)
+
+    monkeypatch.setattr(medr1.ask.app, "ask", slow)
     width = page.viewport_size["width"]
     page.set_input_files("#files input[type=file]", picture(tmp_path / "Jane Doe.png"))
     page.wait_for_selector("#pictures img")
@@ -78,6 +90,8 @@ def test_upload_ask_stream_compare_heatmap_save(page: Any, tmp_path: Path) -> No
     page.get_by_label(re.compile("Options, one a line")).fill("CT\nMRI\n\n<b>X</b>-Ray")
     page.evaluate(WATCH)
     page.get_by_role("button", name="Ask", exact=True).click()
+    page.wait_for_function("texts.length")
+    seen.set()
     page.wait_for_function(ANSWERED)
     texts = page.evaluate("texts")
     assert len(texts) > 1 and texts[1].startswith(texts[0])  # it was seen to grow
@@ -186,7 +200,7 @@ def test_stop_ends_the_model_too(page: Any, monkeypatch: pytest.MonkeyPatch) -> 
     def endless(respondent: Any, record: Any, *, on_update: Any, **settings: Any) -> None:
         case = medr1.ask.ask.Case("endless", "", record, "think", 1, 0, 0, (), reply="word ")
         try:
-            for _ in range(1200):
+            for _ in range(12_000):
                 on_update(case)
                 time.sleep(0.05)
         finally:
@@ -201,7 +215,7 @@ def test_stop_ends_the_model_too(page: Any, monkeypatch: pytest.MonkeyPatch) -> 
         return document.querySelector('#said').innerText.startsWith('Stopped')
     }"""
     page.wait_for_function(stop, polling=1000)
-    assert ended.wait(20)
+    assert ended.wait(60)
 
 
 def status(url: str, data: bytes | None = None, **headers: str) -> tuple[int, str]:
@@ -265,7 +279,7 @@ def test_fifty_requests_at_once_wait_their_turn(url: str, tmp_path: Path) -> Non
     """None is lost, all get the same answer, and memory stays where it was after the first ones."""
     from gradio_client import Client, handle_file
 
-    client = Client(url, verbose=False)
+    client = Client(url, verbose=False, httpx_kwargs={"timeout": 600})  # a busy machine is no fault of the app
     file = [handle_file(picture(tmp_path / "a.png"))]
 
     def ask(number: int) -> Any:
@@ -275,9 +289,9 @@ def test_fifty_requests_at_once_wait_their_turn(url: str, tmp_path: Path) -> Non
 
     def answers(number: int) -> list[str]:
         jobs = [ask(index) for index in range(number)]
-        return [job.result(120)[0] for job in jobs]
+        return [job.result(600)[0] for job in jobs]
 
-    first = answers(8)
+    first = answers(4)
     before = psutil.Process().memory_info().rss
     said = answers(50)
     assert len(said) == 50 and set(said) == set(first) and len(set(first)) == 1

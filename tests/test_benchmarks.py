@@ -107,7 +107,7 @@ def test_drafts_of_the_demo() -> None:
 
 def test_what_a_gpu_would_run(tmp_path: Path) -> None:
     """benchmarks/gpu.py with tiny models on the CPU, and without what a borrowed machine may not have."""
-    absent = ("pydantic", "imagehash", "statsmodels", "trl", "datasets")
+    absent = ("pydantic", "imagehash", "trl", "datasets")
     start = f"import runpy, sys; sys.modules.update(dict.fromkeys({absent}))"
     start += f"; runpy.run_path({gpu.__file__!r}, run_name='__main__')"
     command = [sys.executable, "-c", start]

@@ -253,20 +253,19 @@ def assert_one_line(said: Said, message: str) -> None:
     assert "Traceback" not in said.err
 
 
-def test_a_killed_process_resumes_to_the_same_model(phantoms: Path, tmp_path: Path) -> None:
+def test_a_killed_process_resumes_to_the_same_model(run: Any, phantoms: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle of a real process, then the same command again."""
 
     def command(out: Path) -> list[str]:
         settings = ["--set", "log.save_every=2", "--set", "optimizer.learning_rate=1e-3", *SMALL]
-        return [
-            sys.executable, "-m", "medr1", "train", "--data", str(phantoms), "--steps", "12", "--out", str(out),
-            *settings,
-        ]  # fmt: skip
+        return ["train", "--data", str(phantoms), "--steps", "12", "--out", str(out), *settings]
 
-    whole = subprocess.run(command(tmp_path / "whole"), check=True, cwd=ROOT / "src", capture_output=True)
-    lines = whole.stdout.decode().splitlines()
+    whole = run(*command(tmp_path / "whole"))
+    assert whole.status == 0, whole.err
+    lines = whole.out.splitlines()
     assert lines[0].startswith("trained 12 steps") and len(lines) < 7, "log lines go to log.jsonl and trackers"
-    killed = subprocess.Popen(command(tmp_path / "killed"), cwd=ROOT / "src", stderr=subprocess.DEVNULL)
+    again = command(tmp_path / "killed")
+    killed = subprocess.Popen([sys.executable, "-m", "medr1", *again], cwd=ROOT / "src", stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while not (tmp_path / "killed" / "checkpoint-4").exists():
         assert killed.poll() is None and time.monotonic() < deadline
@@ -274,8 +273,8 @@ def test_a_killed_process_resumes_to_the_same_model(phantoms: Path, tmp_path: Pa
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert not (tmp_path / "killed" / "model").exists()
-    subprocess.run(command(tmp_path / "killed"), check=True, cwd=ROOT / "src", capture_output=True)
-    whole, resumed = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("whole", "killed"))
+    assert run(*again).status == 0
+    whole, resumed = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "killed"))
     assert whole.keys() == resumed.keys()
     assert all((whole[name] == resumed[name]).all() for name in whole)
     steps = [row["step"] for row in read_jsonl(tmp_path / "killed" / "completions.jsonl")]

@@ -160,7 +160,7 @@ def test_spellings_by_hand() -> None:
     assert spellings(("x</answer>", "y"), ANSWERS[:1])["<answer>A</answer>"] == 0
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.text(min_size=1, max_size=12).filter(str.strip), min_size=2, max_size=26))
 def test_spellings_are_read_as_their_option_and_each_option_has_some(options: list[str]) -> None:
     found = spellings(tuple(options), AFTER_REASONING)

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from tiny_vlms import tiny_vlm
@@ -25,7 +25,8 @@ from medr1.evaluation.controls import (
     text_only_prior,
 )
 from medr1.evaluation.metrics import flip_rate
-from medr1.evaluation.run import evaluate, score
+from medr1.evaluation.run import evaluate
+from medr1.evaluation.scoring import score
 
 
 def record(id: str, options: tuple[str, ...] = ("x", "y"), answer: str = "A", **fields: object) -> Record:
@@ -183,7 +184,6 @@ def test_partners_of_another_modality():
         shuffled_partners([record("99", modality=None), *records], seed=0, other_modality=True)
 
 
-@settings(deadline=None)
 @given(st.integers(2, 26), st.data())
 def test_permuted_options_all_move_and_stay_what_they_are(num_options: int, data: st.DataObject):
     options = tuple(f"option {number}" for number in range(num_options))

@@ -53,7 +53,7 @@ def test_without_weights_each_record_comes_once_a_pass() -> None:
     assert first(30, records(["CT"] * 10), seed=1) != order
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.floats(0, 9), min_size=1, max_size=12).filter(any), st.integers(0, 9))
 def test_a_pass_holds_each_record_as_often_as_its_weight_says(weights: list[float], seed: int) -> None:
     expected = np.array(weights) * np.count_nonzero(weights) / sum(weights)

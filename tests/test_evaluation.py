@@ -10,13 +10,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from replies import OPTIONS_OF, REPLIES
 from tiny_vlms import tiny_vlm
 
 import medr1.evaluation.run as module
 from medr1.data.records import Record, read_jsonl
 from medr1.errors import MedR1Error
+from medr1.evaluation import rows as rows_module
+from medr1.evaluation import scoring
 from medr1.evaluation.metrics import summarise
-from medr1.evaluation.run import evaluate, leave_out_too_long, score, weights_fingerprint
+from medr1.evaluation.run import evaluate, leave_out_too_long, weights_fingerprint
+from medr1.evaluation.scoring import score
 from medr1.policy.vlm import VLM
 from medr1.processes import alone
 
@@ -283,11 +287,22 @@ def test_score_reads_the_stored_replies_again(stub: Stub, tmp_path: Path, monkey
     rows = run(stub, records, out)
     stale = [{**row, "correct": None, "outcome": "?", "letter": None, "format_ok": None} for row in rows]
     assert score(stale) == rows
-    monkeypatch.setattr(module, "EXTRACTOR_VERSION", 99)
+    for one in (module, rows_module):
+        monkeypatch.setattr(one, "EXTRACTOR_VERSION", 99)
     stub.batches = []
     assert [row["extractor_version"] for row in run(stub, records, out)] == [99, 99]
     assert [row["extractor_version"] for row in read_jsonl(out)] == [99, 99]
     assert not stub.batches
+
+
+def test_several_processes_read_what_one_reads(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(scoring, "AT_ONCE", 250)
+    of_all = {"id": "1", "gold": "A", "modality": "CT", "question_type": None, "source": "s", "group": "1"}
+    replies = [
+        of_all | {"question": "Which?", "options": list(OPTIONS_OF[name]), "mode": "think", "reply": reply}
+        for name, reply, _ in REPLIES[:500]
+    ]
+    assert score(replies, 3) == score(replies)
 
 
 def test_fingerprint_follows_content_not_identity():

@@ -29,7 +29,9 @@ def test_what_fuzzing_found_stays_mended(path: Path) -> None:
 
 @pytest.mark.parametrize("target", ["image", "dataset", "reply"])
 @settings(
-    max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.data())
 def test_damaged_files_and_replies(target: str, data: st.DataObject) -> None:
@@ -45,7 +47,7 @@ def test_damaged_files_and_replies(target: str, data: st.DataObject) -> None:
     TARGETS[target](content)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=st.text(), options=st.lists(st.text(min_size=1), min_size=0, max_size=5))
 def test_replies_of_any_text(text: str, options: list[str]) -> None:
     from targets import check_reply

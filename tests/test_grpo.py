@@ -41,7 +41,7 @@ def test_each_prompt_is_its_own_group() -> None:
         assert row == pytest.approx(want, abs=1e-5)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.lists(st.floats(-3, 3, width=32), min_size=2, max_size=8),
     st.sampled_from(["group", "none"]),
@@ -183,7 +183,7 @@ def test_rollout_weights_by_hand() -> None:
     assert loss.item() == pytest.approx((-2.8 + 0.5 * 0.30685) / 2, abs=1e-5)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 2**31))
 def test_weighted_samples_of_another_policy_have_the_gradient_of_our_own(seed: int) -> None:
     """Exactly, by summing over a vocabulary of six: E_μ[w A ∇log π] = ∇ E_π[A] where the cap is out of reach."""
@@ -209,7 +209,7 @@ def test_what_no_reward_applies_to_is_left_out_of_its_group() -> None:
     assert group_deviation(rewards).tolist() == pytest.approx([0.70711, 0, 0, 0], abs=1e-5)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.floats(-3, 3, width=32), min_size=2, max_size=6), st.sampled_from(["group", "none"]), st.data())
 def test_a_group_with_gaps_is_the_group_without_them(rewards: list[float], scale: str, data: st.DataObject) -> None:
     places = data.draw(st.lists(st.integers(0, len(rewards)), max_size=3))
@@ -366,7 +366,7 @@ def test_domains_scale_alike() -> None:
     assert whole[2].tolist() == pytest.approx([10 / 11.7885, -10 / 11.7885], abs=1e-5)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 999), st.integers(2, 5))
 def test_groups_of_domains_of_their_own_are_scaled_by_themselves(seed: int, count: int) -> None:
     rewards = torch.rand(count, 4, generator=torch.Generator().manual_seed(seed)).masked_fill(

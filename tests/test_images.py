@@ -157,7 +157,7 @@ def test_decompression_bombs(tmp_path: Path, side: int) -> None:
     assert "pixels" in error_of(path)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     place=st.integers(0, 10_000),
     value=st.integers(0, 255),

@@ -222,7 +222,7 @@ def reference_grey(values: np.ndarray, function: str, center: float, width: floa
     return out
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_any_depth_sign_window_and_polarity(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     allocated = data.draw(st.sampled_from([8, 16]))
@@ -669,7 +669,7 @@ def test_without_the_extra_one_line_says_what_to_install(monkeypatch: pytest.Mon
     assert error_of(TEST_FILES / "MR_small.dcm").endswith("needs pydicom; pip install 'medr1[images]'")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     place=st.integers(0, 1700), value=st.integers(0, 255), name=st.sampled_from(["MR_small", "SC_rgb_rle", "JPEG2000"])
 )

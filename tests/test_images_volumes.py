@@ -57,7 +57,7 @@ def test_radiological_display(tmp_path: Path) -> None:
     assert decisions["slice"] == "axial 4 of 7" and decisions["kind"] == "NIfTI"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_any_orientation_shows_the_same_slice(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     shape = (4, 5, 6)
@@ -185,7 +185,7 @@ def test_bad_volumes(tmp_path: Path) -> None:
     assert "left and right may be exchanged" in read_image(tmp_path / "f.nii").decisions["warnings"][0]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(place=st.integers(0, 380), value=st.integers(0, 255))
 def test_a_changed_byte_of_a_header(tmp_path_factory: pytest.TempPathFactory, place: int, value: int) -> None:
     content = bytearray((NIBABEL / "anatomical.nii").read_bytes())

@@ -38,7 +38,7 @@ def test_single_rows_are_clopper_and_pearsons(k: int, n: int):
     assert interval([1] * k + [0] * (n - k), range(n)) == pytest.approx((exact.low, exact.high), abs=1e-7)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.sampled_from([-1, 0, 1]), min_size=1, max_size=40))
 def test_a_difference_leaves_0_out_where_mcnemars_exact_test_rejects(differences: list[int]):
     gained, lost = differences.count(1), differences.count(-1)
@@ -92,7 +92,7 @@ scores = st.one_of(st.sampled_from([0.0, 1.0]), st.integers(0, 8).map(lambda eig
 grouped = st.lists(st.tuples(scores, st.integers(0, 6)), min_size=1, max_size=30)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(grouped, st.data())
 def test_a_higher_value_never_lowers_a_limit(rows: list[tuple[float, int]], data: st.DataObject):
     values, groups = map(list, zip(*rows, strict=True))
@@ -103,7 +103,7 @@ def test_a_higher_value_never_lowers_a_limit(rows: list[tuple[float, int]], data
     assert after[1] >= before[1] - 1e-8
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(grouped, st.randoms(use_true_random=False))
 def test_names_order_and_sides_do_not_count(rows: list[tuple[float, int]], draw):
     values, groups = zip(*rows, strict=True)

@@ -13,7 +13,8 @@ from medr1.data.prompts import build_messages
 from medr1.data.records import Record, normalise_answer
 from medr1.evaluation.controls import permuted, text_only_prior
 from medr1.evaluation.metrics import accuracy_table, compare, flip_rate, open_table, summarise
-from medr1.evaluation.run import evaluate, score
+from medr1.evaluation.run import evaluate
+from medr1.evaluation.scoring import score
 from medr1.report.run import ReportData, write_report
 from medr1.training.rewards import load_rewards
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
@@ -531,7 +531,7 @@ def record_lists(draw: st.DrawFn) -> list[Record]:
     return records
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=60)
 @given(record_lists(), st.sampled_from(["csv", "jsonl", "omnimedvqa"]))
 def test_round_trip(records: list[Record], to: str) -> None:
     """What is written reads back as the same records, picture by picture; what is not written is told."""

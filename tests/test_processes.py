@@ -190,21 +190,31 @@ def test_a_killed_process_ends_all_and_the_run_goes_on(phantoms: Path, one: Path
     assert_same_run(one / "reference", tmp_path / "run")
 
 
-@pytest.mark.parametrize(
-    ("spoil", "line"),
-    [
-        ("first_has_a_full_disk", "checkpoint-2: cannot be written"),
-        ("second_cannot_read_an_image", "gone.png"),
-        ("second_rewards_nan", "step 1: reward 'judge' gave nan for a reply to record"),
-        ("second_has_no_loss", "step 1: the loss is nan, at records"),
-    ],
-)
-def test_a_mistake_of_one_process_ends_all_with_one_line(spoil: str, line: str, phantoms: Path, tmp_path: Path) -> None:
-    job = {"data": str(phantoms), "recipe": BASE | RECIPES["grpo"], "out": str(tmp_path / "run"), "spoil": spoil}
-    done = launch_jobs([job], tmp_path)
+MISTAKES = {
+    "": "optimizer.prompts_per_step = 3 cannot be divided among 2 processes",
+    "second_cannot_read_an_image": "gone.png",
+    "second_rewards_nan": "step 1: reward 'judge' gave nan for a reply to record",
+    "second_has_no_loss": "step 1: the loss is nan, at records",
+    "first_has_a_full_disk": "checkpoint-2: cannot be written",
+}
+"""What spoils a run (nothing: its recipe), and what the one line says. A full disk stays full, and is the last."""
+
+
+def test_a_mistake_of_one_process_ends_all_with_one_line(phantoms: Path, tmp_path: Path) -> None:
+    """One run after the other, in processes that must agree that one is over before the next begins."""
+    recipes = [BASE | RECIPES["grpo"] | ({} if spoil else {"optimizer.prompts_per_step": 3}) for spoil in MISTAKES]
+    jobs = [
+        {"data": str(phantoms), "recipe": recipe, "out": str(tmp_path / f"run-{spoil}"), "goes_on": True}
+        | ({"spoil": spoil} if spoil else {})
+        for spoil, recipe in zip(MISTAKES, recipes, strict=True)
+    ]
+    del jobs[-1]["goes_on"]
+    done = launch_jobs(jobs, tmp_path)
     assert done.returncode != 0
-    assert len(said(done)) == 1 and line in said(done)[0], done.stderr[-4000:]
-    assert not [path for path in (tmp_path / "run").iterdir() if "checkpoint" in path.name]
+    assert len(said(done)) == len(MISTAKES), done.stderr[-4000:]
+    for line, expected in zip(said(done), MISTAKES.values(), strict=True):
+        assert expected in line
+    assert not [path for path in tmp_path.rglob("*checkpoint*")]
 
 
 def test_the_command_in_two_processes(tmp_path: Path) -> None:
@@ -212,9 +222,6 @@ def test_the_command_in_two_processes(tmp_path: Path) -> None:
     for setting in ("data.num_phantoms=40", "rollout.max_new_tokens=4", "rollout.num_completions=2"):
         train += ["--set", setting]
     cache = {"MEDR1_CACHE": str(tmp_path / "cache")}
-    refused = launch(*train, "--set", "optimizer.prompts_per_step=3", **cache)
-    assert refused.returncode != 0
-    assert len(said(refused)) == 1 and "cannot be divided among 2 processes" in said(refused)[0]
     done = launch(*train, "--set", "optimizer.prompts_per_step=2", **cache)
     assert done.returncode == 0, done.stderr[-4000:]
     (line,) = done.stdout.splitlines()

@@ -13,7 +13,8 @@ from medr1.data.records import Record, read_jsonl, write_jsonl
 from medr1.errors import MedR1Error
 from medr1.evaluation.metrics import summarise
 from medr1.evaluation.reader import read_again, reader_messages, with_reader
-from medr1.evaluation.run import Row, score
+from medr1.evaluation.run import Row
+from medr1.evaluation.scoring import score
 
 REPLIES = ["<answer>A</answer>", "Either A or B", "hm, dark", "A", "I cannot tell", "B, or A?"]
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_vllm import own_port
 from PIL import Image
 
 import medr1.evaluation.remote as module
@@ -27,7 +28,7 @@ from medr1.data.records import Record, read_jsonl
 from medr1.errors import MedR1Error
 from medr1.evaluation.metrics import summarise
 from medr1.evaluation.remote import evaluate_remote, token_totals
-from medr1.evaluation.run import score
+from medr1.evaluation.scoring import score
 from medr1.policy.client import NoCompletion, read_completion
 
 MODEL = "org/big@72b"
@@ -37,6 +38,8 @@ Fault = tuple[int, Any, dict[str, str]]
 
 class Server(ThreadingHTTPServer):
     """Answers B where the image's red value is an odd multiple of 40 and A otherwise, as a chat completion."""
+
+    allow_reuse_port = True
 
     def __init__(self, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), Handler)
@@ -277,7 +280,7 @@ def test_a_passing_failure_is_tried_again(
 
 def test_a_server_that_dies_and_comes_back(server: Server, records: list[Record], tmp_path: Path):
     whole = run(server, records, tmp_path / "whole.jsonl")
-    dying = Server()
+    dying = Server(port=own_port())
 
     def die(number: int) -> None:
         if number == 4:
@@ -627,7 +630,9 @@ def test_the_command(
     assert "medr1: --model openai:big: is not openai:MODEL@URL" in capsys.readouterr().err
 
 
-def test_ctrl_c_leaves_whole_rows_and_the_same_command_goes_on(server: Server, phantoms: Path, tmp_path: Path):
+def test_ctrl_c_leaves_whole_rows_and_the_same_command_goes_on(
+    server: Server, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """A real process, interrupted while requests are under way."""
     out = tmp_path / "run.jsonl"
     command = [
@@ -661,6 +666,8 @@ def test_ctrl_c_leaves_whole_rows_and_the_same_command_goes_on(server: Server, p
     assert "Traceback" not in said and "stopped; the same command goes on" in said
     assert len(read_jsonl(out)) == 3 and out.read_bytes().endswith(b"\n")
     server.fault = lambda number: None
-    subprocess.run(command, cwd=source, env=os.environ, check=True, capture_output=True)
-    assert len(read_jsonl(out)) == 6
+    monkeypatch.setattr(sys, "argv", command[2:])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code and len(read_jsonl(out)) == 6
     assert len(server.asked) == 3 + 2 + 3

@@ -372,7 +372,7 @@ def test_in_a_browser_samples_are_filtered_and_scripts_stay_text(tmp_path: Path)
         "--disable-component-update", "--disable-sync", "--no-first-run",
         f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", (tmp_path / "chosen.html").as_uri(),
     ]  # fmt: skip
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
     assert "<title>Med-R1 report: made-model</title>" in dom
     assert "1 of 1 shown" in dom
     samples = dom.split('<div id="samples">')[1].split('<button id="more"')[0]

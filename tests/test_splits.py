@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pydicom
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -58,7 +58,7 @@ def assert_apart(train: list[Record], test: list[Record]) -> None:
     assert not shown(train) & shown(test)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     rows=st.lists(st.tuples(st.integers(0, 15), st.integers(0, 25), st.sampled_from(["CT", "MRI", None])), max_size=40),
     seed=st.integers(0, 5),
@@ -324,7 +324,7 @@ def data_set(reader: str, rows: list) -> Iterator[Path]:
         yield READERS[reader](folder, rows)
 
 
-@settings(max_examples=70, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=70)
 @given(st.sampled_from(sorted(READERS)), ROWS, st.integers(0, 3))
 def test_no_reader_lets_groups_patients_bytes_or_pixels_be_on_both_sides(reader: str, rows: list, seed: int) -> None:
     with data_set(reader, rows) as folder:
@@ -345,7 +345,7 @@ def test_no_reader_lets_groups_patients_bytes_or_pixels_be_on_both_sides(reader:
         assert [r.id for r in split_by_group(again, 0.4, seed)[1]] == [r.id for r in test]
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30)
 @given(st.sets(st.integers(0, 159)), st.integers(0, 3))
 def test_a_side_stays_where_it_is_when_other_data_come_and_go(gone: set[int], seed: int) -> None:
     assume(len(gone) < 100)

@@ -5,7 +5,6 @@ when it starts and, where the head is tied to the embeddings, does not pack it a
 """
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import openai
 import pytest
 import torch
 import vllm_env
+from fake_vllm import own_port
 from transformers import TrainerCallback
 
 from medr1.config import Config, load_config, to_toml
@@ -82,10 +82,7 @@ def server(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         python = vllm_env.build()
     except vllm_env.Unavailable as reason:
         pytest.skip(str(reason))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = vllm_env.Server(python, trained / "model", port, tmp_path_factory.mktemp("vllm") / "log.txt")
+    server = vllm_env.Server(python, trained / "model", own_port(), tmp_path_factory.mktemp("vllm") / "log.txt")
     server.start()
     try:
         server.wait()

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from medr1.evaluation.controls import text_only_prior
     from medr1.evaluation.intervals import interval
     from medr1.evaluation.metrics import compare, summarise
-    from medr1.evaluation.run import evaluate, score
+    from medr1.evaluation.run import evaluate
+    from medr1.evaluation.scoring import score
     from medr1.policy.encoding import encode_prompts
     from medr1.policy.rollouts import sample
     from medr1.policy.shared_prefix import completion_logprobs
@@ -45,7 +46,7 @@ _LAZY = {
     "load_vlm": "policy.vlm",
     "read_image": "data.images",
     "sample": "policy.rollouts",
-    "score": "evaluation.run",
+    "score": "evaluation.scoring",
     "split_by_group": "data.splits",
     "summarise": "evaluation.metrics",
     "text_only_prior": "evaluation.controls",

@@ -117,6 +117,11 @@ def agree(work: Callable[[], T]) -> T:
     raise (error or MedR1Error(errors[0])) if is_first() else SystemExit(1)
 
 
+def num_cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Interrupts:
     """Whether Ctrl-C was pressed, for `heed_interrupts` and the command line."""
 

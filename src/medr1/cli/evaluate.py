@@ -217,9 +217,10 @@ def score_command(
     """Score stored replies again with this version's extractor, without running the model."""
     from medr1.evaluation.metrics import summarise
     from medr1.evaluation.rows import read_rows
-    from medr1.evaluation.run import score
+    from medr1.evaluation.scoring import score
+    from medr1.processes import num_cores
 
-    print_summary(summarise(score(read_rows(answers))), as_json, then=f"medr1 calibrate {shown(answers)}")
+    print_summary(summarise(score(read_rows(answers), num_cores())), as_json, then=f"medr1 calibrate {shown(answers)}")
 
 
 @command(

@@ -13,6 +13,7 @@ import string
 import tempfile
 import unicodedata
 from collections.abc import Collection, Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -164,6 +165,7 @@ class Record(BaseModel):
         return len(self.right_letters) / len(self.options)
 
 
+@lru_cache(maxsize=65536)  # options come back, in their order and in others
 def normalise_option(text: str) -> str:
     """Case-folded text with single spaces: two options that agree in this are the same option."""
     return " ".join(text.casefold().split())

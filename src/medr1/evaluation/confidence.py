@@ -9,11 +9,9 @@ Shapes: B prompts, P prompt tokens, R tokens that all spellings share, G spellin
 rows, T tokens of a spelling after the shared ones.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,21 +102,6 @@ def spellings(options: tuple[str, ...], answers: tuple[str, ...] = ANSWERS) -> d
                 if read := extract_answer(spelled, options).letter:
                     found[spelled] = LETTERS.index(read)
     return found
-
-
-def voted(samples: Sequence[dict[str, Any]], options: Sequence[str]) -> dict[str, Any]:
-    """The answer of several replies {reply, …} to one question: the option that most of them name, tied the first.
-
-    Returns:
-        The first sample that names it (the first of all where none names an option), with option_probs: each
-        option's share of the votes after one more vote that is divided equally, so that none is 0.
-    """
-    letters = [extract_answer(sample["reply"], options).letter for sample in samples]
-    votes = Counter(filter(None, letters))
-    chosen = letters.index(votes.most_common(1)[0][0]) if votes else 0
-    share = 1 / len(options)
-    counts = [votes[letter] for letter in LETTERS[: len(options)]]
-    return {**samples[chosen], "option_probs": [(count + share) / (sum(counts) + 1) for count in counts]}
 
 
 def reasoning_of(reply: str) -> str:

@@ -153,11 +153,10 @@ def read_looking(path: Path, rows: Sequence[Row]) -> dict[str, Sequence[Row]]:
         MedR1Error: a file there is of another model, mode, limit of tokens or of other questions.
     """
     asked: dict[str, Sequence[Row]] = {"image": rows}
-    questions = {row["id"]: question_of(row) for row in rows}
-    for way in WAYS:
-        file = folder_of(path) / f"{way}.jsonl"
-        if not file.is_file():
-            continue
+    files = {way: folder_of(path) / f"{way}.jsonl" for way in WAYS}
+    files = {way: file for way, file in files.items() if file.is_file()}
+    questions = {row["id"]: question_of(row) for row in rows} if files else {}
+    for way, file in files.items():
         found = read_rows(file)
         names = ("mode", "max_new_tokens", *(() if way in READERS else ("model",)))
         told = differing(found[0], rows[0], names)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from medr1.data.answers import EXTRACTOR_VERSION, extract_answer, format_ok, is_correct, read_answer, token_f1
 from medr1.data.records import LETTERS, Record, normalise_option, read_jsonl
 from medr1.errors import MedR1Error
 
@@ -30,7 +31,10 @@ def read_rows(path: Path) -> list[Row]:
             f"{path}: {len(twice)} of {len(ids)} questions stand there twice, such as {twice[0]}; two evaluations wrote"
             " it, evaluate anew into another file"
         )
+    kinds: dict[str, Row] = {}  # one row of each, the first
     for row in rows:
+        kinds.setdefault(str([row.get(name) for name in (*STATED, "weights")]), row)
+    for row in kinds.values():
         if name := differing(rows[0], row, STATED):
             raise MedR1Error(
                 f"{path}: holds rows of {said(rows[0], name)} and of {said(row, name)}; evaluate anew, one file each"
@@ -105,3 +109,39 @@ def record_of(row: Row) -> Record:
         group=row["group"],
         alternatives=tuple(row.get("alternatives", ())),
     )
+
+
+def read_reply(row: Row) -> Row:
+    """The fields of a row that are read from its reply, or its samples, alone; see `medr1.evaluation.scoring.score`."""
+    record = record_of(row)
+    chosen = voted(row["samples"], record.options) if "samples" in row else {}
+    row = {**row, **chosen}
+    answer = read_answer(row["reply"], record)
+    filtered = row.get("finish") == "content_filter" and not row["reply"].strip()  # by a service, the whole reply
+    fields = {
+        **chosen,
+        "outcome": "refusal" if filtered else answer.outcome,
+        "letter": answer.letter,
+        "correct": is_correct(answer, record),
+        "format_ok": format_ok(row["reply"], row["mode"]),
+        "extractor_version": EXTRACTOR_VERSION,
+    }
+    if record.is_open:
+        right = (record.answer, *record.alternatives)
+        fields |= {"text": answer.text, "token_f1": token_f1(answer.text or "", right)}
+    return fields
+
+
+def voted(samples: Sequence[dict[str, Any]], options: Sequence[str]) -> dict[str, Any]:
+    """The answer of several replies {reply, …} to one question: the option that most of them name, tied the first.
+
+    Returns:
+        The first sample that names it (the first of all where none names an option), with option_probs: each
+        option's share of the votes after one more vote that is divided equally, so that none is 0.
+    """
+    letters = [extract_answer(sample["reply"], options).letter for sample in samples]
+    votes = Counter(filter(None, letters))
+    chosen = letters.index(votes.most_common(1)[0][0]) if votes else 0
+    share = 1 / len(options)
+    counts = [votes[letter] for letter in LETTERS[: len(options)]]
+    return {**samples[chosen], "option_probs": [(count + share) / (sum(counts) + 1) for count in counts]}

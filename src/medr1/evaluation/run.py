@@ -26,17 +26,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch.distributed.tensor import DTensor
 
-from medr1.data.answers import EXTRACTOR_VERSION, Answer, format_ok, is_correct, read_answer, token_f1
+from medr1.data.answers import EXTRACTOR_VERSION
 from medr1.data.heldout import RunSplit, Seen, split_of
 from medr1.data.images import all_cores, content_digest, load_image
 from medr1.data.parts import skipped_list
 from medr1.data.prompts import build_messages
 from medr1.data.records import LETTERS, Record, append_jsonl, read_jsonl, write_jsonl
 from medr1.errors import MedR1Error
-from medr1.evaluation.calibration import with_confidence
-from medr1.evaluation.confidence import option_logprobs, reasoning_of, voted
+from medr1.evaluation.confidence import option_logprobs, reasoning_of
 from medr1.evaluation.controls import ALONE, as_shown, blank_image
-from medr1.evaluation.rows import Row, record_of
+from medr1.evaluation.rows import Row, voted
+from medr1.evaluation.scoring import score
 from medr1.policy.drafts import Drafts
 from medr1.policy.encoding import PromptBatch, check_lengths, encode_prompts, text_too_long
 from medr1.policy.rollouts import sample
@@ -374,43 +374,6 @@ def open_evaluation(
             told += f", reasoning {stated['reasoning']}"
         task = progress.add_task(told, total=len(records), completed=len(rows))
         yield Evaluation(stated, out, by_key, seen, rows, progress, task)
-
-
-def score(rows: Iterable[Row]) -> list[Row]:
-    """The same rows with outcome, letter, correct, format_ok and confidence read anew from the stored replies.
-
-    Rows of open questions also get text (what was answered, None without an answer) and token_f1 (see
-    `medr1.data.answers`); in them `correct` says whether the answer is the same text or the same yes or no.
-    """
-    scored = []
-    for row in rows:
-        record = record_of(row)
-        if "samples" in row:
-            row = {**row, **voted(row["samples"], record.options)}
-        answer = read_answer(row["reply"], record)
-        scored.append(
-            with_confidence(
-                {
-                    **row,
-                    "outcome": "refusal" if _is_filtered(row) else answer.outcome,
-                    "letter": answer.letter,
-                    "correct": is_correct(answer, record),
-                    "format_ok": format_ok(row["reply"], row["mode"]),
-                    "extractor_version": EXTRACTOR_VERSION,
-                    **(_open_fields(answer, record) if record.is_open else {}),
-                }
-            )
-        )
-    return scored
-
-
-def _is_filtered(row: Row) -> bool:
-    """Whether a service's filter took the whole reply."""
-    return row.get("finish") == "content_filter" and not row["reply"].strip()
-
-
-def _open_fields(answer: Answer, record: Record) -> Row:
-    return {"text": answer.text, "token_f1": token_f1(answer.text or "", (record.answer, *record.alternatives))}
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:

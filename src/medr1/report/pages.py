@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,14 @@ def environment(*wings: str) -> Environment:
     """Where pages come from: templates of this wing and of the named ones ("study"), escaping on, with the formats of
     numbers as filters, and the date and the command of now.
     """
+    pages = _templates(*wings)
+    pages.globals |= {"made_on": made_on(), "made_by": made_by()}
+    return pages
+
+
+@cache
+def _templates(*wings: str) -> Environment:
+    """Kept with the templates that were compiled, which takes longer than to fill them in."""
     pages = Environment(
         loader=ChoiceLoader([PackageLoader(f"medr1.{wing}", "templates") for wing in ("report", *wings)]),
         autoescape=True,
@@ -164,7 +173,7 @@ def environment(*wings: str) -> Environment:
     )
     for function in (label, in_code, percent, points, span, span_points, p_value, decimal, data_uri, contents):
         pages.filters[function.__name__] = function
-    pages.globals |= {"made_on": made_on(), "made_by": made_by(), "notice": NOTICE}
+    pages.globals["notice"] = NOTICE
     return pages
 
 
