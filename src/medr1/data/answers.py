@@ -116,7 +116,7 @@ _LONE = re.compile(r"(?<![^\W_])[A-Za-z](?![^\W_])|[^\x00-\x7f]")
 
 @lru_cache(maxsize=4096)
 def _texts(options: tuple[str, ...]) -> OptionTexts:
-    return option_texts(options, tuple(map(_clean, options)))
+    return option_texts(options, tuple(map(_clean_option, options)))
 
 
 def read_answer(reply: str, record: Record) -> Answer:
@@ -232,6 +232,9 @@ def _clean(text: str) -> str:
     text = _EMPHASIS.sub(r"\1", _DRESS.sub("", _LONE_LETTER.sub(r'"\2"', text)))
     text = re.sub(r"[\"'](\w{1,40})[\"']\s*:", lambda key: key[1].replace("_", " ") + ":", text)  # of JSON
     return re.sub(r" ?\n[ \n]*", "\n", re.sub(r"[^\S\n]+", " ", text))
+
+
+_clean_option = lru_cache(maxsize=65536)(_clean)  # questions that differ may share an option
 
 
 def _without_reasoning(text: str) -> tuple[str, bool]:

@@ -271,6 +271,11 @@ def _is_number(value: str) -> bool:
     return value[-1:].isdigit() and not value[:1].isalpha()
 
 
+@lru_cache(maxsize=65536)  # questions that differ may share an option
+def _option_tokens(text: str, signs: bool) -> tuple[Token, ...]:
+    return tuple(tokens_of(text, signs))
+
+
 @lru_cache(maxsize=4096)
 def option_texts(options: tuple[str, ...], plain_texts: tuple[str, ...]) -> OptionTexts:
     """The options of a question; `plain_texts` are the same, cleaned as replies are."""
@@ -280,13 +285,13 @@ def option_texts(options: tuple[str, ...], plain_texts: tuple[str, ...]) -> Opti
     for letter, text, whole in zip(letters, texts, plain_texts, strict=True):
         for spelling in {normalise_option(text), normalise_option(whole)}:
             plain.setdefault(spelling, set()).add(letter)
-    signs = any(token.value in ("+", "-") for text in texts for token in tokens_of(text, True))
+    signs = any(token.value in ("+", "-") for text in texts for token in _option_tokens(text, True))
     exact: dict[tuple[str, ...], set[str]] = {}
     more: dict[tuple[str, ...], set[str]] = {}
     weak: dict[tuple[str, ...], set[str]] = {}
-    parts: dict[tuple[str, ...], list[Token]] = {}
+    parts: dict[tuple[str, ...], tuple[Token, ...]] = {}
     sources: dict[tuple[str, ...], str] = {}
-    rows = [tokens_of(text, signs) for text in texts]
+    rows = [_option_tokens(text, signs) for text in texts]
     values = [tuple(token.value for token in row) for row in rows]
     for letter, text, row, key in zip(letters, texts, rows, values, strict=True):
         exact.setdefault(key, set()).add(letter)
@@ -339,7 +344,7 @@ def _without_label(text: str, letter: str, texts: Sequence[str]) -> str:
     return text[label.end() :] if all(labels) and (label := labels[LETTERS.index(letter)]) else text
 
 
-def _variants(text: str, row: list[Token], keys: list[tuple[str, ...]], signs: bool) -> Iterator[tuple[str, ...]]:
+def _variants(text: str, row: tuple[Token, ...], keys: list[tuple[str, ...]], signs: bool) -> Iterator[tuple[str, ...]]:
     """Other ways to write the whole option."""
     values = tuple(token.value for token in row)
     if len(values) > 1 and values[0] in ("the", "a", "an"):
