@@ -30,10 +30,10 @@ HELD: list[socket.socket] = []
 def own_port() -> int:
     """A port of this machine that nobody else is given, for a server that comes, goes and comes back.
 
-    The socket that holds it does not listen; a server with SO_REUSEPORT, such as vLLM, can listen beside it.
+    The socket that holds it does not listen; a server with SO_REUSEADDR, as vLLM is and Python's, can.
     """
     HELD.append(socket.socket())
-    HELD[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    HELD[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     HELD[-1].bind(("127.0.0.1", 0))
     return int(HELD[-1].getsockname()[1])
 
@@ -94,8 +94,6 @@ class FakeVLLM:
                 pass
 
         class Http(ThreadingHTTPServer):
-            allow_reuse_port = True
-
             def handle_error(self, request: Any, client_address: Any) -> None:
                 pass
 

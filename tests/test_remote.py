@@ -39,8 +39,6 @@ Fault = tuple[int, Any, dict[str, str]]
 class Server(ThreadingHTTPServer):
     """Answers B where the image's red value is an odd multiple of 40 and A otherwise, as a chat completion."""
 
-    allow_reuse_port = True
-
     def __init__(self, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), Handler)
         self.asked: list[dict[str, Any]] = []
