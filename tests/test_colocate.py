@@ -43,7 +43,7 @@ def beside(*command: str | Path) -> subprocess.CompletedProcess[str]:
         pytest.skip(str(reason))
     paths = os.pathsep.join(str(path) for path in (TESTS.parent / "src", TESTS, TESTS / "vllm_site"))
     environment = os.environ | vllm_env.SETTINGS | {"PYTHONPATH": paths}
-    return subprocess.run([python, *command], env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run([python, *command], env=environment, capture_output=True, text=True, timeout=1200)
 
 
 def test_weights_for_a_server_are_sent_by_vllm_s_own_classes(tmp_path: Path) -> None:

@@ -340,6 +340,7 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_one_chooses_whose_reply_stands_beside_the_bases(browser: Any, tmp_path: Path) -> None:
     page_of(tmp_path, "weak", "strong")
     page = browser.new_page()
+    page.set_default_timeout(120_000)  # a busy machine is no fault of the page
     page.goto((tmp_path / "page.html").as_uri())
     article = page.locator("#samples article").first
     assert article.locator(".reply h3").all_inner_texts()[1].startswith("weak")

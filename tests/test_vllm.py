@@ -353,7 +353,7 @@ def test_two_processes_share_a_server(server: vllm_env.Server, trained: Path, ph
         env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [row for row in read_jsonl(tmp_path / "run" / "log.jsonl") if "rollout_difference" in row]

@@ -155,7 +155,7 @@ class Server:
                 start_new_session=True,
             )
 
-    def wait(self, seconds: float = 300) -> None:
+    def wait(self, seconds: float = 1200) -> None:
         """Until it answers.
 
         Raises:
@@ -174,7 +174,8 @@ class Server:
     def kill(self) -> None:
         """As a crash would: the whole group of processes, at once."""
         if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it died by itself
+                os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             self.process = None
 
