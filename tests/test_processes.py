@@ -46,8 +46,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "looking": LOOKING | {"optimizer.prompts_per_forward": 1},
 }
 RESUMED = ("reference", "sft")
-WHOLE = ("gspo", "cispo")
-"""Recipes that are not sharded too: what is new in them is the loss alone."""
+WHOLE = ("gspo", "cispo", "draws")
+"""Recipes that are not sharded too: what is new in them is the loss alone, or which prompts are drawn."""
 SHARDED = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
