@@ -2,7 +2,8 @@
 
     python results/collect.py runs/study-small results/small
 
-Questions and images stay with the data set, where `id` finds them.
+Where `medr1 study --keep results/small` has kept its cells, logs and replies are in these. Questions and images stay
+with the data set, where `id` finds them.
 """
 
 import csv
@@ -32,10 +33,12 @@ def main() -> None:
     found = StudyResults(study)
     about = {name: found.results[name] for name in ("versions", "data_sha256", "examples")}
     write_atomic(out / "about.json", json.dumps(about, indent=1) + "\n")
+    write_atomic(out / "gains.md", gains(found))
+    if (out / "cells").is_dir():  # of `medr1 study --keep`, with every log and reply
+        return
     for log in sorted(study.glob("runs/*/log.jsonl")):
         (out / "logs").mkdir(exist_ok=True)
         shutil.copy(log, out / "logs" / f"{log.parent.name}.jsonl")
-    write_atomic(out / "gains.md", gains(found))
     keep_rows(sorted((study / "evaluations").glob("*.jsonl")), out / "rows.csv.gz")
 
 

@@ -15,7 +15,7 @@ from medr1.cli import main
 from medr1.config import DataConfig, load_config
 from medr1.data.datasets import load_records
 from medr1.data.heldout import SPLIT, RunSplit, split_of, write_split
-from medr1.data.parts import load_parts
+from medr1.data.parts import load_parts, split_of_run
 from medr1.data.phantoms import write_phantoms
 from medr1.data.records import Record, read_jsonl
 from medr1.errors import MedR1Error
@@ -240,3 +240,21 @@ def test_a_trained_model_is_asked_by_its_own_list(run: Any, tmp_path: Path) -> N
     rows = read_jsonl(tmp_path / "other.jsonl")
     assert {row["seen_by_run"] for row in rows} == {"never seen"}
     assert f"{len(rows)} never seen by it" in told.replace("\n", "")
+
+
+def test_a_validation_part_is_of_the_training_part(tmp_path: Path) -> None:
+    """What is held out for the end is neither trained on nor asked, also when the run's model is."""
+    data = own_data(tmp_path / "data", range(120))
+    settings = {"path": str(data), "test_fraction": 0.3}
+    train, test = load_parts(DataConfig(**settings))
+    fewer, validation = load_parts(DataConfig(**settings, validation=True))
+    assert sorted(record.id for record in [*fewer, *validation]) == [record.id for record in train]
+    assert {record.group for record in fewer}.isdisjoint(record.group for record in validation)
+    assert 0.15 < len(validation) / len(train) < 0.45
+    run = make_run(tmp_path / "run", data, **{"data.validation": True})
+    assert load_parts(run.data, run) == (fewer, validation)
+    assert load_parts(DataConfig(**settings), run) == (
+        fewer,
+        sorted([*validation, *test], key=lambda record: record.id),
+    )
+    assert split_of_run(str(tmp_path / "run/model"), str(data))["data.validation"] is True

@@ -1,8 +1,11 @@
-"""The kept replies of a study give the kept tables: counted again from rows.csv.gz, without the code of the report."""
+"""The kept replies of a study give the kept tables: counted again from them, without the code of the report."""
 
 import csv
 import gzip
 import io
+import json
+import re
+from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
 
@@ -66,3 +69,75 @@ def test_table_of_the_base() -> None:
         for cell, evaluation in ((blanked, "small-blank"), (seen, "small-image")):
             asked = [row for row in rows[evaluation] if name in ("all", row["modality"])]
             assert (f"{len(asked):,}", f"{100 * right(asked):.1f} %") == (n, cell.split(" (")[0])
+
+
+Cells = dict[tuple[str, str], list[dict]]
+"""Rows by cell and condition."""
+
+
+def kept_cells(keep: Path) -> Cells:
+    """What `medr1 study --keep` wrote."""
+    cells: Cells = {}
+    for path in sorted((keep / "cells").iterdir()):
+        for condition, columns in json.loads(gzip.decompress(path.read_bytes()))["evaluations"].items():
+            rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+            cells[path.name.removesuffix(".json.gz"), condition] = rows
+    return cells
+
+
+def count_again(keep: Path, tables: Path, instead: dict[str, list[dict]] | None = None) -> None:
+    """Every matrix, and every average in and out of domain, from kept rows.
+
+    Args:
+        instead: rows in place of a cell's.
+    """
+    answers = {name: rows for (name, condition), rows in kept_cells(keep).items() if condition == "image"}
+    answers |= instead or {}
+    for rows in answers.values():
+        assert all(row["correct"] == (row["letter"] == row["gold"]) for row in rows)
+    shares = {name: defaultdict(list) for name in answers}
+    for name, rows in answers.items():
+        for row in rows:
+            for axis in ("modality", "question_type"):
+                shares[name][axis, row[axis]].append(row["correct"])
+
+    def named(axis: str, value: str, way: str) -> list[str]:
+        """The cells of a value, one a seed; of the base the one that there is."""
+        start = re.sub("[^a-z0-9]+", "-", f"{axis} {value} {way} seed".lower())
+        return [f"base-{way}"] if f"base-{way}" in answers else [name for name in answers if name.startswith(start)]
+
+    def accuracy(axis: str, value: str, way: str, tested: str) -> float:
+        return fmean(fmean(shares[name][axis, tested]) for name in named(axis, value, way))
+
+    counted = 0
+    for path in tables.glob("matrix-*.csv"):
+        axis, way = re.fullmatch(r"matrix-(modality|question-type)-(.*)", path.stem).groups()
+        axis, way = axis.replace("-", "_"), way.replace("grpo-looking", "looking")
+        mode = re.sub("^(sft|grpo|looking)-", "", way)
+        for row in csv.DictReader(path.open()):
+            of = mode if row["trained_on"] == "base" else way
+            seen = accuracy(axis, row["trained_on"], of, row["tested_on"])
+            assert seen == pytest.approx(float(row["accuracy"])), (path.name, row)
+            names = named(axis, row["trained_on"], of)
+            assert {len(shares[name][axis, row["tested_on"]]) for name in names} == {int(row["n"])}
+            counted += 1
+    assert counted
+    for row in csv.DictReader((tables / "averages.csv").open()):
+        axis, label = row["axis"], row["model"]
+        way = re.sub("[^a-z]+", "-", label.lower()).replace("grpo-looking", "looking").removeprefix("base-")
+        values = sorted({value for found in shares.values() for of, value in found if of == axis})
+        homes = {value for value in values if named(axis, value, way)}
+        if label.startswith("base"):  # the values that any way of training in this mode is trained on
+            ways = [f"{method}-{way}" for method in ("sft", "grpo", "looking")]
+            homes = {value for value in values if any(named(axis, value, of) for of in ways)}
+        averages = []
+        for tested in values:
+            trained = [home for home in homes if (home == tested) == (row["tested_on"] == "own")]
+            if trained:
+                averages.append(fmean(accuracy(axis, home, way, tested) for home in trained))
+        assert fmean(averages) == pytest.approx(float(row["accuracy"])), row
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent.name for path in RESULTS.parent.glob("*/cells")))
+def test_whole_tables_are_counted_again(folder: str) -> None:
+    count_again(RESULTS.parent / folder, RESULTS.parent / folder / "tables")

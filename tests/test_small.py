@@ -12,6 +12,7 @@ from medr1.bases.small import build, language
 from medr1.bases.small.build import Builder, Stage, facts_of, rationale
 from medr1.data.datasets import load_records
 from medr1.data.phantoms import write_phantoms
+from medr1.errors import MedR1Error
 from medr1.evaluation.run import evaluate
 from medr1.policy.names import TINY
 from medr1.policy.vlm import load_vlm
@@ -91,6 +92,10 @@ def test_a_stopped_build_ends_as_an_unbroken_one(little: Path, tmp_path: Path, m
 
     ours, theirs = load_vlm(str(resumed)).model.state_dict(), load_vlm(str(whole)).model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    with pytest.raises(MedR1Error, match="answering was begun for 3 steps, not 9; choose another --out"):
+        Builder(
+            records, tmp_path / "torn", plan=plan | {"answering": Stage(steps=9, batch=2, learning_rate=1e-3)}
+        ).run()
     rows = evaluate(load_vlm(str(whole)), records[:4], mode="no-think", out=tmp_path / "rows.jsonl", max_new_tokens=4)
     assert len(rows) == 4
 

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from test_results import count_again, kept_cells
 from typer.testing import CliRunner
 
 import medr1.evaluation.remote
 import medr1.study.run as module
 from medr1.cli import app
+from medr1.cli.presets import presets
 from medr1.config import load_config
 from medr1.data.parts import load_parts
 from medr1.data.phantoms import write_phantoms
@@ -32,7 +34,9 @@ ROOT = Path(__file__).parents[1]
 MICRO = """
 name = "micro"
 axes = ["modality"]
+methods = ["sft", "grpo", "looking"]
 modes = ["think"]
+cells = ["*-ct-*", "*-oct-grpo-*"]
 controls = ["blank", "shuffled_other"]
 max_new_tokens = { think = 6, no-think = 6 }
 batch_size = 3
@@ -59,6 +63,12 @@ save_every = 1
 [grpo.optimizer]
 learning_rate = 1e-4
 """
+LOOKING = """
+[looking.draws]
+weights = "needs_image"
+"""
+"""Of few questions, none of which has another image."""
+MICRO += LOOKING
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +121,18 @@ def load(text: str, folder: Path) -> Study:
         (('["modality"]', "[]"), r"axes = \[\]"),
         (("think = 6, no-think", "no-think"), "max_new_tokens lacks think"),
         (("think = 6, no-think", "loud"), "max_new_tokens.loud"),
-        (("[grpo.optimizer]", "[grpo.optimizer]\nsteps = 3"), "SFT would not see the questions that GRPO sees"),
-        (("[grpo.optimizer]", "[grpo.optimizer]\nprompts_per_step = 4"), "SFT would not see"),
+        (("[grpo.optimizer]", "[grpo.optimizer]\nsteps = 3"), "sft would not see as many questions as grpo"),
+        (("[grpo.optimizer]", "[grpo.optimizer]\nprompts_per_step = 4"), "sft would not see"),
+        (
+            ("[grpo.optimizer]", "[looking.optimizer]\nsteps = 3\n[grpo.optimizer]"),
+            "sft would not see as .* as looking",
+        ),
+        (('"needs_image"', '""'), r"\[looking\] changes nothing in GRPO's recipe"),
+        (
+            ("[grpo.optimizer]", "[looking.rollout]\nmode = 'think'\n[grpo.optimizer]"),
+            r"looking\.rollout\.mode has no pl",
+        ),
+        (('"*-ct-*"', '"*-oct-grpo-*"'), r"cells names \*-oct-grpo-\* twice"),
         (("[recipe.optimizer]", "[recipe.optimizer]\nseed = 1"), r"recipe\.optimizer\.seed has no place here"),
         (("[grpo.optimizer]", '[grpo.data]\npath = "x"\n[grpo.optimizer]'), r"grpo\.data has no place here; all meth"),
         (("[grpo.optimizer]", '[sft.model]\nname = "x"\n[grpo.optimizer]'), r"sft\.model\.name has no place here"),
@@ -156,16 +176,58 @@ def test_methods_lay_their_changes_over_the_recipe(study: Study) -> None:
     assert (recipe.data.modalities, recipe.optimizer.seed, recipe.rollout.num_completions) == (("CT",), 3, 2)
 
 
+def test_looking_is_grpo_with_what_keeps_it_looking(tmp_path: Path) -> None:
+    """The advised draws over GRPO's recipe; a table of one's own takes their place."""
+    study = load(MICRO.replace(LOOKING, ""), tmp_path)
+    cell = Cell("looking", "think", axis="modality", trained_on="CT", seed=0)
+    plain, recipe = (cell_recipe(study, replace(cell, method=method)) for method in ("grpo", "looking"))
+    assert recipe.method == "grpo" and recipe.optimizer.learning_rate == 1e-4
+    assert (recipe.draws.exchanged_images, recipe.draws.weights) == (1, "needs_image")
+    assert recipe.model_copy(update={"draws": plain.draws}) == plain
+    own = load(MICRO.replace(LOOKING, "[looking.grpo]\nhold_to_chance = 0.2\n"), tmp_path).looking
+    assert own.grpo.hold_to_chance == 0.2 and own.draws == plain.draws and own.grpo.beta == 0
+
+
+def test_cells_are_named_and_trained_in_that_order(phantoms: Path, tmp_path: Path) -> None:
+    def names(cells: str) -> list[str]:
+        text = MICRO.replace('cells = ["*-ct-*", "*-oct-grpo-*"]', f"seeds = [0, 1]\ncells = {cells}")
+        plan = make_plan(load_study(_write(tmp_path, text), str(phantoms)))
+        assert [cell.name for cell in plan.cells if cell.flips and cell.axis] == _firsts(plan)
+        return [cell.name.removeprefix("modality-") for cell in plan.cells if cell.axis]
+
+    assert names('["*-looking-*-seed0", "modality-ct-*-seed[01]"]') == [
+        "ct-looking-think-seed0", "oct-looking-think-seed0", "ct-sft-no-think-seed0", "ct-grpo-think-seed0",
+        "ct-sft-no-think-seed1", "ct-grpo-think-seed1", "ct-looking-think-seed1",
+    ]  # fmt: skip
+    assert len(names("[]")) == 2 * 2 * 3
+    with pytest.raises(
+        MedR1Error,
+        match=r"'modality-oct-grpo-seed0', which is no cell's .*; nearest: modality-oct-grpo-think-seed0",
+    ):
+        names('["*-ct-*", "modality-oct-grpo-seed0"]')
+
+
+def _firsts(plan: Plan) -> list[str]:
+    """The first cell of each method that is trained, in the order of the plan."""
+    by_method = {cell.method: cell.name for cell in reversed(plan.cells) if cell.axis}
+    return [cell.name for cell in plan.cells if cell.name in by_method.values()]
+
+
+def test_a_cell_without_other_images_stops_the_study_at_once(phantoms: Path, tmp_path: Path) -> None:
+    with pytest.raises(MedR1Error, match="modality-ct-looking-think-seed0 cannot be trained: no two of its questions"):
+        make_plan(load_study(_write(tmp_path, MICRO.replace(LOOKING, "")), str(phantoms)))
+
+
 def test_two_updates_on_a_batch_need_twice_the_steps(tmp_path: Path) -> None:
     text = MICRO.replace("beta = 0.0", "beta = 0.0\nnum_iterations = 2").replace("save_every = 1", "save_every = 2")
-    with pytest.raises(MedR1Error, match="SFT would not see"):
+    with pytest.raises(MedR1Error, match="sft would not see"):
         load(text, tmp_path)
     assert load(text.replace("[grpo.optimizer]", "[grpo.optimizer]\nsteps = 4"), tmp_path).grpo.optimizer.steps == 4
 
 
 def test_shipped_studies_are_valid() -> None:
     studies = {path.stem: load_study(path) for path in (ROOT / "configs").glob("study-*.toml")}
-    assert studies.keys() == {"study-tiny", "study-real", "study-small", "study-omnimedvqa"}
+    assert studies.keys() == {f"study-{name}" for name in presets("study")}
     published = load_config(ROOT / "configs" / "omnimedvqa-qwen2vl-2b.toml")
     ours = cell_recipe(studies["study-omnimedvqa"], Cell("grpo", "think", axis="modality", trained_on="CT", seed=0))
     assert ours.model_copy(update={"data": published.data}) == published
@@ -219,7 +281,8 @@ def _write(folder: Path, text: str) -> Path:
 
 
 def test_some_values_are_trained_on_and_all_are_tested(phantoms: Path, tmp_path: Path) -> None:
-    text = MICRO.replace('name = "micro"', 'name = "micro"\ntrained_on = ["OCT"]\nmethods = ["sft"]')
+    text = MICRO.replace('"sft", "grpo", "looking"', '"sft"').replace('"*-ct-*", "*-oct-grpo-*"', "")
+    text = text.replace('name = "micro"', 'name = "micro"\ntrained_on = ["OCT"]')
     text = text.replace("faithfulness = 5\n", "")
     study = load_study(_write(tmp_path, text), str(phantoms))
     plan = make_plan(study)
@@ -313,11 +376,11 @@ def test_results_say_what_was_done(whole: Path, plan: Plan, study: Study) -> Non
     results = json.loads((whole / "results.json").read_text())
     assert results["study"] == study.model_dump(mode="json")
     assert [(run["method"], run["trained_on"]) for run in results["runs"]] == [
-        ("sft", "CT"), ("grpo", "CT"), ("sft", "OCT"), ("grpo", "OCT"),
+        ("sft", "CT"), ("grpo", "CT"), ("looking", "CT"), ("grpo", "OCT"),
     ]  # fmt: skip
     assert {(run["steps"], run["examples"]) for run in results["runs"]} == {(2, 4)}  # SFT examples are GRPO's prompts
     assert all((whole / run["folder"] / "log.jsonl").is_file() for run in results["runs"])
-    assert len(results["evaluations"]) == 2 * 5 + 2 * 5 + 2 * 3
+    assert len(results["evaluations"]) == 2 * 5 + 3 * 5 + 3
     for entry in results["evaluations"]:
         rows = read_jsonl(whole / entry["rows"])
         own = [r for r in plan.test if entry["trained_on"] in (None, r.modality)]
@@ -335,6 +398,8 @@ def test_results_say_what_was_done(whole: Path, plan: Plan, study: Study) -> Non
 def test_weights_go_and_logs_stay(whole: Path, study: Study, tmp_path: Path) -> None:
     assert not [*(whole / "runs").glob("*/model"), *(whole / "runs").glob("*/checkpoint-*")]
     assert len([*(whole / "runs").glob("*-grpo-*/completions.jsonl")]) == 2
+    looking = load_config(whole / "runs/modality-ct-looking-think-seed0/recipe.toml")
+    assert (looking.method, looking.draws.weights) == ("grpo", "needs_image")
     cell = Cell("grpo", "think", axis="modality", trained_on="CT", seed=0)
     for name in ("model", "checkpoint-2", ".model.saving"):
         (tmp_path / "runs" / cell.name / name).mkdir(parents=True)
@@ -366,8 +431,8 @@ def test_list_tells_the_states(whole: Path, study: Study, study_file: Path, phan
     out = tmp_path / "out"
     shutil.copytree(whole, out)
     (out / "evaluations" / "modality-ct-sft-no-think-seed0-blank.jsonl").unlink()
-    shutil.rmtree(out / "runs" / "modality-oct-sft-no-think-seed0")
-    for name in ("modality-oct-sft-no-think-seed0", "modality-oct-grpo-think-seed0"):
+    shutil.rmtree(out / "runs" / "modality-ct-looking-think-seed0")
+    for name in ("modality-ct-looking-think-seed0", "modality-oct-grpo-think-seed0"):
         (out / "cells" / f"{name}.json").unlink()
         for path in (out / "evaluations").glob(f"{name}-*"):
             path.unlink()
@@ -377,11 +442,11 @@ def test_list_tells_the_states(whole: Path, study: Study, study_file: Path, phan
         "base-no-think": "done",
         "modality-ct-sft-no-think-seed0": "evaluating",
         "modality-ct-grpo-think-seed0": "done",
-        "modality-oct-sft-no-think-seed0": "waiting",
+        "modality-ct-looking-think-seed0": "waiting",
         "modality-oct-grpo-think-seed0": "training",
     }
     assert cells["base-think"]["seconds"] > 0 and cells["base-think"]["disk_bytes"] > 1000
-    assert cells["modality-oct-sft-no-think-seed0"]["seconds"] is None
+    assert cells["modality-ct-looking-think-seed0"]["seconds"] is None
     arguments = ["study", str(study_file), "--data", str(phantoms), "--out", str(out), "--list", "--json"]
     said = CliRunner().invoke(app, arguments)
     assert said.exit_code == 0 and "3 of 6 cells done" in said.stdout
@@ -414,10 +479,94 @@ def test_a_studys_page_says_what_it_is_not_for(whole: Path) -> None:
 
 
 def test_reasoning_is_edited_where_the_study_asks_for_it(whole: Path, plan: Plan, study: Study) -> None:
-    """Of the base and of the first GRPO model, on the same questions."""
+    """Of the base and of the first GRPO and looking models, on the same questions."""
     found = json.loads((whole / "results.json").read_text())["faithfulness"]
-    assert [entry["cell"] for entry in found] == ["base-think", "modality-ct-grpo-think-seed0"]
+    trained = [f"modality-ct-{method}-think-seed0" for method in ("grpo", "looking")]
+    assert [entry["cell"] for entry in found] == ["base-think", *trained]
     assert {entry["n"] for entry in found} == {5}
     assert "Is the reasoning used?" in (whole / "report.html").read_text(encoding="utf-8")
     plain = replace(plan, study=study.model_copy(update={"faithfulness": 0}))
     assert not any(plain.edited(cell) for cell in plan.cells)
+
+
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **settings: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    for name in ("load_vlm", "train"):
+        monkeypatch.setattr(module, name, fail)
+
+
+def test_kept_cells_are_taken_up_elsewhere(
+    whole: Path, study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same pages and tables to the byte without a model; and both tables again, counted from what is kept."""
+    no_model(monkeypatch)
+    keep, out = tmp_path / "kept", tmp_path / "another/place"
+    run_study(study, whole, keep)
+    kept = {path.name: path.read_bytes() for path in (keep / "cells").iterdir()}
+    assert {cell["state"] for cell in list_cells(study, out, keep)} == {"kept"}
+    run_study(study, out, keep)
+    pages = [*(whole / "tables").iterdir(), *(whole / name for name in ("report.html", "samples.md", "results.json"))]
+    for path in (*pages, whole / "model-card.md", whole / "tripod-llm.md"):
+        assert (out / path.relative_to(whole)).read_bytes() == path.read_bytes(), path
+    for path in (whole / "evaluations").iterdir():
+        before, after = (
+            {row["id"]: _known(row, folder) for row in read_jsonl(folder / path.name)}
+            for folder in (path.parent, out / "evaluations")
+        )
+        assert before == after
+    assert kept == {path.name: path.read_bytes() for path in (keep / "cells").iterdir()}
+    count_again(keep, out / "tables")
+    name = "modality-ct-grpo-think-seed0"
+    with pytest.raises(AssertionError):  # it can fail
+        count_again(keep, out / "tables", {name: kept_cells(keep)[name, "image"][1:]})
+
+
+def _known(row: dict[str, Any], folder: Path) -> dict[str, Any]:
+    images = [(folder / path).resolve() for path in row["images"]]
+    return {**row, "images": images, "key": None, "seconds": None}
+
+
+def test_a_cell_is_kept_as_it_is_done_and_not_trained_again(
+    whole: Path, study: Study, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep = tmp_path / "kept"
+    shutil.copytree(whole, tmp_path / "begun")
+    (tmp_path / "begun/cells/modality-oct-grpo-think-seed0.json").unlink()  # as if killed there
+    no_model(monkeypatch)
+    with pytest.raises(AssertionError, match="a model was loaded"):
+        run_study(study, tmp_path / "begun", keep)
+    assert len([*(keep / "cells").iterdir()]) == len(plan.cells) - 1
+    states = Counter(cell["state"] for cell in list_cells(study, tmp_path / "new", keep))
+    assert states == {"kept": len(plan.cells) - 1, "waiting": 1}
+    more = study.model_copy(
+        update={"cells": ("*-oct-looking-*", *study.cells)}
+    )  # then its options are permuted instead
+    states = {cell["cell"]: cell["state"] for cell in list_cells(more, tmp_path / "new", keep)}
+    assert {name for name, state in states.items() if state == "waiting"} == {
+        "modality-oct-looking-think-seed0",
+        "modality-oct-grpo-think-seed0",
+    }
+    (keep / "cells/base-think.json.gz").write_bytes(b"torn")
+    with pytest.raises(MedR1Error, match=r"base-think\.json\.gz: cannot be read as a kept cell") as error:
+        run_study(study, tmp_path / "new", keep)
+    assert "\n" not in str(error.value)
+
+
+def test_cells_of_another_study_are_not_taken_up(whole: Path, study: Study, phantoms: Path, tmp_path: Path) -> None:
+    (tmp_path / "study.json").write_text((whole / "study.json").read_text())
+    other = load_study(_write(tmp_path, MICRO.replace("1e-4", "2e-4")), str(phantoms))
+    with pytest.raises(MedR1Error, match=r"holds results of another study \(see study\.json\); choose another --keep"):
+        run_study(other, tmp_path / "out", tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_where_data_lie_and_which_cells_there_are_may_change(whole: Path, study_file: Path, phantoms: Path) -> None:
+    moved = phantoms.parent / "moved"
+    shutil.copytree(phantoms, moved)
+    there = json.loads((whole / "study.json").read_text())
+    del there["study"]["grpo"]["grpo"]["kl_clamp"]  # as written before that field was there
+    (whole / "study.json").write_text(json.dumps(there))
+    fewer = load_study(study_file, str(moved)).model_copy(update={"cells": ("*-ct-*",)})
+    assert [cell["state"] for cell in list_cells(fewer, whole)] == ["done"] * 5

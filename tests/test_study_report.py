@@ -32,6 +32,8 @@ class Planted:
         self.folder, self.seeds = folder, seeds
         self.values = {axis: names[:values] for axis, names in VALUES.items()}
         self.trained_on = self.values
+        self.shuffled: dict[str, float] = {}  # by method, where it is not as blank
+        self.has = lambda method, value, seed: True  # whether a cell was trained
         vars(self).update(true)
         self.records = [
             {
@@ -108,7 +110,7 @@ class Planted:
         for axis, values in self.trained_on.items():
             for value in values:
                 for method, mode in methods:
-                    for seed in self.seeds:
+                    for seed in (seed for seed in self.seeds if self.has(method, value, seed)):
                         self._cell(method, mode, axis, value, seed, controls)
         priors = []
         for axis, values in self.trained_on.items():
@@ -141,11 +143,12 @@ class Planted:
         self.add(method, mode, axis, value, seed, answers)
         own = [record for record in self.records if record[axis] == value]
         for condition in controls:
-            rows = self.rows(lambda _: self.blank, f"{name} {condition}", own, mode=mode)
+            blind = self.shuffled.get(method, self.blank) if condition == "shuffled" else self.blank
+            rows = self.rows(lambda _, blind=blind: blind, f"{name} {condition}", own, mode=mode)
             self.add(method, mode, axis, value, seed, rows, condition)
         folder = f"runs/{name.replace(' ', '-')}"
         (self.folder / folder).mkdir(parents=True)
-        learned = "reward_accuracy" if method == "grpo" else "loss"
+        learned = "loss" if method == "sft" else "reward_accuracy"
         append_jsonl(self.folder / folder / "log.jsonl", [{"step": s, learned: s / 20} for s in range(1, 11)])
         self.runs.append(
             {"folder": folder, "axis": axis, "trained_on": value, "method": method, "mode": mode, "seed": seed,
@@ -355,6 +358,83 @@ def test_numbers_against_their_slow_definition(tmp_path: Path):
     assert [flips["label"] for flips in numbers["order"]] == ["base no-think"]
     assert numbers["order"][0]["repeat"]["rate"] == 0
     assert numbers["order"][0]["permuted"]["rate"] > 0.5
+
+
+def test_seeds_and_values_that_not_all_have(tmp_path: Path):
+    """Seeds are averaged before values, and two ways of training compared over the models that both have."""
+    made = Planted(tmp_path, seeds=(0, 1), shuffled={"grpo": 0.8, "looking": 0.3})
+    made.trained_on = {"modality": made.values["modality"]}
+    every = made.values["modality"]
+    trained = {"sft": {0: every}, "grpo": {0: every, 1: ["CT"]}, "looking": {0: ["CT", "MRI"], 1: ["CT"]}}
+    made.has = lambda method, value, seed: value in trained[method].get(seed, ())
+    made.write((("sft", "no-think"), ("grpo", "think"), ("looking", "think")), controls=("blank", "shuffled"))
+    numbers = study_numbers(StudyResults(made.folder))
+    lines = {line["method"]: line for line in numbers["lines"]}
+    right = {
+        (e["method"], e["trained_on"], e["seed"], e["condition"], row["id"]): row["correct"]
+        for e in made.evaluations
+        for row in read_jsonl(made.folder / e["rows"])
+    }
+
+    def share(method: str, value: str, tested: str, seeds: tuple, condition: str = "image") -> float:
+        """Accuracy of a cell, the mean of those of its seeds."""
+        ids = [record["id"] for record in made.records if record["modality"] == tested]
+        by_seed = [sum(right[method, value, seed, condition, i] for i in ids) / len(ids) for seed in seeds]
+        return sum(by_seed) / len(by_seed)
+
+    seeds = {"CT": (0, 1), "MRI": (0,), "Ultrasound": (0,)}
+    values = [*seeds]
+    own = [share("grpo", value, value, seeds[value]) for value in values]
+    others = [
+        sum(share("grpo", value, tested, seeds[value]) for value in values if value != tested) / 2 for tested in values
+    ]
+    grpo, looking = lines["grpo"], lines["looking"]
+    assert grpo["own"]["accuracy"] == pytest.approx(sum(own) / 3)
+    assert grpo["others"]["accuracy"] == pytest.approx(sum(others) / 3)
+    assert (grpo["values"], grpo["num_values"], grpo["num_seeded"]) == (values, 3, 1)
+    assert grpo["seeds_own"] == pytest.approx([share("grpo", "CT", "CT", (seed,)) for seed in (0, 1)])
+    assert (looking["values"], looking["own"]["n"], looking["seeds"]) == (["CT", "MRI"], 2, [0, 1])
+    assert looking["label"] == "GRPO, looking, think" and looking["prior"]["n"] == 2
+
+    found = {(c["kind"], c["side"], c["after"]): c for c in numbers["comparisons"]}
+    against_sft = found["sft", "own", "GRPO think"]  # SFT has seed 0 alone
+    expected = [share("grpo", value, value, (0,)) - share("sft", value, value, (0,)) for value in values]
+    assert (against_sft["models"], against_sft["difference"]) == (3, pytest.approx(sum(expected) / 3))
+    kept = {"CT": (0, 1), "MRI": (0,)}
+    change = found["looking", "own", "GRPO, looking, think"]
+    expected = [share("looking", v, v, kept[v]) - share("grpo", v, v, kept[v]) for v in kept]
+    assert (change["models"], change["difference"]) == (3, pytest.approx(sum(expected) / 2))
+    change = found["looking", "others", "GRPO, looking, think"]  # Ultrasound is asked of both, CT of MRI's alone
+    others = {"CT": ["MRI"], "MRI": ["CT"], "Ultrasound": ["CT", "MRI"]}
+    expected = [
+        sum(share("looking", v, tested, kept[v]) - share("grpo", v, tested, kept[v]) for v in of) / len(of)
+        for tested, of in others.items()
+    ]
+    assert change["difference"] == pytest.approx(sum(expected) / 3)
+    relied = {
+        method: [share(method, v, v, kept[v]) - share(method, v, v, kept[v], "shuffled") for v in kept]
+        for method in ("grpo", "looking")
+    }
+    change = found["reliance", "own", "GRPO, looking, think"]
+    assert change["difference"] == pytest.approx((sum(relied["looking"]) - sum(relied["grpo"])) / 2)
+    assert (change["models"], change["n"], change["verdict"]) == (3, 120, "up")
+    assert ("reliance", "others", "GRPO, looking, think") not in found and len(found) == 3 * 2 + 2 + 2 + 1
+
+    write_study_report(made.folder)
+    screen = first_screen(made.folder)
+    assert "On each of 3 modalities: SFT no-think; GRPO think. On CT, MRI: GRPO, looking, think." in screen
+    assert "Seeds 0, 1 (not of all). 9 trained models" in screen
+    assert "looking against plain GRPO: 1 better" in screen
+    page = (made.folder / "report.html").read_text(encoding="utf-8")
+    assert "CT, MRI alone; base there" in page and "over the 1 that have each" in page
+    assert "trains on as many in as many steps, which are other ones by design" in page
+    table = (made.folder / "tables/averages.md").read_text(encoding="utf-8")
+    assert "| GRPO, looking, think (2 of 3) |" in table and "| GRPO think |" in re.sub(" +", " ", table)
+    rows = list(csv.DictReader((made.folder / "tables/comparisons.csv").open()))
+    assert [row["after"] for row in rows if row["measure"] == "reliance"] == ["GRPO, looking, think"]
+    assert (made.folder / "tables/matrix-modality-grpo-looking-think.csv").is_file()
+    panels = re.findall(r'aria-label="Learning curves, (\w+): ([^"]*)"', page)
+    assert ("Ultrasound", "GRPO think") in panels and ("CT", "GRPO think, GRPO, looking, think") in panels
 
 
 def test_whether_each_way_of_training_looks(tmp_path: Path):

@@ -79,6 +79,11 @@ class DataConfig(_Section):
     skip_unreadable: bool = Field(False, description="leave out and list records whose images cannot be read")
     test_fraction: float = Field(0.2, gt=0, lt=1, description="share of records held out, by image or patient group")
     split_seed: int = Field(0, description="seed of the split")
+    validation: bool = Field(
+        False,
+        description="hold out such a share of the training part instead, by the next split seed, and leave the held-out"
+        " part alone: to choose steps, rates and objectives before anything is asked of it",
+    )
     num_phantoms: int = Field(1600, ge=16, description="images to draw where path is 'phantoms' (five questions each)")
 
 

@@ -236,6 +236,7 @@ def _made_by_run(out: Path, trackers: dict[str, str]) -> dict[str, str]:
     epilog=examples(
         "medr1 study --preset tiny --out runs/study",
         "medr1 study my-study.toml --data DATA --out runs/study --list",
+        "medr1 study my-study.toml --data DATA --out runs/study --keep results/study",
     ),
 )
 def study_command(
@@ -252,6 +253,14 @@ def study_command(
             "--out", help="folder of the study; an unfinished one there is gone on with", rich_help_panel=OUTPUT
         ),
     ],
+    keep: Annotated[
+        Path | None,
+        typer.Option(
+            "--keep",
+            help="folder where each finished cell is kept, small and without weights; those there are not run again",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train on each modality and question type, test on all with controls, write the report; resumes by itself."""
@@ -262,11 +271,11 @@ def study_command(
 
     loaded = load_study(path, data)
     if not only_list:
-        result = run_study(loaded, out)
+        result = run_study(loaded, out, keep)
         made = {"page": result["report"], "tables": out / "tables", "answers": out / "evaluations"}
         finish(result, as_json, made=made, then="open the page in a browser; it needs no network")
         return
-    cells = list_cells(loaded, out)
+    cells = list_cells(loaded, out, keep)
     table = Table(title=f"{sum(cell['state'] == 'done' for cell in cells)} of {len(cells)} cells done")
     for heading in ("cell", "state", "seconds", "MB"):
         table.add_column(heading, justify="left" if heading in ("cell", "state") else "right")
@@ -276,6 +285,7 @@ def study_command(
     Console().print(table)
     named = f"--preset {preset}" if preset else shown(path)
     again = f"medr1 study {named}{f' --data {shown(data)}' if data else ''} --out {shown(out)}"
+    again += f" --keep {shown(keep)}" if keep else ""
     waiting = any(cell["state"] != "done" for cell in cells)
     finish({"cells": cells}, as_json, then=f"{again} goes on" if waiting else None)
 
@@ -422,11 +432,15 @@ def build_small(
     data: DataOption,
     out: Annotated[Path, typer.Option("--out", help="folder for the state, the learning curve and the model")],
     seed: Annotated[int, typer.Option("--seed", help="of weights, batches and crops")] = 0,
+    answering_steps: Annotated[
+        int,
+        typer.Option("--answering-steps", min=1, help="of the last stage; after 320 GRPO has little left to teach"),
+    ] = 80,
     as_json: JsonOption = False,
 ) -> None:
     """SmolLM2-135M given eyes, from the training part of a data set: half an hour on two cores; it resumes."""
     from medr1.bases.small.build import build
 
-    folder = build(load_config(overrides={"data.path": data}).data, out, seed=seed)
+    folder = build(load_config(overrides={"data.path": data}).data, out, seed=seed, answering_steps=answering_steps)
     then = f"medr1 train --model {shown(folder)} --data {shown(data)} --out runs/first"
     finish({"model": str(folder)}, as_json, made={"model": folder}, then=then)

@@ -29,6 +29,8 @@ from medr1.processes import is_first
 def load_parts(config: DataConfig, run: RunSplit | None = None) -> tuple[list[Record], list[Record]]:
     """(training records, held-out records), divided by group with the recipe's seed, then filtered.
 
+    For `validation` the training part of that division is divided once more, and the rest left out.
+
     Rows that could not be read are left out, and told on stderr. `group` names the whole cluster of each record.
 
     Args:
@@ -45,6 +47,8 @@ def load_parts(config: DataConfig, run: RunSplit | None = None) -> tuple[list[Re
     )
     tell_refused(config.path, len(records), tuple(refused))
     records = joined(records)
+    if config.validation:
+        records, _, _ = divided(records, config.test_fraction, config.split_seed)
     train, test = _divided(records, config, run)
     filters = {
         "modalities": config.modalities or None,
@@ -60,11 +64,11 @@ def load_parts(config: DataConfig, run: RunSplit | None = None) -> tuple[list[Re
 def _divided(records: list[Record], config: DataConfig, run: RunSplit | None) -> tuple[list[Record], list[Record]]:
     seen = run.seen(records) if run else []
     if run is None or all(one == "never seen" for one in seen):
-        train, test, note = divided(records, config.test_fraction, config.split_seed)
+        train, test, note = divided(records, config.test_fraction, config.split_seed + config.validation)
         if note:
             tell_once(note)
         return train, test
-    _, test, _ = divided(records, run.data.test_fraction, run.data.split_seed)
+    _, test, _ = divided(records, run.data.test_fraction, run.data.split_seed + config.validation)
     held_out = {record.id for record in test}
     sides: tuple[list[Record], list[Record]] = ([], [])
     for record, one in sorted(zip(records, seen, strict=True), key=lambda pair: pair[0].id):
@@ -86,7 +90,7 @@ def split_of_run(model: str, path: str) -> dict[str, Any]:
         return {}
     trained, kept = recipe.data, ["language"]
     if trained.path == path or (Path(path).exists() and Path(trained.path).resolve() == Path(path).resolve()):
-        kept += ["test_fraction", "split_seed", "image_root", "skip_unreadable"]
+        kept += ["test_fraction", "split_seed", "validation", "image_root", "skip_unreadable"]
         kept += ["num_phantoms"] if path == "phantoms" else []
     return {f"data.{name}": getattr(trained, name) for name in kept}
 

@@ -291,7 +291,7 @@ class Evaluation:
         new = score(
             {
                 "key": key,
-                **_record_fields(self.records[key], self.out.parent),
+                **record_fields(self.records[key], self.out.parent),
                 **self.stated,
                 **({"seen_by_run": self.seen[self.records[key].id]} if self.seen else {}),
                 **reply,
@@ -445,7 +445,8 @@ def _reading_order(asked: list[tuple[str, Record]], mode: str) -> list[tuple[str
     return sorted(asked, key=place)
 
 
-def _record_fields(record: Record, folder: Path) -> Row:
+def record_fields(record: Record, folder: Path) -> Row:
+    """What a row says of the record as it was asked; image paths relative to the row's folder."""
     return {
         "id": record.id,
         "modality": record.modality,

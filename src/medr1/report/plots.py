@@ -271,7 +271,7 @@ def looking_plot(width: float, lines: Sequence[tuple[str, Sequence[dict[str, Any
 def steps_plot(width: float, curves: Mapping[str, Sequence[tuple[int, Cell]]]) -> tuple[Figure, str]:
     """Accuracy (name to its points) by the step after which a checkpoint was written."""
     figure, axes = _curve_axes(width, len(curves))
-    for (name, points), (colour, dash) in zip(curves.items(), _styles(), strict=False):
+    for (name, points), (colour, dash) in zip(curves.items(), curve_styles(), strict=False):
         steps = [step for step, _ in points]
         values = np.array([cell["accuracy"] for _, cell in points])
         limits = np.array([cell["ci95"] for _, cell in points]).T
@@ -304,7 +304,7 @@ def compared_curves(logs: Mapping[str, Sequence[dict[str, Any]]]) -> list[tuple[
 @twice
 def _compared(width: float, logs: Mapping[str, Sequence[dict[str, Any]]], key: str, title: str) -> tuple[Figure, str]:
     figure, axes = _curve_axes(width, len(logs))
-    for (name, log), (colour, dash) in zip(logs.items(), _styles(), strict=False):
+    for (name, log), (colour, dash) in zip(logs.items(), curve_styles(), strict=False):
         _curve(axes, log, key, clipped(name, 36), colour, dash)
     if key in ("reward_accuracy", "looking_reliance"):
         _shares(figure, axes, width)
@@ -318,7 +318,7 @@ def _compared(width: float, logs: Mapping[str, Sequence[dict[str, Any]]], key: s
     return figure, f"{title}: {', '.join(logs)}"
 
 
-def _styles() -> Iterator[tuple[str, str]]:
+def curve_styles() -> Iterator[tuple[str, str]]:
     """Colours and dashes without end: the same four of each, paired anew every four."""
     for number in itertools.count():
         yield CURVES[number % 4][0], CURVES[(number + number // 4) % 4][1]
@@ -342,7 +342,9 @@ def curve_panel(curves: Mapping[str, Sequence[tuple[float, float]]], title: str,
     axes.tick_params(length=0, labelcolor=GREY, labelsize=10)
     axes.spines[:].set_visible(False)
     axes.set_axisbelow(True)
-    for points, (colour, dash) in zip(curves.values(), CURVES, strict=False):
+    for points, (colour, dash) in zip(curves.values(), curve_styles(), strict=False):
+        if not points:
+            continue  # others keep their colours
         stretches = np.array_split(np.array(points, dtype=float), min(len(points), 120))
         axes.plot(*np.array([stretch.mean(0) for stretch in stretches]).T, color=colour, linestyle=dash, linewidth=1.8)
     if share:
@@ -350,7 +352,7 @@ def curve_panel(curves: Mapping[str, Sequence[tuple[float, float]]], title: str,
         axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %", decimals=0))
     else:
         axes.set_ylim(bottom=0)
-    return _svg(figure, f"Learning curves, {title}: {', '.join(curves)}")
+    return _svg(figure, f"Learning curves, {title}: {', '.join(name for name, points in curves.items() if points)}")
 
 
 @twice

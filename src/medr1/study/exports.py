@@ -6,6 +6,7 @@ and LaTeX have the layout of the page, in percent, with a dash there.
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -201,7 +202,8 @@ def _averages(numbers: dict[str, Any]) -> Table:
             records += [_average(axis, label, side, base[side], None) for side in ("own", "others")]
             lines.append([_axis(axis), label, _percent(base["own"]), "–", _percent(base["others"]), "–"])
         for line in (line for line in numbers["lines"] if line["axis"] == axis):
-            text = [_axis(axis), line["label"]]
+            num, whole = len(line["values"]), line["num_values"]
+            text = [_axis(axis), line["label"] + (f" ({num} of {whole})" if num < whole else "")]
             for side in ("own", "others"):
                 change = changes.get((axis, side, line["label"]))
                 records.append(_average(axis, line["label"], side, line[side], change))
@@ -209,8 +211,9 @@ def _averages(numbers: dict[str, Any]) -> Table:
             lines.append(text)
     head = ["trained on one", "model", "own, %", "against base", "others, %", "against base"]
     caption = (
-        "Accuracy averaged over the axis, 95 % intervals in brackets, paired change against the base in points; "
-        "* beyond the noise after Holm’s correction. " + NOTICE
+        "Accuracy averaged over the axis (or over some of its values, where that stands behind the model), 95 % "
+        "intervals in brackets, paired change against the base in points; * beyond the noise after Holm’s correction. "
+        + NOTICE
     )
     return Table("averages", caption, records, head, lines)
 
@@ -222,13 +225,17 @@ def _average(axis: str, label: str, side: str, cell: dict[str, Any], change: dic
 def _comparisons(numbers: dict[str, Any]) -> Table:
     records, lines = [], []
     for c in numbers["comparisons"]:
+        measure = "reliance" if c["kind"] == "reliance" else "accuracy"
         about = {"axis": c["axis"], "tested_on": c["side"], "after": c["after"], "before": c["before"]}
-        records.append({**about, **_change_fields(c)})
-        lines.append(
-            [_axis(c["axis"]), c["side"], f"{c['after']} against {c['before']}", _change(c), p_value(c["holm_p"])]
-        )
-    head = ["trained on one", "tested on", "comparison", "change in points", "p, Holm"]
-    return Table("comparisons", f"Paired changes in accuracy, averaged over the axis. {NOTICE}", records, head, lines)
+        records.append({**about, "measure": measure, "models": c["models"], **_change_fields(c)})
+        told = [_axis(c["axis"]), c["side"], measure, f"{c['after']} against {c['before']}", str(c["models"])]
+        lines.append([*told, _change(c), p_value(c["holm_p"])])
+    head = ["trained on one", "tested on", "measure", "comparison", "models of each", "change in points", "p, Holm"]
+    caption = (
+        "Paired changes over the models that both have, accuracy averaged over the axis; reliance is accuracy with the "
+        f"own image less accuracy with another one of the modality, each question counting once. {NOTICE}"
+    )
+    return Table("comparisons", caption, records, head, lines)
 
 
 def _matrix(matrix: dict[str, Any]) -> Table:
@@ -243,7 +250,7 @@ def _matrix(matrix: dict[str, Any]) -> Table:
             records.append({**about, **_cell(cell), **_change_fields(cell["change"])})
         cells = [_percent(cell) + MARKS[cell["change"]["verdict"]] for cell in row["cells"]]
         lines.append([row["trained_on"], *cells, _percent(row["average"])])
-    name = f"matrix-{matrix['axis'].replace('_', '-')}-{matrix['label'].lower().replace(' ', '-')}"
+    name = re.sub("[^a-z]+", "-", f"matrix {matrix['axis']} {matrix['label']}".lower())
     caption = (
         f"{matrix['label']}: accuracy in percent (95 % interval); lines: trained on, columns: tested on; * differs "
         f"from the base beyond the noise after Holm’s correction over the table. {NOTICE}"

@@ -7,13 +7,16 @@ together into two evaluations with one row a question, so that the statistics of
 - own: each question answered by the model that was trained on its value;
 - others: each question answered by the models trained on other values, `correct` being the mean of these.
 
-Several seeds are averaged a question in the same way. Intervals therefore count groups of questions, given the models
-that were trained; what each seed gave stands beside them. Averages over an axis count each of its values once.
+Several seeds of one value are averaged first, so that a value with more of them counts no more. Intervals therefore
+count groups of questions, given the models that were trained; what each seed gave stands beside them. Averages over an
+axis count each of its values once. Two ways of training are compared over the cells that both have: those of the same
+value and seed.
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,8 @@ from medr1.evaluation.looking import cell_of, paired, values
 from medr1.evaluation.metrics import AXES, Row, accuracy_table, flip_rate, judged, macro, paired_change, summarise
 from medr1.evaluation.rows import differing, read_rows
 
+METHODS = {"sft": "SFT", "grpo": "GRPO", "looking": "GRPO, looking,"}
+"""As labels begin."""
 CONTROLS = ("blank", "no_image", "shuffled", "shuffled_other")
 SIDES = ("own", "others")
 IDENTITY = ("method", "mode", "axis", "trained_on", "seed", "model")
@@ -44,7 +49,7 @@ class Entry:
     """One entry of results.json's "evaluations", with the needed fields of its rows."""
 
     method: str
-    """"base", "sft", "grpo" or "baseline"."""
+    """"base", "sft", "grpo", "looking" or "baseline"."""
     mode: str
     axis: str | None
     trained_on: str | None
@@ -66,7 +71,11 @@ class Line:
     @property
     def label(self) -> str:
         """As the report names it, such as "GRPO think"."""
-        return f"{self.method.upper()} {self.mode}"
+        return f"{METHODS[self.method]} {self.mode}"
+
+
+Trained = Set[tuple[str | None, int | None]]
+"""(value trained on, seed) of some of a line's models."""
 
 
 class StudyResults:
@@ -93,30 +102,37 @@ class StudyResults:
             )
             for entry in found
         ]
-        order = [*AXES, "sft", "grpo", *MODES]
+        order = [*AXES, *METHODS, *MODES]
         self.lines = sorted(
             {Line(entry.axis, entry.method, entry.mode) for entry in self.entries if entry.axis},
             key=lambda line: [order.index(part) for part in (line.axis, line.method, line.mode)],
         )
 
-    def of(self, line: Line, condition: str = "image") -> list[Entry]:
-        """The evaluations of a line's models, in the order of the axis and of the seeds."""
+    def of(self, line: Line, condition: str = "image", among: Trained | None = None) -> list[Entry]:
+        """The evaluations of a line's models, or of those among them, in the order of the axis and of the seeds."""
         wanted = (line.axis, line.method, line.mode, condition)
         asked = [e for e in self.entries if (e.axis, e.method, e.mode, e.condition) == wanted]
-        return sorted(asked, key=lambda entry: (AXES[line.axis].index(str(entry.trained_on)), entry.seed))
+        kept = [e for e in asked if among is None or (e.trained_on, e.seed) in among]
+        return sorted(kept, key=lambda entry: (AXES[line.axis].index(str(entry.trained_on)), entry.seed))
+
+    def trained(self, line: Line) -> Trained:
+        """A line's models."""
+        return {(entry.trained_on, entry.seed) for entry in self.of(line)}
 
     def base(self, mode: str, condition: str = "image") -> list[Row]:
         """Rows of the untrained model asked so; none where it was not."""
         asked = ("base", mode, condition)
         return [row for e in self.entries if (e.method, e.mode, e.condition) == asked for row in e.rows]
 
-    def own(self, line: Line, condition: str = "image") -> list[Row]:
+    def own(self, line: Line, condition: str = "image", among: Trained | None = None) -> list[Row]:
         """One row a question: what the model trained on its value answers, averaged over seeds."""
-        return averaged(self.of(line, condition), tested_on_own)
+        return averaged(self.of(line, condition, among), tested_on_own)
 
-    def others(self, line: Line) -> list[Row]:
-        """One row a question: what the models trained on other values answer, averaged over these and over seeds."""
-        return averaged(self.of(line), lambda entry, row: row[line.axis] not in (entry.trained_on, None))
+    def others(self, line: Line, condition: str = "image", among: Trained | None = None) -> list[Row]:
+        """One row a question: what the models trained on other values answer, averaged over seeds and over these."""
+        return averaged(
+            self.of(line, condition, among), lambda entry, row: row[line.axis] not in (entry.trained_on, None)
+        )
 
     def same_model(self, entry: Entry, condition: str) -> Entry | None:
         """The evaluation of the same model in the same mode under another condition; None where it was not asked."""
@@ -154,9 +170,9 @@ def line_numbers(study: StudyResults, line: Line) -> dict[str, Any]:
     """Averages of a line over its axis; accuracies are what `metrics.macro` gives.
 
     Returns:
-        axis, method, mode, label, seeds.
+        axis, method, mode, label, seeds; values, those that it has models of, and num_values, those that any line has.
         own, others, base: in the own domain, in the others, and of the untrained model in the own domain.
-        seeds_own: accuracy in the own domain, one a seed.
+        seeds_own: accuracy in the own domain, one a seed, over the values that have all of them: num_seeded of them.
         prior: average of the option-text prior learned on a value and tested on it.
         controls: condition to accuracy in the own domain, with `cost`: what the image adds on the same questions, see
             `metrics.paired_change`.
@@ -166,20 +182,26 @@ def line_numbers(study: StudyResults, line: Line) -> dict[str, Any]:
         replies: of the own domain and all seeds, see `metrics.summarise`.
     """
     own, entries = study.own(line), study.of(line)
-    seeds = sorted({entry.seed for entry in entries if entry.seed is not None})
-    by_seed = [averaged([entry for entry in entries if entry.seed == seed], tested_on_own) for seed in seeds]
+    trained = study.trained(line)
+    seeds = sorted({seed for _, seed in trained if seed is not None})
+    named = list(dict.fromkeys(entry.trained_on for entry in entries))
+    seeded = [value for value in named if all((value, seed) in trained for seed in seeds)]
+    by_seed = [study.own(line, among={(value, seed) for value in seeded}) for seed in seeds]
     controls = {}
     for condition in CONTROLS:
         if without := study.own(line, condition):
             cost = paired_change(without, asked_too(own, without), line.axis)
             controls[condition] = {**macro(without, line.axis), "cost": cost}
-    priors = [prior for prior in study.results["priors"] if prior["axis"] == line.axis]
+    priors = [p for p in study.results["priors"] if p["axis"] == line.axis and p["trained_on"] in named]
     return {
         "axis": line.axis,
         "method": line.method,
         "mode": line.mode,
         "label": line.label,
         "seeds": seeds,
+        "values": named,
+        "num_values": len({entry.trained_on for entry in study.entries if entry.axis == line.axis}),
+        "num_seeded": len(seeded),
         "own": macro(own, line.axis),
         "others": macro(study.others(line), line.axis),
         "base": macro(asked_too(study.base(line.mode), own), line.axis),
@@ -230,24 +252,40 @@ def _looked(
 
 
 def comparisons(study: StudyResults) -> list[dict[str, Any]]:
-    """The study's questions: each line against the base, GRPO against SFT, think against no-think; own and others.
+    """The study's questions: each line against the base, GRPO against SFT, think against no-think, looking against
+    plain GRPO of the same mode; own and others. Two lines are compared over the models that both have.
 
     Returns:
-        axis, side ("own" or "others"), kind ("base", "sft" or "think"), after, before (labels), and what
-        `metrics.judged` gives for the averages over the axis, corrected over all comparisons, with its `verdict`.
+        axis, side ("own" or "others"), kind ("base", "sft", "think", "looking", and "reliance": the last one's, of
+        accuracy with the own image less accuracy with another one of the modality, each question counting once), after,
+        before (labels), models (of each of the two), and what `metrics.judged` gives for the averages over the axis,
+        corrected over all comparisons, with its `verdict`.
     """
+
+    @cache  # the same models are compared with several
+    def rows(line: Line, side: str, among: frozenset[Any]) -> list[Row]:
+        return (study.own if side == "own" else study.others)(line, among=among)
+
     names, changes = [], []
     for axis in AXES:
         lines = [line for line in study.lines if line.axis == axis]
-        for side, rows_of in (("own", study.own), ("others", study.others)):
-            rows = {line: rows_of(line) for line in lines}
+        groups = {row["id"]: row["group"] for entry in study.entries if entry.axis == axis for row in entry.rows}
+        for side in SIDES:
             for kind, before, after in _pairs(lines):
-                old = rows[before] if before else study.base(after.mode)
-                change = paired_change(asked_too(old, rows[after]), asked_too(rows[after], old), axis)
-                if change["n"]:
-                    label = before.label if before else f"base {after.mode}"
-                    names.append({"axis": axis, "side": side, "kind": kind, "after": after.label, "before": label})
-                    changes.append(change)
+                among = frozenset(study.trained(after) & study.trained(before or after))
+                new = rows(after, side, among)
+                old = rows(before, side, among) if before else study.base(after.mode)
+                label = before.label if before else f"base {after.mode}"
+                name = {"axis": axis, "side": side, "after": after.label, "before": label, "models": len(among)}
+                found = {kind: paired_change(asked_too(old, new), asked_too(new, old), axis)}
+                if kind == "looking" and before and side == "own":
+                    lost, won = (_looked(study, study.of(of, among=among), tested_on_own) for of in (before, after))
+                    if "reliance" in lost and "reliance" in won:
+                        found["reliance"] = paired("reliance", lost["reliance"], won["reliance"], groups)
+                for what, change in found.items():
+                    if change["n"]:
+                        names.append({**name, "kind": what})
+                        changes.append(change)
     return [{**name, **change, "verdict": verdict(change)} for name, change in zip(names, judged(changes), strict=True)]
 
 
@@ -308,8 +346,8 @@ def bases(study: StudyResults) -> list[dict[str, Any]]:
     """
     found = []
     for axis in dict.fromkeys(line.axis for line in study.lines):
-        trained = {entry.trained_on for entry in study.entries if entry.axis == axis}
         for mode in MODES:
+            trained = {entry.trained_on for entry in study.entries if (entry.axis, entry.mode) == (axis, mode)}
             rows = study.base(mode)
             if own := [row for row in rows if row[axis] in trained]:
                 others = [row for row in rows if {row[axis]} != trained]  # two values are each other's
@@ -368,15 +406,22 @@ def verdict(change: dict[str, Any]) -> str:
 
 
 def averaged(entries: Iterable[Entry], keep: Callable[[Entry, Row], bool]) -> list[Row]:
-    """One row a question, by id, of the kept rows of several evaluations; `correct` is their mean."""
+    """One row a question, by id, of the kept rows of several evaluations; `correct` is the mean over the values that
+    were trained on, of the mean over the models of each.
+    """
     rows: dict[str, Row] = {}
-    answers: dict[str, list[float]] = {}
+    answers: dict[str, dict[str | None, list[float]]] = {}
     for entry in entries:
         for row in entry.rows:
             if keep(entry, row):
                 rows[row["id"]] = row
-                answers.setdefault(row["id"], []).append(float(row["correct"]))
-    return [{**rows[name], "correct": sum(answers[name]) / len(answers[name])} for name in sorted(rows)]
+                answers.setdefault(row["id"], {}).setdefault(entry.trained_on, []).append(float(row["correct"]))
+    return [{**rows[name], "correct": _mean(map(_mean, answers[name].values()))} for name in sorted(rows)]
+
+
+def _mean(numbers: Iterable[float]) -> float:
+    found = list(numbers)
+    return sum(found) / len(found)
 
 
 def tested_on_own(entry: Entry, row: Row) -> bool:
@@ -398,6 +443,8 @@ def _pairs(lines: Sequence[Line]) -> list[tuple[str, Line | None, Line]]:
     pairs += [("sft", before, after) for after in reinforced for before in supervised]
     quiet = [line for line in reinforced if line.mode == "no-think"]
     pairs += [("think", before, after) for before in quiet for after in reinforced if after != before]
+    looking = {line.mode: line for line in lines if line.method == "looking"}
+    pairs += [("looking", before, looking[before.mode]) for before in reinforced if before.mode in looking]
     return pairs
 
 

@@ -20,7 +20,7 @@ from medr1.data.records import LETTERS, read_jsonl, to_json, write_atomic
 from medr1.evaluation.looking import MEASURES
 from medr1.evaluation.metrics import AXES, MIN_N, Row
 from medr1.report.pages import environment, p_value, percent, points, span, span_points, thumbnail
-from medr1.report.plots import CURVES, curve_panel, standalone, study_plot
+from medr1.report.plots import curve_panel, curve_styles, standalone, study_plot
 from medr1.report.trust import faithfulness_section
 from medr1.study.exports import write_exports
 from medr1.study.numbers import LOOKING, Line, StudyResults, study_numbers
@@ -84,7 +84,8 @@ def write_study_report(folder: Path) -> dict[str, Any]:
         others=[c for c in numbers["comparisons"] if c["kind"] != "base"],
         faithfulness=[(f["cell"], faithfulness_section(f)) for f in study.results.get("faithfulness", ())],
         curves=curves,
-        curve_styles=[(colour, STROKES[dash]) for colour, dash in CURVES],
+        curve_styles=[(colour, STROKES[dash]) for (colour, dash), _ in zip(curve_styles(), study.lines, strict=False)],
+        seeds=sorted({run["seed"] for run in study.results["runs"]}),
         viewer=viewer,
         packed=_pack(viewer),
         min_n=MIN_N,
@@ -111,6 +112,8 @@ def tell(numbers: dict[str, Any]) -> tuple[tuple[str, str], list[tuple[str, str]
         ("base", "others", "Against the base, on what it was not trained on"),
         ("sft", None, "GRPO against SFT"),
         ("think", None, "Thinking first or after, against no-think"),
+        ("looking", None, "Looking against plain GRPO"),
+        ("reliance", None, "What the own image adds over another one, looking against plain GRPO"),
     ):
         found = [c for c in numbers["comparisons"] if c["kind"] == kind and side in (None, c["side"])]
         if found:
@@ -258,18 +261,23 @@ def _of(numbers: dict[str, Any], axis: str) -> list[dict[str, Any]]:
 
 
 def _how(study: StudyResults, numbers: dict[str, Any]) -> str:
-    """What was trained, in a line."""
+    """What was trained, in a few sentences."""
     runs = study.results["runs"]
+    ways: dict[str, list[str]] = {}
+    for line in numbers["lines"]:
+        whole = len(line["values"]) == line["num_values"]
+        on = f"each of {line['num_values']} {WORDS[line['axis']][1]}" if whole else ", ".join(line["values"])
+        ways.setdefault(on, []).append(line["label"])
     parts: dict[str, list[str]] = {}
-    for axis in dict.fromkeys(line.axis for line in study.lines):
-        trained_on = {run["trained_on"] for run in runs if run["axis"] == axis}
-        ways = ", ".join(line["label"] for line in _of(numbers, axis))
-        parts.setdefault(ways, []).append(f"each of {len(trained_on)} {WORDS[axis][1]}")
-    trained = "; ".join(f"{ways} on {' and on '.join(values)}" for ways, values in parts.items())
+    for on, labels in ways.items():
+        parts.setdefault("; ".join(labels), []).append(on)
+    trained = " ".join(f"On {' and on '.join(on)}: {labels}." for labels, on in parts.items())
     seeds = sorted({run["seed"] for run in runs})
+    cells = {(run["axis"], run["trained_on"], run["method"], run["mode"]) for run in runs}
+    uneven = " (not of all)" if len(runs) < len(cells) * len(seeds) else ""
     asked = max((model["all"]["n"] for model in numbers["untrained"]), default=0)
     return (
-        f"{trained}; seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}. {len(runs)} trained "
+        f"{trained} Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}{uneven}. {len(runs)} trained "
         f"models, each tested on the same {asked:,} held-out questions."
     )
 
@@ -278,14 +286,12 @@ def _curves(study: StudyResults) -> list[tuple[str, list[str], list[tuple[str, s
     """(title, names of the curves, (value, SVG) of each panel): averages over seeds of what the logs hold."""
     figures = []
     for key, title, share in (("reward_accuracy", "right answers sampled", True), ("loss", "loss of SFT", False)):
-        method = "grpo" if share else "sft"
         for axis in AXES:
-            lines = [line for line in study.lines if (line.axis, line.method) == (axis, method)]
+            lines = [line for line in study.lines if line.axis == axis and (line.method != "sft") == share]
             panels = []
             for value in AXES[axis]:
                 curves = {line.label: _curve(study, line, value, key) for line in lines}
                 if any(curves.values()):
-                    curves = {name: curve for name, curve in curves.items() if curve}
                     panels.append((value, curve_panel(curves, value, share=share)))
             if panels:
                 figures.append((f"By {WORDS[axis][0]} trained on: {title}", [line.label for line in lines], panels))
@@ -388,11 +394,10 @@ def _samples(study: StudyResults) -> str:
 def _replies(study: StudyResults, method: str, mode: str, axis: str | None = None) -> dict[str, Row]:
     """Whole rows by question: the base's, or those of the first seed's model trained on the question's value."""
     entries = [e for e in study.entries if (e.method, e.mode, e.axis, e.condition) == (method, mode, axis, "image")]
-    first = min((entry.seed for entry in entries if entry.seed is not None), default=None)
+    firsts = {e.trained_on: e for e in sorted(entries, key=lambda entry: entry.seed or 0, reverse=True)}
     return {
         row["id"]: row
-        for entry in entries
-        if entry.seed == first
+        for entry in firsts.values()
         for row in read_jsonl(entry.file)
         if axis is None or row[axis] == entry.trained_on
     }

@@ -6,10 +6,12 @@ model trained on the training part of that value alone and evaluated on the held
 or 5x5 matrix. Before the cells stands the base model in every mode, after them other models as baselines.
 
 Differences from the published study (arXiv:2503.13939): train and test share no image and no group; SFT and GRPO take
-the same questions in the same order; every trained model is asked again without its image.
+the same questions in the same order; every trained model is asked again without its image. A second arm of GRPO,
+`looking`, takes as many questions in as many steps, which by its draws are other ones.
 
     medr1 study configs/study-tiny.toml --out runs/study           # the same command goes on where it stopped
     medr1 study configs/study-tiny.toml --out runs/study --list
+    medr1 study configs/study-tiny.toml --out runs/study --keep results/tiny    # see `medr1.study.keep`
 
 What is done is decided by the folder alone:
 
@@ -21,6 +23,7 @@ What is done is decided by the folder alone:
     OUT/results.json         all of it, for `medr1.study.report`, and then the report itself
 """
 
+import difflib
 import gc
 import hashlib
 import importlib
@@ -36,6 +39,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -43,20 +47,22 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 
 from medr1.config import Config, known_keys, mistakes
 from medr1.data.parts import load_parts
-from medr1.data.records import MODALITIES, QUESTION_TYPES, Record, read_jsonl, to_json, write_atomic
+from medr1.data.records import MODALITIES, QUESTION_TYPES, Record, read_jsonl, to_json, write_atomic, write_jsonl
 from medr1.errors import MedR1Error
 from medr1.evaluation.controls import as_shown, text_only_prior
 from medr1.evaluation.run import evaluate
 from medr1.policy.vlm import load_vlm
 from medr1.processes import alone
 from medr1.report.pages import package_versions
+from medr1.study.keep import keep_cell, kept_cell, kept_file, whole_rows
 from medr1.study.report import write_study_report
 from medr1.training.folder import LOG
+from medr1.training.looking import OtherImages
 from medr1.training.run import train
 from medr1.trust.faithfulness import NUMBERS, measure_faithfulness, read_faithfulness
 
 Axis = Literal["modality", "question_type"]
-Method = Literal["sft", "grpo"]
+Method = Literal["sft", "grpo", "looking"]
 Mode = Literal["think", "no-think", "think-after"]
 Control = Literal["blank", "shuffled", "shuffled_other", "no_image"]
 
@@ -66,6 +72,10 @@ VALUES: dict[Axis, tuple[str, ...]] = {"modality": MODALITIES, "question_type": 
 FILTERS: dict[Axis, str] = {"modality": "modalities", "question_type": "question_types"}
 FLIPS = ("permuted", "repeat")
 REMOTE = "openai:"
+STUDY = "study.json"
+TABLES = ("recipe", "sft", "grpo", "looking")
+ADVISED = {"draws": {"exchanged_images": 1.0, "weights": "needs_image"}}
+"""What `looking` changes where a study does not say it: the objective that docs/looking.md advises first."""
 
 SET_BY_STUDY = ("method", "rollout.mode", "rollout.max_new_tokens", "optimizer.seed")
 """Fields of a recipe that the cells differ in."""
@@ -76,7 +86,8 @@ SHARED = ("data", "model.name")
 class Study(BaseModel):
     """A whole study.
 
-    `sft` and `grpo` hold complete recipes once loaded; in the file they say only what differs from `recipe`.
+    `sft`, `grpo` and `looking` hold complete recipes once loaded; in the file they say only what differs from `recipe`,
+    `looking` from `grpo`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -84,9 +95,18 @@ class Study(BaseModel):
     name: str = Field(description="title of the report")
     axes: tuple[Axis, ...] = Field(("modality", "question_type"), min_length=1, description="what is trained apart")
     trained_on: tuple[str, ...] = Field((), description="train on these values of the axes only; empty: on each")
-    methods: tuple[Method, ...] = Field(("sft", "grpo"), min_length=1, description="SFT is trained in no-think alone")
-    modes: tuple[Mode, ...] = Field(MODES, min_length=1, description="modes of GRPO")
+    methods: tuple[Method, ...] = Field(
+        ("sft", "grpo"),
+        min_length=1,
+        description="sft: in no-think alone; grpo; looking: GRPO with what [looking] changes, beside the plain one",
+    )
+    modes: tuple[Mode, ...] = Field(MODES, min_length=1, description="modes of GRPO, and of looking")
     seeds: tuple[int, ...] = Field((0,), min_length=1, description="training seeds; each repeats every cell")
+    cells: tuple[str, ...] = Field(
+        (),
+        description="cells to train, by the names that --list shows or patterns such as 'modality-*-grpo-think-seed0',"
+        " in this order; for a second seed of some, or what matters first; empty: all, seed by seed",
+    )
     baselines: tuple[str, ...] = Field(
         (), description="other models, evaluated as they are: hub names, folders, or openai:MODEL@URL"
     )
@@ -108,48 +128,69 @@ class Study(BaseModel):
     faithfulness: int = Field(
         0,
         ge=0,
-        description="test records on which the reasoning of the base and of the first GRPO model that thinks is edited"
-        " (see `medr1 faithfulness`); 0: none",
+        description="test records on which the reasoning of the base and of the first GRPO and looking models that"
+        " think is edited (see `medr1 faithfulness`); 0: none",
     )
     keep_models: bool = Field(False, description="keep the trained models of finished cells")
     recipe: Config = Field(Config(), description="what all training runs have in common; its model is the base")
     sft: Config = Field(Config(), description="what SFT changes in the recipe")
     grpo: Config = Field(Config(), description="what GRPO changes in the recipe")
+    looking: Config = Field(
+        Config(),
+        description="what looking changes in GRPO's recipe; without this table draws.exchanged_images = 1 and"
+        " draws.weights = 'needs_image'",
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _lay_over(cls, values: dict[str, Any]) -> dict[str, Any]:
         recipe = values.get("recipe", {})
-        for table in ("recipe", "sft", "grpo"):
+        for table in TABLES:
             for key in SET_BY_STUDY if table == "recipe" else SET_BY_STUDY + SHARED:
                 section, _, field = key.partition(".")
                 found = values.get(table, {}).get(section)
                 if found is not None and (not field or (isinstance(found, dict) and field in found)):
                     place = "the study sets it for each cell" if key in SET_BY_STUDY else "all methods share [recipe]'s"
                     raise ValueError(f"{table}.{key} has no place here; {place}")
-        return values | {method: _over(recipe, values.get(method, {})) for method in ("sft", "grpo")}
+        sft, grpo = (_over(recipe, values.get(method, {})) for method in ("sft", "grpo"))
+        return values | {"sft": sft, "grpo": grpo, "looking": _over(grpo, values.get("looking", ADVISED))}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        for name in ("axes", "methods", "modes", "seeds", "baselines", "controls"):
+        for name in ("axes", "methods", "modes", "seeds", "cells", "baselines", "controls"):
             if twice := [item for item, count in Counter(getattr(self, name)).items() if count > 1]:
                 raise ValueError(f"{name} names {twice[0]} twice")
         if absent := [mode for mode in self.base_modes if mode not in self.max_new_tokens]:
             raise ValueError(f"max_new_tokens lacks {absent[0]}")
-        sft, grpo = self.sft.optimizer, self.grpo.optimizer
-        same = sft.prompts_per_step == grpo.prompts_per_step and sft.epochs == grpo.epochs
-        if len(self.methods) == 2 and not (same and sft.steps * self.grpo.grpo.num_iterations == grpo.steps):
-            raise ValueError(
-                "SFT would not see the questions that GRPO sees: optimizer.epochs and prompts_per_step must agree,"
-                " and optimizer.steps of GRPO be those of SFT times grpo.num_iterations"
-            )
+        first, *others = self.methods
+        for other in others:
+            if self._seen_by(other) != self._seen_by(first):
+                raise ValueError(
+                    f"{first} would not see as many questions as {other}: optimizer.epochs and prompts_per_step must"
+                    " agree, and optimizer.steps (of GRPO divided by grpo.num_iterations)"
+                )
+        if "looking" in self.methods and self.looking == self.grpo:
+            raise ValueError("[looking] changes nothing in GRPO's recipe; leave the table out, or change something")
         return self
+
+    def recipe_of(self, method: str) -> Config:
+        """The complete recipe of a method."""
+        recipe: Config = getattr(self, method)
+        return recipe
+
+    def _seen_by(self, method: Method) -> tuple[float, ...]:
+        config = self.recipe_of(method)
+        updates = config.grpo.num_iterations if method != "sft" else 1
+        return config.optimizer.steps / updates, config.optimizer.epochs, config.optimizer.prompts_per_step
 
     @property
     def base_modes(self) -> tuple[Mode, ...]:
         """Modes that the base is asked in: those of the trained models."""
-        trained = {"grpo": self.modes, "sft": SFT_MODES}
-        return tuple(mode for mode in MODES if any(mode in trained[method] for method in self.methods))
+        return tuple(mode for mode in MODES if any(mode in self.modes_of(method) for method in self.methods))
+
+    def modes_of(self, method: Method) -> tuple[Mode, ...]:
+        """Modes that a method is trained in."""
+        return SFT_MODES if method == "sft" else self.modes
 
 
 def _over(recipe: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,7 +207,7 @@ class Cell:
     Example: `Cell("grpo", "think", model="runs/…/model", axis="modality", trained_on="CT", seed=0)`
     """
 
-    method: Literal["base", "sft", "grpo", "baseline"]
+    method: Literal["base", "sft", "grpo", "looking", "baseline"]
     mode: Mode
     model: str | None = None
     """Name of a model that is not trained here."""
@@ -203,9 +244,9 @@ class Plan:
 
     def edited(self, cell: Cell) -> list[Record]:
         """Test records on which a cell's reasoning is edited, drawn by the split seed."""
-        thinkers = [c for c in self.cells if c.mode == "think" and c.method in ("base", "grpo")]
-        firsts = [next((c for c in thinkers if c.method == method), None) for method in ("base", "grpo")]
-        if cell not in firsts:
+        thinkers = [c for c in self.cells if c.mode == "think"]
+        methods = ("base", "grpo", "looking")
+        if cell not in [next((c for c in thinkers if c.method == method), None) for method in methods]:
             return []
         listed = [record for record in self.test if not record.is_open]
         draw = random.Random(self.study.recipe.data.split_seed)
@@ -232,7 +273,7 @@ def load_study(path: Path, data: str | None = None) -> Study:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise MedR1Error(f"{path}: not TOML ({error}); see configs/study-tiny.toml") from error
-    for table in ("recipe", "sft", "grpo"):
+    for table in TABLES:
         if not isinstance(values.get(table, {}), dict):
             raise MedR1Error(f"{path}: {table} is a value, not a table; write [{table}.optimizer] and the like")
     if data is not None:
@@ -244,10 +285,11 @@ def load_study(path: Path, data: str | None = None) -> Study:
 
 
 def make_plan(study: Study) -> Plan:
-    """Read the data and list the cells, the base first, then seed by seed, baselines last.
+    """Read the data and list the cells, the base first, then seed by seed or as the study orders them, baselines last.
 
     Raises:
-        MedR1Error: bad data, none of an axis, or records for which a control cannot be made.
+        MedR1Error: bad data, none of an axis, a pattern that is no cell's, or records for which a control or another
+            image to train on cannot be had.
     """
     data = study.recipe.data
     train_records, test_records = load_parts(data)
@@ -279,15 +321,32 @@ def make_plan(study: Study) -> Plan:
         for value in values[axis]
         if not study.trained_on or value in study.trained_on
         for method in study.methods
-        for mode in (study.modes if method == "grpo" else SFT_MODES)
+        for mode in study.modes_of(method)
     ]
-    firsts = [next(cell for cell in trained if cell.method == method) for method in study.methods]
+    trained = _chosen(study, trained)
+    for cell in {(cell.method, cell.axis, cell.trained_on): cell for cell in trained}.values():
+        _can_exchange(study, cell, train_records)
+    firsts = [next((cell for cell in trained if cell.method == method), None) for method in study.methods]
     trained = [replace(cell, flips=cell in firsts) for cell in trained]
     baselines = [Cell("baseline", mode, model=model) for model in study.baselines for mode in study.base_modes]
     digest = hashlib.sha256()
     for record in [*train_records, *test_records]:
         digest.update(record.model_dump_json(exclude={"images", "licence", "groups"}, exclude_defaults=True).encode())
     return Plan(study, train_records, test_records, donors, values, [*base, *trained, *baselines], digest.hexdigest())
+
+
+def _chosen(study: Study, cells: list[Cell]) -> list[Cell]:
+    """Those that `cells` names, each once, in the order of its patterns; all where it names none."""
+    if not study.cells:
+        return cells
+    chosen: dict[str, Cell] = {}
+    for pattern in study.cells:
+        found = {cell.name: cell for cell in cells if fnmatchcase(cell.name, pattern)}
+        if not found:
+            near = difflib.get_close_matches(pattern, [cell.name for cell in cells], n=1, cutoff=0)
+            raise MedR1Error(f"cells names {pattern!r}, which is no cell's name or pattern; nearest: {near[0]}")
+        chosen |= found  # what is there keeps its place
+    return [*chosen.values()]
 
 
 def _capped(study: Study, records: list[Record]) -> list[Record]:
@@ -303,14 +362,27 @@ def _capped(study: Study, records: list[Record]) -> list[Record]:
     return [record for record in records if record.id in kept]
 
 
+def _can_exchange(study: Study, cell: Cell, train_records: Sequence[Record]) -> None:
+    """Refuse a cell none of whose questions has another image, before the hours that others take."""
+    if not cell_recipe(study, cell).draws.exchanged_images:
+        return
+    own = [record for record in train_records if getattr(record, str(cell.axis)) == cell.trained_on]
+    if not any(map(OtherImages(own).pool, own)):
+        raise MedR1Error(
+            f"{study.recipe.data.path}: {cell.name} cannot be trained: no two of its questions are the same with the"
+            " same options and other right ones, which draws.exchanged_images needs; leave it out by `cells`, or give"
+            f" [{cell.method}] another objective"
+        )
+
+
 def cell_recipe(study: Study, cell: Cell) -> Config:
     """The training recipe of a cell that is trained."""
     assert cell.axis
-    config = study.sft if cell.method == "sft" else study.grpo
+    config = study.recipe_of(cell.method)
     rollout = {"mode": cell.mode, "max_new_tokens": study.max_new_tokens[cell.mode]}
     return config.model_copy(
         update={
-            "method": cell.method,
+            "method": "sft" if cell.method == "sft" else "grpo",
             "data": config.data.model_copy(update={FILTERS[cell.axis]: (cell.trained_on,)}),
             "rollout": config.rollout.model_copy(update=rollout),
             "optimizer": config.optimizer.model_copy(update={"seed": cell.seed}),
@@ -318,53 +390,64 @@ def cell_recipe(study: Study, cell: Cell) -> Config:
     )
 
 
-def run_study(study: Study, out: Path) -> dict[str, Any]:
+def run_study(study: Study, out: Path, keep: Path | None = None) -> dict[str, Any]:
     """Run a study or go on with it; cells that are done are skipped without loading a model.
+
+    Args:
+        keep: a folder where each finished cell is kept, see `medr1.study.keep`; those that are there are taken up.
 
     Returns:
         What the report says of itself, see `medr1.study.report.write_study_report`.
 
     Raises:
-        MedR1Error: bad data, another study or other data in `out`, or what training and evaluation raise. What was
-            done until then is whole and used again.
+        MedR1Error: bad data, another study or other data in `out` or `keep`, or what training and evaluation raise.
+            What was done until then is whole and used again.
     """
     plan = make_plan(study)
+    if keep:
+        write_atomic(keep / STUDY, _identity(plan, keep, "--keep"))
     out.mkdir(parents=True, exist_ok=True)
     with alone(out):
-        return _run(plan, out)
+        return _run(plan, out, keep)
 
 
-def _run(plan: Plan, out: Path) -> dict[str, Any]:
-    study = plan.study
-    write_atomic(out / "study.json", _identity(plan, out))
+def _run(plan: Plan, out: Path, keep: Path | None) -> dict[str, Any]:
+    write_atomic(out / STUDY, _identity(plan, out))
     (out / "evaluations").mkdir(exist_ok=True)
     waiting = []
     for cell in plan.cells:
+        if keep and _state(plan, cell, out) != "done" and (kept := _kept(plan, cell, keep)):
+            _take_up(plan, cell, out, kept)
         if _state(plan, cell, out) == "done":
-            _discard(study, cell, out)  # a kill may have come between the last answer and this
+            _finish(plan, cell, out, keep)  # a kill may have come between the last answer and this
         else:
             waiting.append(cell)
     for number, cell in enumerate(waiting):
         done = len(plan.cells) - len(waiting) + number
         print(f"study: {done} of {len(plan.cells)} cells done{_remaining(plan, out)}; now {cell.name}", file=sys.stderr)
         _run_cell(plan, cell, out)
-        _discard(study, cell, out)
+        _finish(plan, cell, out, keep)
     write_atomic(out / "results.json", to_json(_results(plan, out), indent=1))
     return write_study_report(out)
 
 
-def list_cells(study: Study, out: Path) -> list[dict[str, Any]]:
-    """cell, state ("waiting", "training", "evaluating" or "done"), seconds (None before any) and disk_bytes of each.
+def list_cells(study: Study, out: Path, keep: Path | None = None) -> list[dict[str, Any]]:
+    """cell, state ("waiting", "kept", "training", "evaluating" or "done"), seconds (None before any) and disk_bytes.
 
     Raises:
-        MedR1Error: bad data, or another study or other data in `out`.
+        MedR1Error: bad data, or another study or other data in `out` or `keep`.
     """
     plan = make_plan(study)
     _identity(plan, out)
+    if keep:
+        _identity(plan, keep, "--keep")
+    states = {cell: _state(plan, cell, out) for cell in plan.cells}
+    if keep:
+        states |= {cell: "kept" for cell in plan.cells if states[cell] != "done" and _kept(plan, cell, keep)}
     return [
         {
             "cell": cell.name,
-            "state": _state(plan, cell, out),
+            "state": states[cell],
             "seconds": _count(cell, out).get("seconds"),
             "disk_bytes": _disk_bytes([out / "runs" / cell.name, *_files(plan, cell, out).values()]),
         }
@@ -372,18 +455,34 @@ def list_cells(study: Study, out: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _identity(plan: Plan, out: Path) -> str:
-    """Content of study.json; refuses a folder that holds another. Baselines may change: nothing else rests on them."""
-    path = out / "study.json"
-    added = {name for name in ("faithfulness", "trained_on") if not getattr(plan.study, name)}  # after older folders
-    later = {"baselines"} | added
-    identity = {"study": plan.study.model_dump(mode="json", exclude=later), "data_sha256": plan.data_sha256}
+def _identity(plan: Plan, folder: Path, option: str = "--out") -> str:
+    """Content of study.json; refuses a folder that holds another."""
+    path = folder / STUDY
+    study = plan.study.model_dump(mode="json")
     if path.exists():
         there = json.loads(path.read_text(encoding="utf-8"))
-        if differing := [key for key in identity if there[key] != identity[key]]:
-            what = "another study" if "study" in differing else "other data"
-            raise MedR1Error(f"{out}: holds results of {what} (see study.json); choose another --out")
-    return json.dumps(identity, ensure_ascii=False, indent=1)
+        try:
+            same_study = _rested_on(there["study"]) == _rested_on(study)
+        except ValidationError:  # a field of its recipe is gone
+            same_study = False
+        if not same_study or there["data_sha256"] != plan.data_sha256:
+            what = "other data" if same_study else "another study"
+            raise MedR1Error(f"{folder}: holds results of {what} (see {STUDY}); choose another {option}")
+    return json.dumps({"study": study, "data_sha256": plan.data_sha256}, ensure_ascii=False, indent=1)
+
+
+def _rested_on(study: dict[str, Any]) -> dict[str, Any]:
+    """Of a dumped study what cells rest on: not which there are beside them, nor where the data lie.
+
+    A field of a recipe that is younger than the folder has its default there.
+    """
+    tables = {}
+    for table in (name for name in TABLES if name != "looking" or "looking" in study["methods"]):
+        tables[table] = Config.model_validate(study[table]).model_dump(mode="json")
+        for field in ("path", "image_root"):
+            del tables[table]["data"][field]
+    rest = {name: value for name, value in study.items() if name not in ("baselines", "cells", *TABLES)}
+    return {"faithfulness": 0, "trained_on": [], **rest, **tables}
 
 
 def _run_cell(plan: Plan, cell: Cell, out: Path) -> None:
@@ -449,8 +548,43 @@ def _state(plan: Plan, cell: Cell, out: Path) -> str:
     return "training" if run.is_dir() else "waiting"
 
 
+def _finish(plan: Plan, cell: Cell, out: Path, keep: Path | None) -> None:
+    """Keep a finished cell and remove its weights; the logs, the completions and the recipe stay."""
+    if keep and not _kept(plan, cell, keep):
+        keep_cell(
+            kept_file(keep, cell.name),
+            seconds=_count(cell, out)["seconds"],
+            evaluations=_files(plan, cell, out),
+            log=out / "runs" / cell.name / LOG if cell.axis else None,
+            faithfulness=out / "faithfulness" / cell.name if plan.edited(cell) else None,
+        )
+    _discard(plan.study, cell, out)
+
+
+def _kept(plan: Plan, cell: Cell, keep: Path) -> dict[str, Any] | None:
+    """What is kept of a cell, if it is all that the plan asks of it."""
+    kept = kept_cell(kept_file(keep, cell.name))
+    if not kept or (plan.edited(cell) and not kept["faithfulness"]):
+        return None
+    asked = {condition: sorted(record.id for record in records) for condition, records in plan.asked(cell)}
+    there = {condition: columns["id"] for condition, columns in kept["evaluations"].items()}
+    return kept if asked.items() <= there.items() else None
+
+
+def _take_up(plan: Plan, cell: Cell, out: Path, kept: dict[str, Any]) -> None:
+    """Put a kept cell into the study's folder, as if it had been trained there."""
+    files, seed = _files(plan, cell, out), plan.study.recipe.data.split_seed
+    for condition, records in plan.asked(cell):
+        shown = as_shown(records, condition, seed, plan.donors)
+        write_jsonl(files[condition], whole_rows(kept["evaluations"][condition], shown, files[condition].parent))
+    if kept["log"]:
+        write_jsonl(out / "runs" / cell.name / LOG, kept["log"])
+    if kept["faithfulness"]:
+        write_atomic(out / "faithfulness" / cell.name / NUMBERS, to_json(kept["faithfulness"], indent=1) + "\n")
+    write_atomic(out / "cells" / f"{cell.name}.json", json.dumps({"done": True, "seconds": kept["seconds"]}))
+
+
 def _discard(study: Study, cell: Cell, out: Path) -> None:
-    """Remove a finished cell's weights; the logs, the completions and the recipe stay."""
     for pattern in ("checkpoint-*", ".*.saving", *(() if study.keep_models else ("model",))):
         for folder in (out / "runs" / cell.name).glob(pattern):
             shutil.rmtree(folder)
@@ -493,7 +627,7 @@ def _results(plan: Plan, out: Path) -> dict[str, Any]:
         if cell.axis:
             config = cell_recipe(study, cell)
             steps = read_jsonl(out / folder / LOG)[-1]["step"]
-            updates = config.grpo.num_iterations if cell.method == "grpo" else 1
+            updates = config.grpo.num_iterations if config.method == "grpo" else 1
             examples = math.ceil(steps / updates) * config.optimizer.prompts_per_step
             seconds = _count(cell, out)["seconds"]
             runs.append({"folder": folder, **identity, "seconds": seconds, "steps": steps, "examples": examples})

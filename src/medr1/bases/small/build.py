@@ -16,7 +16,7 @@ Every batch is a function of (seed, stage, step), so a stopped build resumes exa
 import importlib.util
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -168,13 +168,21 @@ class Builder:
         """Run or resume all stages; the model folder.
 
         Raises:
-            MedR1Error: an unreadable image, or a full disk.
+            MedR1Error: an unreadable image, a full disk, or a state whose last stage was begun with other steps, for
+                which it had another learning rate.
         """
         self.out.mkdir(parents=True, exist_ok=True)
         state_file, curve = self.out / "state.pt", self.out / "curve.jsonl"
         done: dict[str, Any] = {"stage": 0, "step": 0, "optimizer": None}
         if state_file.exists():
             done = torch.load(state_file, map_location=self.device, weights_only=True)
+            name = STAGES[done["stage"]]
+            steps = done.get("steps", PLAN[name].steps)  # a state of an older version does not say
+            if steps != self.plan[name].steps:
+                raise MedR1Error(
+                    f"{state_file}: {name} was begun for {steps} steps, not {self.plan[name].steps}; choose another"
+                    " --out, or go on as it was begun"
+                )
             self.eyes.load_state_dict(done["eyes"])
             self.model.load_state_dict(done["model"])
         kept = (
@@ -229,7 +237,7 @@ class Builder:
                 self._save(number, done, optimizer.state_dict())
 
     def _save(self, stage: int, step: int, optimizer: dict[str, Any]) -> None:
-        state = {"stage": stage, "step": step, "optimizer": optimizer}
+        state = {"stage": stage, "step": step, "steps": self.plan[STAGES[stage]].steps, "optimizer": optimizer}
         state |= {"eyes": self.eyes.state_dict(), "model": self.model.state_dict()}
         hidden = self.out / ".state.pt"
         torch.save(state, hidden)
@@ -325,7 +333,15 @@ def _place(row: dict[str, Any]) -> tuple[int, int]:
     return STAGES.index(row["stage"]), row["step"]
 
 
-def build(data: DataConfig, out: Path, *, seed: int = 0) -> Path:
-    """`small` from the training part of this data; the model folder."""
+def build(data: DataConfig, out: Path, *, seed: int = 0, answering_steps: int = PLAN["answering"].steps) -> Path:
+    """`small` from the training part of this data; the model folder.
+
+    Args:
+        answering_steps: of the last stage. At 80 GRPO has room; at 320 the base has had its fill.
+
+    Raises:
+        MedR1Error: as `Builder.run`, or bad data.
+    """
     train, _ = load_parts(data)
-    return Builder(train, out, seed=seed).run()
+    plan = {**PLAN, "answering": replace(PLAN["answering"], steps=answering_steps)}
+    return Builder(train, out, seed=seed, plan=plan).run()
