@@ -431,7 +431,8 @@ def test_list_tells_the_states(whole: Path, study: Study, study_file: Path, phan
     out = tmp_path / "out"
     shutil.copytree(whole, out)
     (out / "evaluations" / "modality-ct-sft-no-think-seed0-blank.jsonl").unlink()
-    shutil.rmtree(out / "runs" / "modality-ct-looking-think-seed0")
+    for folder in ("runs", "faithfulness"):
+        shutil.rmtree(out / folder / "modality-ct-looking-think-seed0")
     for name in ("modality-ct-looking-think-seed0", "modality-oct-grpo-think-seed0"):
         (out / "cells" / f"{name}.json").unlink()
         for path in (out / "evaluations").glob(f"{name}-*"):
@@ -517,6 +518,9 @@ def test_kept_cells_are_taken_up_elsewhere(
         )
         assert before == after
     assert kept == {path.name: path.read_bytes() for path in (keep / "cells").iterdir()}
+    assert (
+        str(tmp_path) not in (keep / "study.json").read_text() and "phantoms" not in (keep / "study.json").read_text()
+    )
     count_again(keep, out / "tables")
     name = "modality-ct-grpo-think-seed0"
     with pytest.raises(AssertionError):  # it can fail
@@ -555,7 +559,10 @@ def test_a_cell_is_kept_as_it_is_done_and_not_trained_again(
 
 
 def test_cells_of_another_study_are_not_taken_up(whole: Path, study: Study, phantoms: Path, tmp_path: Path) -> None:
-    (tmp_path / "study.json").write_text((whole / "study.json").read_text())
+    there = json.loads((whole / "study.json").read_text())
+    (tmp_path / "study.json").write_text(json.dumps(there | {"base_sha256": "of other weights"}))
+    with pytest.raises(MedR1Error, match=r"holds results of another base .*; choose another --keep"):
+        list_cells(study, tmp_path / "out", tmp_path)
     other = load_study(_write(tmp_path, MICRO.replace("1e-4", "2e-4")), str(phantoms))
     with pytest.raises(MedR1Error, match=r"holds results of another study \(see study\.json\); choose another --keep"):
         run_study(other, tmp_path / "out", tmp_path)

@@ -423,7 +423,7 @@ def test_seeds_and_values_that_not_all_have(tmp_path: Path):
     write_study_report(made.folder)
     screen = first_screen(made.folder)
     assert "On each of 3 modalities: SFT no-think; GRPO think. On CT, MRI: GRPO, looking, think." in screen
-    assert "Seeds 0, 1 (not of all). 9 trained models" in screen
+    assert "Seeds 0, 1 (not of all). 10 trained models" in screen
     assert "looking against plain GRPO: 1 better" in screen
     page = (made.folder / "report.html").read_text(encoding="utf-8")
     assert "CT, MRI alone; base there" in page and "over the 1 that have each" in page

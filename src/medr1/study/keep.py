@@ -2,7 +2,7 @@
 
     medr1 study FILE --data DATA --out runs/study --keep results/study
 
-    KEEP/study.json            the study and the digest of its data, as in the study's own folder
+    KEEP/study.json            the study, and digests of its data and of the weights of its base
     KEEP/cells/CELL.json.gz    seconds; log (rows) and faithfulness (numbers), null where there is none; evaluations:
                                condition to {column: values}, sorted by id
 

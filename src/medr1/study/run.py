@@ -456,19 +456,33 @@ def list_cells(study: Study, out: Path, keep: Path | None = None) -> list[dict[s
 
 
 def _identity(plan: Plan, folder: Path, option: str = "--out") -> str:
-    """Content of study.json; refuses a folder that holds another."""
-    path = folder / STUDY
+    """Content of study.json; refuses a folder that holds another.
+
+    What is kept also says which weights a local base has, since elsewhere it may have been built anew, and does not say
+    where the data lie.
+    """
+    path, weights = folder / STUDY, hashlib.sha256()
     study = plan.study.model_dump(mode="json")
+    for file in sorted(Path(plan.study.recipe.model.name).glob("*.safetensors")) if option == "--keep" else ():
+        with file.open("rb") as content:
+            weights.update(hashlib.file_digest(content, "sha256").digest())
     if path.exists():
         there = json.loads(path.read_text(encoding="utf-8"))
         try:
             same_study = _rested_on(there["study"]) == _rested_on(study)
         except ValidationError:  # a field of its recipe is gone
             same_study = False
-        if not same_study or there["data_sha256"] != plan.data_sha256:
-            what = "other data" if same_study else "another study"
-            raise MedR1Error(f"{folder}: holds results of {what} (see {STUDY}); choose another {option}")
-    return json.dumps({"study": study, "data_sha256": plan.data_sha256}, ensure_ascii=False, indent=1)
+        differing = {
+            "another study": not same_study,
+            "other data": there["data_sha256"] != plan.data_sha256,
+            "another base": there.get("base_sha256", weights.hexdigest()) != weights.hexdigest(),
+        }
+        if what := [name for name, differs in differing.items() if differs]:
+            raise MedR1Error(f"{folder}: holds results of {what[0]} (see {STUDY}); choose another {option}")
+    identity = {"study": study, "data_sha256": plan.data_sha256}
+    if option == "--keep":
+        identity |= {"study": _rested_on(study), "base_sha256": weights.hexdigest()}
+    return json.dumps(identity, ensure_ascii=False, indent=1)
 
 
 def _rested_on(study: dict[str, Any]) -> dict[str, Any]:
