@@ -237,7 +237,7 @@ def _logged(width: float, log: Sequence[dict[str, Any]], key: str, title: str) -
 @twice
 def study_plot(width: float, lines: Sequence[dict[str, Any]], others: str) -> tuple[Figure, str]:
     """Ways of training along one axis (`study_numbers.line_numbers`): base, own domain, others, image blanked."""
-    figure, axes = _line_axes(width, [line["label"] for line in lines], 40, left=132)
+    figure, axes = _line_axes(width, [line["label"] for line in lines], 40, left=152)
     half = 0.4 if width == WIDE else 0.3  # of a stroke, which is not to cross the label over the line
     for y, line in enumerate(lines):
         for shift, cell, mark in (
