@@ -6,7 +6,7 @@
     KEEP/cells/CELL.json.gz    seconds; log (rows) and faithfulness (numbers), null where there is none; evaluations:
                                condition to {column: values}, sorted by id
 
-Rows are kept as columns, without what the data set has of a question, so that a reply takes about ten bytes. What is
+Rows are kept as columns, without what the data set has of a question, so that a reply takes under twenty bytes. What is
 taken up gives the rows back as they were, but for their keys, which only an evaluation that goes on needs.
 """
 
