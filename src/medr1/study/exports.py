@@ -147,7 +147,7 @@ def tripod_llm(study: StudyResults, numbers: dict[str, Any], verdict: tuple[str,
     settings, recipe = results["study"], results["study"]["recipe"]
     asked = max(model["all"]["n"] for model in numbers["untrained"])
     modes = ", ".join(dict.fromkeys(model["mode"] for model in numbers["untrained"]))
-    methods = ", ".join(sorted({line.label for line in study.lines}))
+    methods = "; ".join(sorted({line.label for line in study.lines}))
     rewards = ", ".join(f"{name} {weight}" for name, weight in settings["grpo"]["grpo"]["rewards"].items())
     seconds = sum(run["seconds"] for run in results["runs"])
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
