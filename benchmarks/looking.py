@@ -265,8 +265,7 @@ def main(
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(settings, json.dumps(asked))
     compared, of = Comparison(out), parts or [PHANTOMS]
-    jobs = [(part, "base", 0) for part in of]
-    jobs += [(part, arm, seed) for seed in range(seeds) for part in of for arm in arms]
+    jobs = [(part, arm, seed) for seed in range(seeds) for part in of for arm in (*(() if seed else ["base"]), *arms)]
     with ThreadPoolExecutor(processes) as pool:
         list(pool.map(lambda one: job(compared, *one), jobs))
     groups = {record.id: record.group for part in of for record in compared.questions(part)[1]}
