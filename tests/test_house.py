@@ -109,7 +109,7 @@ def test_every_study_preset_is_a_study(name: str) -> None:
 def test_an_unknown_preset_is_one_line() -> None:
     with pytest.raises(MedR1Error, match="did you mean omnimedvqa-qwen2vl-2b"):
         preset("omnimedvqa-qwen2vl", "recipe")
-    with pytest.raises(MedR1Error, match="There are: omnimedvqa, real, small-full, small-whole, small, tiny"):
+    with pytest.raises(MedR1Error, match="There are: omnimedvqa, real, small-320, small-whole, small, tiny"):
         preset("nothing like it", "study")
 
 
