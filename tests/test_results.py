@@ -138,6 +138,8 @@ def count_again(keep: Path, tables: Path, instead: dict[str, list[dict]] | None 
         assert fmean(averages) == pytest.approx(float(row["accuracy"])), row
 
 
-@pytest.mark.parametrize("folder", sorted(path.parent.name for path in RESULTS.parent.glob("*/cells")))
-def test_whole_tables_are_counted_again(folder: str) -> None:
-    count_again(RESULTS.parent / folder, RESULTS.parent / folder / "tables")
+def test_whole_tables_are_counted_again() -> None:
+    """Of each finished study that is kept cell by cell."""
+    for cells in RESULTS.parent.glob("*/cells"):
+        if (tables := cells.with_name("tables")).is_dir():
+            count_again(cells.parent, tables)
