@@ -130,10 +130,10 @@ def test_what_the_base_was_trained_on_stays_so(tmp_path: Path) -> None:
     # the second run divides the same images with another seed
     overrides = {"model.name": str(tmp_path / "first" / "model"), "data.split_seed": 5}
     second = make_run(tmp_path / "second", tmp_path / "data", **overrides)
+    trained_before = {question["id"] for question in first.questions("trained_on")}
     shutil.rmtree(tmp_path / "first")  # its list is needed no more
     sides = side_of(second, load_records(tmp_path / "data"))
     _, test = load_parts(second.data)
-    trained_before = {question["id"] for question in first.parts["trained_on"]}
     assert trained_before & {record.id for record in test}
     for record in test:
         assert sides[record.id] == ("trained on" if record.id in trained_before else "held out")

@@ -20,9 +20,10 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
 from medr1.data.datasets import load_records
-from medr1.data.images import load_image
+from medr1.data.images import is_salted, load_image
+from medr1.data.kept import kept
 from medr1.data.records import Record
-from medr1.data.splits import joined, links_of, split_by_group
+from medr1.data.splits import Link, joined, links_of, split_by_group
 from medr1.errors import MedR1Error
 
 
@@ -77,6 +78,81 @@ def test_sides_share_nothing(rows: list, seed: int, fraction: float) -> None:
     assert sorted([*train, *test], key=lambda r: r.id) == records
     shuffled = random.Random(seed).sample(records, len(records))
     assert split_by_group(shuffled, fraction, seed) == (train, test)
+
+
+def plain_division(records: list[Record], fraction: float, seed: int) -> tuple[set[str], list[str]]:
+    """Ids of the test part, and the smallest group of each record's cluster, from the definition and without arrays."""
+
+    def hashed(text: str) -> float:
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, person=b"medr1 split").digest()) / 2**64
+
+    clusters: list[tuple[list[Record], set[Link]]] = []
+    for one, links in sorted(zip(records, map(set, links_of(records)), strict=True), key=lambda pair: pair[0].id):
+        mine = [cluster for cluster in clusters if cluster[1] & links]
+        clusters = [cluster for cluster in clusters if not cluster[1] & links]
+        clusters.append(([*(r for rs, _ in mine for r in rs), one], links.union(*(names for _, names in mine))))
+    clusters.sort(key=lambda cluster: min(one.id for one in cluster[0]))
+    sides = {}
+    for members, links in clusters:
+        names = {group for one in members for group in one.groups if not is_salted(group)}
+        for kind in ("bytes", "question", "group"):
+            names = names or {name for link, name in links if link == kind}
+        name = min(names, key=lambda name: hashed(f"{seed} name {name}"))
+        sides[members[0].id] = hashed(f"{seed} side {name}")
+    clusters.sort(key=lambda cluster: sides[cluster[0][0].id])
+    by_modality = defaultdict(list)
+    for members, _ in clusters:
+        by_modality[min((one.modality for one in members if one.modality), default="")].append(members)
+    test: list[list[Record]] = []
+    for of_it in by_modality.values():
+        total = sum(map(len, of_it))
+        chosen = [members for members in of_it if sides[members[0].id] < fraction]
+        share = sum(map(len, chosen)) / total
+        if not (0 < share <= 2 * fraction and 0 < 1 - share <= 2 * (1 - fraction)):
+            chosen, num = [], 0
+            for members in of_it:
+                if num + len(members) / 2 <= fraction * total:
+                    num += len(members)
+                    chosen.append(members)
+        test += chosen
+    if len(test) in (0, len(clusters)):
+        wanted = fraction * len(records) if not test else len(records) - fraction * len(records)
+        nearest = min((members for members, _ in clusters), key=lambda members: abs(len(members) - wanted))
+        test = [nearest] if not test else [members for members, _ in clusters if members is not nearest]
+    smallest = {one.id: min(r.group for r in members) for members, _ in clusters for one in members}
+    return {one.id for members in test for one in members}, [smallest[one.id] for one in records]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(
+            st.integers(0, 15), st.integers(0, 25), st.sampled_from(["CT", "MRI", None]),
+            st.lists(st.sampled_from(["a", "b", "patient-0123456789abcdef"]), max_size=2),
+        ),
+        min_size=2, max_size=40,
+    ),
+    seed=st.integers(0, 5),
+    fraction=st.floats(0.05, 0.95),
+)  # fmt: skip
+def test_the_division_is_the_one_of_the_definition(rows: list, seed: int, fraction: float) -> None:
+    """Also from a file, as beyond so many records."""
+    records = [
+        record(n, f"g{group}", f"i{image}", modality).model_copy(update={"groups": tuple(groups)})
+        for n, (group, image, modality, groups) in enumerate(rows)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        for limit in (20_000, 3):
+            patch.setattr("medr1.data.kept.LIMIT", limit)
+            try:
+                train, test = split_by_group(kept(records), fraction, seed)
+            except MedR1Error:
+                assert len({one.group for one in joined(kept(records))}) == 1
+                continue
+            held_out, groups = plain_division(records, fraction, seed)
+            assert [r.id for r in test] == sorted(held_out)
+            assert [r.id for r in train] == sorted({r.id for r in records} - held_out)
+            assert [one.group for one in joined(kept(records))] == groups
 
 
 def test_chains_of_shared_images_and_groups_stay_together() -> None:

@@ -1,6 +1,7 @@
 """Options that several commands share, how they become a recipe, and what all commands do alike."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -179,7 +180,7 @@ def run_asked(model: str, settings: list[str] | None) -> "RunSplit | None":
     return None if divided else run
 
 
-def not_trained_on(model: str, records: "list[Record]") -> "list[Record]":
+def not_trained_on(model: str, records: "Sequence[Record]") -> "Sequence[Record]":
     """The records that the model's run did not train on; the others are left out, and counted on stderr."""
     from medr1.data.heldout import split_of, tell_seen
 

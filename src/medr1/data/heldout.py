@@ -9,21 +9,28 @@ the same data; so no wording and no new link makes a seen patient unseen.
 """
 
 import json
+import re
+from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from medr1.config import RECIPE, DataConfig, load_config
-from medr1.data.images import Content, contents_of
+from medr1.data.images import Content, with_contents
+from medr1.data.kept import code
 from medr1.data.records import Record, write_atomic
 from medr1.data.splits import content_links, tell
 from medr1.errors import MedR1Error
 
 SPLIT = "split.json"
 """The list's file in a run's folder."""
+PARTS = ("trained_on", "held_out", "trained_on_before")
 
 Seen = Literal["held out", "trained on", "never seen"]
 
@@ -32,38 +39,47 @@ Seen = Literal["held out", "trained on", "never seen"]
 class RunSplit:
     """The list of one run.
 
-    Example: `RunSplit(Path("runs/mine"), DataConfig(), {"trained_on": […], "held_out": […], "trained_on_before": []})`
+    Of each kind of name the codes are kept that `medr1.data.kept.code` gives them: 8 bytes for 32 digits or more.
     """
 
     folder: Path
     data: DataConfig
     """Of the run's recipe."""
-    parts: dict[str, list[dict[str, Any]]]
-    """trained_on, held_out, and trained_on_before by the runs that its base came from: id, groups and contents (digests
-    of bytes, pixels or words) of each question."""
+    trained_contents: npt.NDArray[np.uint64]
+    """Of what was trained on, by it or by the runs that its base came from: digests of bytes, pixels or words. In order
+    and each once, as in the others."""
+    trained_groups: npt.NDArray[np.uint64]
+    held_contents: npt.NDArray[np.uint64]
+    """Of what it held out."""
+    held_groups: npt.NDArray[np.uint64]
 
     def seen(self, records: Sequence[Record]) -> list[Seen]:
         """What the run has to do with each record, given all that are asked.
 
         Groups count only where one of the records shows an image of the run's: in other data too there is a patient 1.
         """
-        contents = contents_of(image for record in records for image in record.images)
-        shown = [set(_contents(record, contents)) for record in records]
-        trained, held = self._known("contents", trained=True), self._known("contents", trained=False)
-        is_same = any(not of_one.isdisjoint(trained | held) for of_one in shown)
-        trained_groups, held_groups = (self._known("groups", trained=t) if is_same else set() for t in (True, False))
-        found: list[Seen] = []
-        for record, of_one in zip(records, shown, strict=True):
-            if not (of_one.isdisjoint(trained) and trained_groups.isdisjoint(record.groups)):
-                found.append("trained on")
-            else:
-                is_known = not (of_one.isdisjoint(held) and held_groups.isdisjoint(record.groups))
-                found.append("held out" if is_known else "never seen")
-        return found
+        by_content, by_group = bytearray(), bytearray()
+        for record, contents in with_contents(records, lambda record: record.images):
+            shown, groups = _codes(_contents(record, contents)), _codes(record.groups)
+            by_content.append(_among(shown, self.trained_contents) + 2 * _among(shown, self.held_contents))
+            by_group.append(_among(groups, self.trained_groups) + 2 * _among(groups, self.held_groups))
+        if not any(by_content):
+            by_group = bytearray(len(records))
+        names: tuple[Seen, ...] = ("never seen", "trained on", "held out", "trained on")
+        return [names[content | group] for content, group in zip(by_content, by_group, strict=True)]
 
-    def _known(self, name: str, *, trained: bool) -> set[str]:
-        names = ("trained_on", "trained_on_before") if trained else ("held_out",)
-        return {value for part in names for question in self.parts[part] for value in question[name]}
+    def questions(self, *parts: str) -> Iterator[dict[str, Any]]:
+        """Id, groups and contents of each question in these PARTS, from the file."""
+        return (question for part, question in _questions(self.folder / SPLIT) if part in parts)
+
+
+def _codes(names: Iterable[str]) -> npt.NDArray[np.uint64]:
+    return np.unique(np.fromiter(map(code, names), np.uint64))
+
+
+def _among(some: npt.NDArray[np.uint64], all_of: npt.NDArray[np.uint64]) -> bool:
+    """Whether one of some codes is among others, which are in order."""
+    return bool((all_of.searchsorted(some, "left") < all_of.searchsorted(some, "right")).any())
 
 
 def split_of(model: str | Path | None) -> RunSplit | None:
@@ -93,17 +109,36 @@ def read_split(folder: Path) -> RunSplit | None:
 
 @lru_cache(maxsize=4)  # an evaluation asks several times
 def _read(folder: Path, mtime_ns: int, size: int) -> RunSplit:
-    path = folder / SPLIT
+    found = {(trained, name): array("Q") for trained in (True, False) for name in ("contents", "groups")}
+    for part, question in _questions(folder / SPLIT):
+        for name in ("contents", "groups"):
+            found[part != "held_out", name].extend(map(code, question[name]))
+    codes = [
+        np.unique(np.asarray(found[trained, name])) for trained in (True, False) for name in ("contents", "groups")
+    ]
+    return RunSplit(folder, load_config(folder / RECIPE).data, *codes)
+
+
+def _questions(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each question of a list, which has a line of its own there, and the part that it is in."""
+    parts, line = [], ""
     try:
-        parts = json.loads(path.read_text(encoding="utf-8"))
-        for part in ("trained_on", "held_out", "trained_on_before"):
-            for question in parts[part]:
-                _ = question["id"], set(question["groups"]), set(question["contents"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                if begins := re.fullmatch(r'\{?"(\w+)": \[\n', line):
+                    parts.append(begins[1])
+                elif line.startswith('{"id": '):
+                    question = json.loads(line.rstrip(",\n"))
+                    _ = question["id"], set(question["groups"]), set(question["contents"])
+                    yield parts[-1], question
+                elif line.strip("]},\n"):
+                    raise ValueError(line)
+        if (*parts, line) != (*PARTS, "]}\n"):
+            raise ValueError(line)
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise MedR1Error(
             f"{path}: cannot be read as the list of what the run held out; restore it, or delete it and be told nothing"
         ) from error
-    return RunSplit(folder, load_config(folder / RECIPE).data, parts)
 
 
 def write_split(folder: Path, train: Sequence[Record], test: Sequence[Record], base: str) -> None:
@@ -116,44 +151,52 @@ def write_split(folder: Path, train: Sequence[Record], test: Sequence[Record], b
     Raises:
         MedR1Error: the run in the folder began with other data, or the folder cannot be written.
     """
-    contents = contents_of(image for record in [*train, *test] for image in record.images)
-
-    def listed(records: Sequence[Record]) -> list[dict[str, Any]]:
-        return [
-            {
-                "id": record.id,
-                "groups": list(record.groups),
-                "contents": _contents(record, contents),
-            }
-            for record in records
-        ]
-
     earlier = split_of(base)
-    before = [*earlier.parts["trained_on"], *earlier.parts["trained_on_before"]] if earlier else []
-    parts = {"trained_on": listed(train), "held_out": listed(test), "trained_on_before": before}
+
+    def listed(records: Sequence[Record]) -> Iterator[dict[str, Any]]:
+        for record, contents in with_contents(records, lambda record: record.images):
+            yield {"id": record.id, "groups": list(record.groups), "contents": _contents(record, contents)}
+
+    def pieces() -> Iterator[str]:
+        before = earlier.questions("trained_on", "trained_on_before") if earlier else iter(())
+        questions = listed(train), listed(test), before
+        for sign, part, of_it in zip(("{", ",\n", ",\n"), PARTS, questions, strict=True):
+            yield f"{sign}{json.dumps(part)}: [\n"
+            for number, question in enumerate(of_it):
+                yield (",\n" if number else "") + json.dumps(question, ensure_ascii=False)
+            yield "\n]"
+        yield "}\n"
+
     path = folder / SPLIT
-    if there := read_split(folder):
-        for part in ("trained_on", "held_out"):
-            old, new = ({question["id"]: question for question in of[part]} for of in (there.parts, parts))
-            # Bytes suffice: what they decode to may change with the libraries.
-            changed = [
-                id
-                for id in old.keys() & new.keys()
-                if new[id]["contents"] and set(old[id]["contents"]).isdisjoint(new[id]["contents"])
-            ]
-            if old.keys() != new.keys() or changed:
-                raise MedR1Error(
-                    f"{folder}: the run there began with other data: of the questions {part.replace('_', ' ')}"
-                    f" {len(old.keys() - new.keys())} went, {len(new.keys() - old.keys())} came and {len(changed)} show"
-                    f" other images (see {SPLIT}); restore the data or choose another --out"
-                )
+    if _holds(path, pieces()):  # so it is nearly always, and one question is in memory at a time
         return
-    write_atomic(path, "{" + ",\n".join(f"{json.dumps(part)}: {_lines(parts[part])}" for part in parts) + "}\n")
+    there = read_split(folder)
+    if there is None:
+        write_atomic(path, pieces())
+        return
+    for part, of_it in zip(PARTS, (train, test), strict=False):
+        old = {question["id"]: question for question in there.questions(part)}
+        new = {question["id"]: question for question in listed(of_it)}
+        # Bytes suffice: what they decode to may change with the libraries.
+        changed = [
+            id
+            for id in old.keys() & new.keys()
+            if new[id]["contents"] and set(old[id]["contents"]).isdisjoint(new[id]["contents"])
+        ]
+        if old.keys() != new.keys() or changed:
+            raise MedR1Error(
+                f"{folder}: the run there began with other data: of the questions {part.replace('_', ' ')}"
+                f" {len(old.keys() - new.keys())} went, {len(new.keys() - old.keys())} came and {len(changed)} show"
+                f" other images (see {SPLIT}); restore the data or choose another --out"
+            )
 
 
-def _lines(questions: Sequence[dict[str, Any]]) -> str:
-    """A JSON list, one question a line."""
-    return "[\n" + ",\n".join(json.dumps(question, ensure_ascii=False) for question in questions) + "\n]"
+def _holds(path: Path, pieces: Iterable[str]) -> bool:
+    """Whether a file holds this text, in UTF-8, and nothing else."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return all(file.read(len(piece)) == piece for piece in map(str.encode, pieces)) and not file.read(1)
 
 
 def tell_seen(split: RunSplit | None, seen: Sequence[Seen], what: str) -> None:

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from medr1.data.cache import cache_folder
 from medr1.data.datasets import load_records, require_images, select_records
 from medr1.data.heldout import RunSplit
 from medr1.data.images import load_image
+from medr1.data.kept import in_order, taken
 from medr1.data.phantoms import write_phantoms
 from medr1.data.records import Record, write_jsonl
 from medr1.data.splits import divided, joined, tell
@@ -26,7 +28,7 @@ from medr1.errors import MedR1Error
 from medr1.processes import is_first
 
 
-def load_parts(config: DataConfig, run: RunSplit | None = None) -> tuple[list[Record], list[Record]]:
+def load_parts(config: DataConfig, run: RunSplit | None = None) -> tuple[Sequence[Record], Sequence[Record]]:
     """(training records, held-out records), divided by group with the recipe's seed, then filtered.
 
     For `validation` the training part of that division is divided once more, and the rest left out.
@@ -57,11 +59,13 @@ def load_parts(config: DataConfig, run: RunSplit | None = None) -> tuple[list[Re
     }
     train, test = select_records(train, **filters), select_records(test, **filters)
     if not config.skip_unreadable:
-        require_images([*train, *test])
+        require_images(chain(train, test))
     return train, test
 
 
-def _divided(records: list[Record], config: DataConfig, run: RunSplit | None) -> tuple[list[Record], list[Record]]:
+def _divided(
+    records: Sequence[Record], config: DataConfig, run: RunSplit | None
+) -> tuple[Sequence[Record], Sequence[Record]]:
     seen = run.seen(records) if run else []
     if run is None or all(one == "never seen" for one in seen):
         train, test, note = divided(records, config.test_fraction, config.split_seed + config.validation)
@@ -70,10 +74,11 @@ def _divided(records: list[Record], config: DataConfig, run: RunSplit | None) ->
         return train, test
     _, test, _ = divided(records, run.data.test_fraction, run.data.split_seed + config.validation)
     held_out = {record.id for record in test}
-    sides: tuple[list[Record], list[Record]] = ([], [])
-    for record, one in sorted(zip(records, seen, strict=True), key=lambda pair: pair[0].id):
-        sides[one == "held out" or (one == "never seen" and record.id in held_out)].append(record)
-    return sides
+    sides: tuple[list[int], list[int]] = ([], [])
+    for place in in_order(records, lambda record: record.id):
+        one = seen[place]
+        sides[one == "held out" or (one == "never seen" and records[place].id in held_out)].append(place)
+    return taken(records, sides[0]), taken(records, sides[1])
 
 
 def split_of_run(model: str, path: str) -> dict[str, Any]:
@@ -121,7 +126,7 @@ def image_folder(config: DataConfig) -> Path:
     return Path(config.image_root) if config.image_root else path if path.is_dir() else path.parent
 
 
-def leave_out_unreadable(records: Sequence[Record], out: Path) -> list[Record]:
+def leave_out_unreadable(records: Sequence[Record], out: Path) -> Sequence[Record]:
     """The records all of whose images can be decoded; the others are counted on stderr and listed in a file.
 
     Every image is decoded once. The file lies beside `out`, the file or folder of the results: NAME.skipped.jsonl with
@@ -150,7 +155,7 @@ def leave_out_unreadable(records: Sequence[Record], out: Path) -> list[Record]:
             listing.unlink(missing_ok=True)
     if len(left_out) == len(records):
         raise MedR1Error(f"{listing}: of all {len(records)} records an image cannot be read; mend the images")
-    return [record for record in records if record.id not in left_out]
+    return taken(records, [place for place, record in enumerate(records) if record.id not in left_out])
 
 
 def skipped_list(out: Path) -> Path:

@@ -122,6 +122,25 @@ class Record(BaseModel):
             self.__dict__[name] = known.setdefault(value, value)
         return self
 
+    def packed(self) -> dict[str, Any]:
+        """Plain values, which are quicker to store and to restore than the record."""
+        return self.__dict__ | {"images": [*map(str, self.images)]}
+
+    @classmethod
+    def unpacked(cls, values: dict[str, Any]) -> Self:
+        """The record of which these are the `packed` values; they are not checked again, and become its own."""
+        record = cls.__new__(cls)
+        values["images"] = tuple(map(_path, values["images"]))
+        record.__setstate__(
+            {
+                "__dict__": values,
+                "__pydantic_extra__": None,
+                "__pydantic_fields_set__": _NONE_GIVEN,
+                "__pydantic_private__": None,
+            }
+        )
+        return record
+
     @property
     def is_open(self) -> bool:
         """Whether the answer is a text of one's own and not one of several options."""
@@ -163,6 +182,11 @@ class Record(BaseModel):
         if self.is_open:
             return 0.5 if self.is_yes_no else None
         return len(self.right_letters) / len(self.options)
+
+
+@lru_cache(maxsize=1 << 12)  # neighbours are about one image, and a path takes longer to read than all the rest
+def _path(text: str) -> Path:
+    return Path(text)
 
 
 @lru_cache(maxsize=65536)  # options come back, in their order and in others
@@ -265,8 +289,8 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     write_atomic(path, "".join(to_json(row) + "\n" for row in rows))
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file (text as UTF-8) so that a reader sees the old or the new content, never a half.
+def write_atomic(path: Path, content: str | bytes | Iterable[str]) -> None:
+    """Write a file (text as UTF-8, whole or in pieces) so that a reader sees the old or the new content, never a half.
 
     Raises:
         MedR1Error: the disk is full or the folder cannot be written.
@@ -276,7 +300,8 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
+                pieces = [content] if isinstance(content, str | bytes) else content
+                file.writelines(piece.encode() if isinstance(piece, str) else piece for piece in pieces)
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(temporary, 0o644)  # mkstemp makes it private; results are for everybody who may read the folder

@@ -13,26 +13,40 @@ link. What a run trained on and held out does not change with it: its own list r
 """
 
 import hashlib
-from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from array import array
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from rich.console import Console
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
-from medr1.data.images import Content, contents_of, file_of, is_salted
-from medr1.data.records import Record, normalise_option
+from medr1.data.images import Content, file_of, is_salted, with_contents
+from medr1.data.kept import code, in_order, kept, taken
+from medr1.data.records import MODALITIES, Record, normalise_option
 from medr1.errors import MedR1Error
 from medr1.processes import is_first
 
 MAX_RATIO = 2.0
 """A part that is larger than asked for by more than this is not left to the hash."""
 
+STRATA = (*sorted(MODALITIES), "unstated modality")
+"""What is divided by itself."""
+
 Link = tuple[str, str]
 """What two records may share, and so must stay together: ("group", name), ("file", path), ("bytes", SHA-256),
 ("pixels", SHA-256) or, of a question without image and group, ("question", SHA-256 of its words)."""
 
 
-def split_by_group(records: Sequence[Record], test_fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
+def split_by_group(
+    records: Sequence[Record], test_fraction: float, seed: int
+) -> tuple[Sequence[Record], Sequence[Record]]:
     """(train, test), each in the order of ids, whatever the order of the records.
 
     Records that share a link (see `links_of`), also by way of other records, stay together. Each cluster is drawn for
@@ -50,45 +64,41 @@ def split_by_group(records: Sequence[Record], test_fraction: float, seed: int) -
     return train, test
 
 
-def divided(records: Sequence[Record], test_fraction: float, seed: int) -> tuple[list[Record], list[Record], str]:
+def divided(
+    records: Sequence[Record], test_fraction: float, seed: int
+) -> tuple[Sequence[Record], Sequence[Record], str]:
     """As `split_by_group`, and what is to be said of a small set instead of saying it; else ""."""
     if not 0 < test_fraction < 1:
         raise MedR1Error(f"test_fraction is {test_fraction}; give a number between 0 and 1")
-    found = _found(records)
-    together = _clusters(records, found)
-    if len(together) < 2:
-        raise MedR1Error(_undividable(records, found))
-    drawn = {
-        cluster[0]: _draw([records[number] for number in cluster], [found[number] for number in cluster], seed)
-        for cluster in together
-    }
-    together.sort(key=lambda cluster: drawn[cluster[0]])
-    strata: dict[str, list[list[int]]] = defaultdict(list)
-    for cluster in together:
-        strata[min(filter(None, (records[number].modality for number in cluster)), default="")].append(cluster)
-    test: list[list[int]] = []
+    ordered = taken(records, in_order(records, lambda record: record.id))
+    notes = _Notes(seed)
+    cluster_N = _clusters(map(notes.noted, _found(ordered)), len(ordered))
+    sizes_C = np.bincount(cluster_N)
+    if len(sizes_C) < 2:
+        raise MedR1Error(_undividable(records))
+    drawn_C, modality_C = notes.of_clusters(cluster_N)
+    by_hash_C = np.argsort(drawn_C, kind="stable")
+    in_test_C = np.zeros(len(sizes_C), bool)
     small = []
-    for modality, clusters_of_it in sorted(strata.items()):
-        by_hash = [cluster for cluster in clusters_of_it if drawn[cluster[0]] < test_fraction]
-        chosen = (
-            by_hash if _is_fair(by_hash, clusters_of_it, test_fraction) else _nearest(clusters_of_it, test_fraction)
-        )
-        if chosen != by_hash or not 0 < len(chosen) < len(clusters_of_it):
-            small.append(f"{len(chosen)} of {len(clusters_of_it)} groups of {modality or 'unstated modality'}")
-        test += chosen
-    if not test or len(test) == len(together):
-        wanted = test_fraction * len(records)
-        nearest = min(together, key=lambda cluster: abs(len(cluster) - (wanted if not test else len(records) - wanted)))
-        test = [nearest] if not test else [cluster for cluster in together if cluster is not nearest]
-        small = [f"{len(test)} of {len(together)} groups"]
+    for number, name in (-1, STRATA[-1]), *enumerate(STRATA[:-1]):
+        of_it = by_hash_C[modality_C[by_hash_C] == number % len(STRATA)]
+        if not len(of_it):
+            continue
+        by_hash = of_it[drawn_C[of_it] < test_fraction]
+        is_fair = _is_fair(sizes_C[by_hash], sizes_C[of_it], test_fraction)
+        chosen = by_hash if is_fair else of_it[_nearest(sizes_C[of_it], test_fraction)]
+        if not np.array_equal(chosen, by_hash) or not 0 < len(chosen) < len(of_it):
+            small.append(f"{len(chosen)} of {len(of_it)} groups of {name}")
+        in_test_C[chosen] = True
+    if in_test_C.all() or not in_test_C.any():
+        is_empty, wanted = not in_test_C.any(), test_fraction * len(ordered)
+        distance_C = abs(sizes_C[by_hash_C] - (wanted if is_empty else len(ordered) - wanted))
+        in_test_C[by_hash_C[distance_C.argmin()]] = is_empty
+        small = [f"{in_test_C.sum()} of {len(sizes_C)} groups"]
     note = f"split: too few groups to hold out {test_fraction:g} by hash; nearest possible: {', '.join(small)}"
-    held_out = {number for cluster in test for number in cluster}
-    parts: tuple[list[Record], list[Record]] = ([], [])
-    for number, record in enumerate(records):
-        parts[number in held_out].append(record)
-    for part in parts:
-        part.sort(key=lambda record: record.id)
-    return *parts, note if small else ""
+    in_test_N = in_test_C[cluster_N]
+    train, test = (taken(ordered, np.flatnonzero(part_N)) for part_N in (~in_test_N, in_test_N))
+    return train, test, note if small else ""
 
 
 def links_of(records: Sequence[Record]) -> list[frozenset[Link]]:
@@ -97,23 +107,34 @@ def links_of(records: Sequence[Record]) -> list[frozenset[Link]]:
     Patients and studies of DICOM files are groups. An image that cannot be read has its file alone, and one that cannot
     be decoded no pixels.
     """
-    return [frozenset(links) for links in _found(records)]
+    return [frozenset(links) for _, links in _found(records)]
 
 
-def joined(records: Sequence[Record], *, by_content: bool = True) -> list[Record]:
+def joined(records: Sequence[Record], *, by_content: bool = True) -> Sequence[Record]:
     """The same records, in their order, `group` naming the whole cluster: the smallest of its records' groups.
 
     Args:
         by_content: without it groups alone join, and no image is looked at.
     """
-    named = list(records)
-    groups = [{("group", group) for group in (record.group, *record.groups)} for record in records]
-    for cluster in _clusters(records, _found(records) if by_content else groups):
-        name = min(records[number].group for number in cluster)
-        for number in cluster:
-            if named[number].group != name:
-                named[number] = named[number].model_copy(update={"group": name})
-    return named
+    groups = ((record, {("group", group) for group in (record.group, *record.groups)}) for record in records)
+    cluster_N = _clusters((links for _, links in (_found(records) if by_content else groups)), len(records))
+    names = array("i", [-1]) * (int(cluster_N.max(initial=0)) + 1)
+    """Of each cluster: the place of a record that has its name."""
+    last, name = -1, ""
+    for place, (cluster, record) in enumerate(zip(cluster_N, records, strict=True)):
+        if cluster != last:  # neighbours are mostly of one cluster
+            last, name = cluster, records[names[cluster]].group if names[cluster] >= 0 else record.group
+        if names[cluster] < 0 or record.group < name:
+            names[cluster], name = place, record.group
+
+    def named() -> Iterator[Record]:
+        last, name = -1, ""
+        for cluster, record in zip(cluster_N, records, strict=True):
+            if cluster != last:
+                last, name = cluster, records[names[cluster]].group
+            yield record if record.group == name else record.model_copy(update={"group": name})
+
+    return kept(named())
 
 
 def question_digest(record: Record) -> str:
@@ -132,76 +153,104 @@ def content_links(record: Record, contents: Mapping[Path, Content]) -> set[Link]
     return links
 
 
-def _found(records: Sequence[Record]) -> list[set[Link]]:
-    contents = contents_of(image for record in records for image in record.images)
-    found = []
-    for record in records:
+def _found(records: Sequence[Record]) -> Iterator[tuple[Record, set[Link]]]:
+    for record, contents in with_contents(records, lambda record: record.images):
         owners = [owner for image in record.images if image in contents for owner in contents[image].owners]
         links = {("group", group) for group in (record.group, *record.groups, *owners)}
         links |= {("file", str(file_of(image))) for image in record.images}
-        found.append(links | content_links(record, contents))
-    return found
+        yield record, links | content_links(record, contents)
 
 
-def _clusters(records: Sequence[Record], found: Sequence[Collection[Link]]) -> list[list[int]]:
-    """Connected components as places in `records`, in the order of ids within and among them."""
-    parent: dict[Link, Link] = {}
-
-    def root(node: Link) -> Link:
-        parent.setdefault(node, node)
-        while parent[node] != node:
-            parent[node] = parent[parent[node]]
-            node = parent[node]
-        return node
-
-    for record, links in zip(records, found, strict=True):
-        for link in links:
-            parent[root(link)] = root(("group", record.group))
-    together: dict[Link, list[int]] = defaultdict(list)
-    for number in sorted(range(len(records)), key=lambda number: records[number].id):
-        together[root(("group", records[number].group))].append(number)
-    return list(together.values())
-
-
-def _draw(cluster: Sequence[Record], found: Sequence[Collection[Link]], seed: int) -> float:
-    """A number in [0, 1) by the name of the cluster, which does not tell where its files lie."""
-    links = {link for links in found for link in links}
-    # A salted name differs from machine to machine, and so would the split.
-    names = {group for record in cluster for group in record.groups if not is_salted(group)}
-    for kind in ("bytes", "question", "group"):
-        names = names or {name for link, name in links if link == kind}
-    return _hash(f"{seed} side {min(names, key=lambda name: (_hash(f'{seed} name {name}'), name))}")
+def _clusters(found: Iterable[Collection[Link]], num_records: int) -> npt.NDArray[np.int32]:
+    """The connected component (records,) of each record, numbered in the order of their first records."""
+    codes, places = array("Q"), array("i")
+    before: set[Link] = set()
+    for place, links in enumerate(found):
+        shared = before.intersection(links)
+        # Most records share all their links with the one before: one of these is enough to join them.
+        for kind, name in {*links} - shared | {*islice(shared, 1)}:
+            codes.append(code(kind, name))
+            places.append(place)
+        before = {*links}
+    code_L = np.asarray(codes)
+    order_L = np.argsort(code_L, kind="stable")
+    pairs = np.flatnonzero(code_L[order_L[1:]] == code_L[order_L[:-1]])
+    place_L = np.asarray(places)
+    edges = place_L[order_L[pairs]], place_L[order_L[pairs + 1]]
+    graph = coo_array((np.ones(len(pairs), bool), edges), shape=(num_records, num_records))
+    cluster_N = connected_components(graph, directed=False)[1]
+    _, first_C = np.unique(cluster_N, return_index=True)
+    number_C = np.empty_like(cluster_N, shape=len(first_C))
+    number_C[first_C.argsort()] = np.arange(len(first_C))
+    return number_C[cluster_N]
 
 
+class _Notes:
+    """What clusters are divided by: the best name of each record, of which a cluster is hashed by the best, and its
+    modality.
+
+    A name counts by its kind, and among those of a kind by its hash. It does not tell where files lie.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.kinds, self.hashes, self.sides, self.modalities = array("b"), array("d"), array("d"), array("b")
+
+    def noted(self, found: tuple[Record, set[Link]]) -> set[Link]:
+        """The links as they are given with their record."""
+        record, links = found
+        # A salted name differs from machine to machine, and so would the split.
+        names, kind = {group for group in record.groups if not is_salted(group)}, 0
+        while not names:
+            kind += 1
+            names = {name for link, name in links if link == ("bytes", "question", "group")[kind - 1]}
+        hashed, name = min((_hash(f"{self.seed} name {name}"), name) for name in names)
+        self.kinds.append(kind)
+        self.hashes.append(hashed)
+        self.sides.append(_hash(f"{self.seed} side {name}"))
+        self.modalities.append(STRATA.index(record.modality or STRATA[-1]))
+        return links
+
+    def of_clusters(self, cluster_N: npt.NDArray[np.int32]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int8]]:
+        """A number in [0, 1) for each (clusters,), and which of STRATA it belongs to, the first of its records'."""
+        kind_N, hash_N, side_N, modality_N = map(np.asarray, (self.kinds, self.hashes, self.sides, self.modalities))
+        order_N = np.lexsort((hash_N, kind_N, cluster_N))
+        _, first_C = np.unique(cluster_N[order_N], return_index=True)
+        modality_C = np.full(len(first_C), len(STRATA) - 1, np.int8)
+        np.minimum.at(modality_C, cluster_N, modality_N)
+        return side_N[order_N[first_C]], modality_C
+
+
+@lru_cache(maxsize=1 << 14)  # neighbours share their names
 def _hash(text: str) -> float:
     digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"medr1 split").digest()
     return int.from_bytes(digest) / 2**64
 
 
-def _is_fair(test: Sequence[list[int]], together: Sequence[list[int]], test_fraction: float) -> bool:
+def _is_fair(test_K: npt.NDArray[Any], sizes_K: npt.NDArray[Any], test_fraction: float) -> bool:
     """Whether neither part is empty, or larger than MAX_RATIO times what was asked for."""
-    total = sum(map(len, together))
-    share = sum(map(len, test)) / total
-    return 0 < share <= MAX_RATIO * test_fraction and 0 < 1 - share <= MAX_RATIO * (1 - test_fraction)
+    share = test_K.sum() / sizes_K.sum()
+    return bool(0 < share <= MAX_RATIO * test_fraction and 0 < 1 - share <= MAX_RATIO * (1 - test_fraction))
 
 
-def _nearest(together: Sequence[list[int]], test_fraction: float) -> list[list[int]]:
-    """Clusters in their order, each taken where it brings the part nearer to the wanted number of records."""
-    wanted = test_fraction * sum(map(len, together))
-    chosen: list[list[int]] = []
-    taken = 0
-    for cluster in together:
-        if taken + len(cluster) / 2 <= wanted:
-            taken += len(cluster)
-            chosen.append(cluster)
+def _nearest(sizes_K: npt.NDArray[Any], test_fraction: float) -> list[int]:
+    """Places of clusters in their order, each taken where it brings the part nearer to the wanted number of records."""
+    wanted = test_fraction * sizes_K.sum()
+    chosen: list[int] = []
+    total = 0
+    for place, size in enumerate(sizes_K.tolist()):
+        if total + size / 2 <= wanted:
+            total += size
+            chosen.append(place)
     return chosen
 
 
-def _undividable(records: Sequence[Record], found: Sequence[Collection[Link]]) -> str:
+def _undividable(records: Sequence[Record]) -> str:
     if len(records) < 2:
         return f"no division is possible: there {'is one record' if records else 'are no records'}; give more data"
-    (kind, name), num = Counter(sorted(link for links in found for link in links)).most_common(1)[0]
-    first = next(record for record, links in zip(records, found, strict=True) if (kind, name) in links)
+    times = Counter(link for _, links in _found(records) for link in links)
+    (kind, name), num = min(times.items(), key=lambda item: (-item[1], item[0]))
+    first = next(record for record, links in _found(records) if (kind, name) in links)
     what = {"bytes": "copies of an image", "pixels": "copies of a picture", "question": "the same question"}
     shared = f"{what[kind]} (record {first.id})" if kind in what else f"the {kind} {name}"
     return (

@@ -5,6 +5,7 @@
 import json
 import random
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -86,8 +87,8 @@ def evaluate_named(
         parse_name(reader, "--reader")  # before the model is asked anything
     thresholds = read_calibration(calibration) if calibration else None
     train_records, test_records = load_parts(config.data, run)
-    asked = {"test": test_records, "train": train_records, "all": train_records + test_records}[part]
-    records = limited(asked, limit, config)
+    asked = _of_part(part, train_records, test_records)
+    records: Sequence[Record] = limited(asked, limit, config)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -129,7 +130,7 @@ def evaluate_named(
 def _looking(
     ask: Callable[..., list[Row]],
     rows: list[Row],
-    records: list[Record],
+    records: Sequence[Record],
     settings: dict[str, Any],
     vlm: VLM | None,
     model: str = "",
@@ -206,14 +207,15 @@ def evaluate_checkpoints(folder: Path, config: Config, out: Path, **settings: An
     ]
 
 
-def _donors(config: Config, run: RunSplit | None, part: Part, asked: list[Record], out: Path) -> list[Record]:
+def _of_part(part: Part, train: Sequence[Record], test: Sequence[Record]) -> Sequence[Record]:
+    return [*train, *test] if part == "all" else train if part == "train" else test
+
+
+def _donors(config: Config, run: RunSplit | None, part: Part, asked: Sequence[Record], out: Path) -> Sequence[Record]:
     """Whose images the shuffled controls show: of the whole part, whatever --limit leaves and --modality asks about."""
     if config.data.modalities:
-        try:
-            train, test = load_parts(config.data.model_copy(update={"modalities": ()}), run)
-            asked = {"test": test, "train": train, "all": train + test}[part]
-        except MedR1Error:  # the images of other modalities are not there: those of this one still are
-            pass
+        with suppress(MedR1Error):  # the images of other modalities are not there: those of this one still are
+            asked = _of_part(part, *load_parts(config.data.model_copy(update={"modalities": ()}), run))
     if config.data.skip_unreadable:
         asked = leave_out_unreadable(asked, out.with_name(f"{out.name.removesuffix('.jsonl')}.donors.jsonl"))
     return asked

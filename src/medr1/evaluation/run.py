@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from medr1.data.answers import EXTRACTOR_VERSION
 from medr1.data.heldout import RunSplit, Seen, split_of
 from medr1.data.images import all_cores, content_digest, load_image
+from medr1.data.kept import taken
 from medr1.data.parts import skipped_list
 from medr1.data.prompts import build_messages
 from medr1.data.records import LETTERS, Record, append_jsonl, read_jsonl, write_jsonl
@@ -173,23 +174,23 @@ def evaluate(
 
 def leave_out_too_long(
     vlm: VLM, records: Sequence[Record], *, mode: str, max_new_tokens: int, out: Path
-) -> list[Record]:
+) -> Sequence[Record]:
     """The records whose prompts fit into the model's positions, by their text; the others are counted on stderr and
     listed where `medr1.data.parts.leave_out_unreadable` lists others, after these.
 
     Raises:
         MedR1Error: nothing is left, or the list cannot be written.
     """
-    reasons = {record.id: too_long(vlm, record, mode=mode, max_new_tokens=max_new_tokens) for record in records}
-    skipped = [{"id": name, "reason": reason} for name, reason in reasons.items() if reason]
-    if skipped and is_first():
+    found = (too_long(vlm, record, mode=mode, max_new_tokens=max_new_tokens) for record in records)
+    reasons = {place: reason for place, reason in enumerate(found) if reason}
+    if reasons and is_first():
         listing = skipped_list(out)
-        append_jsonl(listing, skipped)
-        told = f"{len(skipped)} of {len(records)} records left out: too long for the model; see {listing}"
+        append_jsonl(listing, [{"id": records[place].id, "reason": reason} for place, reason in reasons.items()])
+        told = f"{len(reasons)} of {len(records)} records left out: too long for the model; see {listing}"
         Console(stderr=True, soft_wrap=True).print(told, style="yellow", markup=False, highlight=False)
-    if len(skipped) == len(records):
+    if len(reasons) == len(records):
         raise MedR1Error(f"{out}: all {len(records)} records are too long for {vlm.name}; shorten them")
-    return [record for record in records if not reasons[record.id]]
+    return taken(records, (place for place in range(len(records)) if place not in reasons))
 
 
 def too_long(vlm: VLM, record: Record, *, mode: str, max_new_tokens: int) -> str | None:

@@ -292,7 +292,7 @@ def make_plan(study: Study) -> Plan:
             image to train on cannot be had.
     """
     data = study.recipe.data
-    train_records, test_records = load_parts(data)
+    train_records, test_records = map(list, load_parts(data))
     if num_open := sum(record.is_open for record in [*train_records, *test_records]):
         raise MedR1Error(
             f"{data.path}: {num_open} open questions; a study compares multiple choice, "

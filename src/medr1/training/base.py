@@ -38,6 +38,7 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from medr1.config import Config
 from medr1.data.heldout import write_split
 from medr1.data.images import load_image
+from medr1.data.kept import taken
 from medr1.data.prompts import build_messages
 from medr1.data.records import Record, append_jsonl, read_jsonl, to_json, write_atomic, write_jsonl
 from medr1.errors import MedR1Error, NotFiniteError
@@ -85,8 +86,8 @@ class RecordTrainer(Trainer):
         self,
         vlm: VLM,
         config: Config,
-        train_records: list[Record],
-        test_records: list[Record],
+        train_records: Sequence[Record],
+        test_records: Sequence[Record],
         output_dir: Path,
     ) -> None:
         if not train_records:
@@ -120,7 +121,8 @@ class RecordTrainer(Trainer):
                 "draws.exchanged_images: no two training records have the same question and options, and other right"
                 " ones; leave it at 0, and see grpo.hold_to_chance"
             )
-        self.donors = [record for record in test_records if record.images] if config.log.looking_every else []
+        donors = (place for place, record in enumerate(test_records) if record.images)
+        self.donors = taken(test_records, donors if config.log.looking_every else ())
         self.looking_records = self._looking_records()
         self.step_records: list[Record] = []
         self.sums: dict[str, float] = {}
@@ -204,7 +206,7 @@ class RecordTrainer(Trainer):
 
     @cached_property
     def images(self) -> OtherImages:
-        """Where a step may need them: a pool takes as much memory as the records."""
+        """Where a step may need them: they are gone through once more."""
         return OtherImages(self.train_records)
 
     def run(self, *, dry_step: bool = False) -> None:

@@ -118,8 +118,8 @@ class CollectingTrainer(RecordTrainer):
         self,
         vlm: VLM,
         config: Config,
-        train_records: list[Record],
-        test_records: list[Record],
+        train_records: Sequence[Record],
+        test_records: Sequence[Record],
         output_dir: Path,
     ) -> None:
         judge = self._judge(config.grpo.judge, output_dir) if config.grpo.judge else None

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from medr1.data.kept import taken
 from medr1.data.records import Record
 from medr1.errors import MedR1Error
 from medr1.training.looking import needs_image
@@ -39,13 +41,19 @@ def draw_order(records: Sequence[Record], weights: Tensor, balance: str, seed: i
         weights: (records,), see `record_weights`.
         balance: of `DrawsConfig`.
     """
-    strata: dict[tuple[Any, ...], list[int]] = {}
-    for index, record in enumerate(records):
-        if weights[index] > 0:
-            strata.setdefault(stratum(record, balance), []).append(index)
     generator = torch.Generator().manual_seed(seed)
-    streams = [_passes(torch.tensor(indices), weights[indices], generator) for indices in strata.values()]
+    strata = _strata(records, weights.nonzero().flatten(), balance)
+    streams = [_passes(indices, weights[indices], generator) for indices in strata]
     return streams[0] if len(streams) == 1 else _in_turns(streams, generator)
+
+
+def _strata(records: Sequence[Record], indices: Tensor, balance: str) -> list[Tensor]:
+    if balance == "off":
+        return [indices]
+    numbers: dict[tuple[Any, ...], int] = {}
+    names = (stratum(records[index], balance) for index in indices.numpy())
+    number_of = np.fromiter((numbers.setdefault(name, len(numbers)) for name in names), np.int32, len(indices))
+    return [indices[torch.from_numpy(number_of == number)] for number in range(len(numbers))]
 
 
 def stratum(record: Record, balance: str) -> tuple[Any, ...]:
@@ -62,16 +70,17 @@ def _in_turns(streams: Sequence[Iterator[int]], generator: torch.Generator) -> I
 
 def _passes(indices: Tensor, weights: Tensor, generator: torch.Generator) -> Iterator[int]:
     """One seeded pass after another over records of weights above 0."""
-    shares = weights / weights.mean()
-    alike = bool((weights == weights[0]).all())
+    shares = None if (weights == weights[0]).all() else weights / weights.mean()
     while True:
         order = torch.randperm(len(indices), generator=generator)
-        if not alike:
+        if shares is not None:
             start = torch.rand(1, dtype=torch.float64, generator=generator)
             times = torch.cat([start, start + shares[order].cumsum(0)]).floor().diff().long()
             order = order.repeat_interleave(times)
             order = order[torch.randperm(len(order), generator=generator)]
-        yield from indices[order].tolist()
+        order = indices[order]
+        for some in order.split(1024):  # a million whole numbers of Python take five times the room
+            yield from some.tolist()
 
 
 def record_weights(records: Sequence[Record], name: str) -> Tensor:
@@ -85,7 +94,7 @@ def record_weights(records: Sequence[Record], name: str) -> Tensor:
         return torch.ones(len(records), dtype=torch.float64)
     function = find_function(name, WEIGHTS, "weights")
     with naming(f"weights {name!r}", f"the {len(records)} training records", "mend it"):
-        values = list(function(list(records)))
+        values = list(function(taken(records, range(len(records)))))
     numbers = [as_number(value) for value in values]
     if len(values) != len(records):
         raise MedR1Error(
@@ -119,8 +128,7 @@ class Draws:
     """
 
     def __init__(self, records: Sequence[Record], order: Callable[[], Iterator[int]], seed: int) -> None:
-        self.cells = [stratum(record, "both") for record in records]
-        self.begin, self.seed = order, seed
+        self.records, self.begin, self.seed = records, order, seed
         self.load({"drawn": 0, "left_aside": 0, "passed": []})
 
     def take(self, count: int, rate: float | None = None) -> list[int]:
@@ -135,13 +143,17 @@ class Draws:
                 self.left_aside += 1
         return taken
 
+    def cell(self, index: int) -> tuple[Any, ...]:
+        """What a record is known by until it was asked: its modality and question type."""
+        return stratum(self.records[index], "both")
+
     def chance(self, index: int, rate: float) -> float:
         """exp(-SHARPNESS KL(rate ‖ the record's pass rate)), LEAST at least: 1 where the policy is right that often.
 
         A record's pass rate is that of its last group, drawn by PRIOR replies towards that of its modality and question
         type, which stands alone where the record was not asked yet, and is 1/2 where none of them was.
         """
-        cell_right, cell_replies = self.of_cells.get(self.cells[index], (0, 0))
+        cell_right, cell_replies = self.of_cells.get(self.cell(index), (0, 0))
         right, replies = self.passed.get(index, (0, 0))
         known = (right + PRIOR * (cell_right + 1) / (cell_replies + 2)) / (replies + PRIOR)
         divergence = rate * math.log(rate / known) + (1 - rate) * math.log((1 - rate) / (1 - known))
@@ -149,11 +161,9 @@ class Draws:
 
     def learn(self, index: int, right: int, replies: int) -> None:
         """A record's group had so many right replies; what the group before it had is forgotten."""
-        before, (cell_right, cell_replies) = (
-            self.passed.get(index, (0, 0)),
-            self.of_cells.get(self.cells[index], (0, 0)),
-        )
-        self.of_cells[self.cells[index]] = cell_right + right - before[0], cell_replies + replies - before[1]
+        before, cell = self.passed.get(index, (0, 0)), self.cell(index)
+        cell_right, cell_replies = self.of_cells.get(cell, (0, 0))
+        self.of_cells[cell] = cell_right + right - before[0], cell_replies + replies - before[1]
         self.passed[index] = right, replies
 
     def state(self) -> dict[str, Any]:

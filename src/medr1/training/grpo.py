@@ -11,6 +11,7 @@ their forward and backward are skipped, and they are counted.
 import contextlib
 import time
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -69,8 +70,8 @@ class GRPOTrainer(CollectingTrainer):
         self,
         vlm: VLM,
         config: Config,
-        train_records: list[Record],
-        test_records: list[Record],
+        train_records: Sequence[Record],
+        test_records: Sequence[Record],
         output_dir: Path,
     ) -> None:
         self.repeats = config.grpo.num_iterations

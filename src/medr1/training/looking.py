@@ -16,14 +16,18 @@ import hashlib
 import math
 import random
 import re
+from array import array
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from medr1.data.answers import is_correct, read_answer
+from medr1.data.kept import code
 from medr1.data.prompts import build_messages
 from medr1.data.records import LETTERS, Record, normalise_option
 from medr1.evaluation.confidence import option_logprobs
@@ -41,8 +45,8 @@ TRIES = 50
 MOST_NEED = 20.0
 """Times that a question is drawn for one whose text says nothing, at most."""
 
-Pool = dict[str, list[Record]]
-"""Records by the text of their right option."""
+Pool = dict[str, npt.NDArray[np.int32]]
+"""Places of records by the text of their right option."""
 
 
 def of_policy(reply: str, record: Record, mode: str) -> None:
@@ -71,18 +75,30 @@ class OtherImages:
     """
 
     def __init__(self, records: Sequence[Record]) -> None:
-        self.pools: dict[object, Pool] = {}
-        self.by_type: dict[object, list[Record]] = {}
-        for record in records:
+        self.records = records
+        self.by_type: dict[object, array[int]] = {}
+        codes, places = array("Q"), array("i")
+        for place, record in enumerate(records):
             for kind in _kinds(record):
-                self.by_type.setdefault(kind, []).append(record)
+                self.by_type.setdefault(kind, array("i")).append(place)
             for key in _keys(record):
-                self.pools.setdefault(key, {}).setdefault(_text(record.gold), []).append(record)
+                codes.append(code(*key, _text(record.gold)))
+                places.append(place)
+        order = np.argsort(np.asarray(codes), kind="stable")
+        self.codes, self.places = np.asarray(codes)[order], np.asarray(places)[order]
 
     def pool(self, record: Record) -> Pool:
         """The record itself and all others of its pool; empty where there is no other right answer."""
-        pools = (self.pools.get(key, {}) for key in _keys(record))
-        return next((pool for pool in pools if len(pool) > 1), {})
+        for key in _keys(record):
+            pool = {text: self._places(*key, text) for text in map(_text, record.options)}
+            pool = {text: places for text, places in pool.items() if len(places)}
+            if len(pool) > 1:
+                return pool
+        return {}
+
+    def _places(self, *parts: str) -> npt.NDArray[np.int32]:
+        wanted = np.uint64(code(*parts))
+        return self.places[self.codes.searchsorted(wanted) : self.codes.searchsorted(wanted, "right")]
 
     def exchanged(self, record: Record, share: float, seed: str) -> Record:
         """In a `share` of the draws the question about another image, its right answer drawn with equal chance."""
@@ -91,7 +107,7 @@ class OtherImages:
             return record
         right = draw.choice(sorted(pool))
         answer = LETTERS[[_text(option) for option in record.options].index(right)]
-        return record.model_copy(update={"images": draw.choice(pool[right]).images, "answer": answer})
+        return record.model_copy(update={"images": self.records[draw.choice(pool[right])].images, "answer": answer})
 
     def control(self, record: Record, seed: str) -> Record | None:
         """The record with an image to which its right answer is wrong, as far as other records tell; None without any.
@@ -101,10 +117,11 @@ class OtherImages:
         """
         draw, own = random.Random(f"{seed} control {record.id}"), _text(record.gold)
         if pool := self.pool(record):
-            donor = draw.choice(pool[draw.choice([right for right in sorted(pool) if right != own])])
+            donor = self.records[draw.choice(pool[draw.choice([right for right in sorted(pool) if right != own])])]
             return record.model_copy(update={"images": donor.images})
         for kind in _kinds(record):
-            for donor in draw.choices(self.by_type.get(kind, [record]), k=TRIES):
+            for place in draw.choices(self.by_type.get(kind, [None]), k=TRIES):
+                donor = record if place is None else self.records[place]
                 if donor.group != record.group and _text(donor.gold) != own:
                     return record.model_copy(update={"images": donor.images})
         return None
@@ -114,11 +131,11 @@ def _kinds(record: Record) -> list[tuple[str | None, str | None]]:
     return [(modality, record.question_type) for modality in (record.modality, "any")] if record.images else []
 
 
-def _keys(record: Record) -> list[tuple[str | None, str, frozenset[str]]]:
-    texts = frozenset(map(_text, record.options))
+def _keys(record: Record) -> list[tuple[str, ...]]:
+    texts = sorted({*map(_text, record.options)})
     if not record.images or record.is_open or len(texts) < len(record.options):
         return []
-    return [(modality, _text(record.question), texts) for modality in (record.modality, "any")]
+    return [(modality or "", _text(record.question), *texts) for modality in (record.modality, "any")]
 
 
 def _text(option: str) -> str:
@@ -216,11 +233,14 @@ def needs_image(records: Sequence[Record]) -> list[float]:
     chance beside. Where a shortcut tells 95 % of the right options of four, it tells 25 % of what is drawn. 1 of a
     question without options.
     """
-    listed = [record for record in records if not record.is_open]
-    folds = [int(hashlib.sha256(record.group.encode()).hexdigest(), 16) % FOLDS for record in listed]
+
+    def fold_of(record: Record) -> int:
+        return int(hashlib.sha256(record.group.encode()).hexdigest(), 16) % FOLDS
+
     right: dict[object, list[float]] = defaultdict(lambda: [0.0] * (FOLDS + 1))
     offered: dict[object, list[float]] = defaultdict(lambda: [0.0] * (FOLDS + 1))
-    for record, fold in zip(listed, folds, strict=True):
+    for record in records:
+        fold = fold_of(record)
         for letter, cues in zip(record.letters, _cues(record), strict=True):
             for cue in cues:
                 for place in (fold, FOLDS):  # the last is of all folds
@@ -239,8 +259,7 @@ def needs_image(records: Sequence[Record]) -> list[float]:
         p = sum(scores[LETTERS.index(letter)] for letter in record.right_letters) / sum(scores)
         return min(MOST_NEED, len(record.right_letters) * chance / p)
 
-    by_id = {id(record): need(record, fold) for record, fold in zip(listed, folds, strict=True)}
-    return [by_id.get(id(record), 1.0) for record in records]
+    return [1.0 if record.is_open else need(record, fold_of(record)) for record in records]
 
 
 def _cues(record: Record) -> list[tuple[Hashable, Hashable]]:

@@ -2,11 +2,13 @@
 
 import json
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from medr1.config import RECIPE, Config
+from medr1.data.kept import kept, taken
 from medr1.data.parts import leave_out_unreadable, load_parts
 from medr1.data.records import write_atomic
 from medr1.errors import MedR1Error
@@ -61,9 +63,11 @@ def dry_run(config: Config) -> dict[str, Any]:
 def _prepare(config: Config, out: Path, device: Any, extend: bool) -> RecordTrainer:
     train_records, test_records = load_parts(config.data)
     if config.data.skip_unreadable:
-        left = {record.id for record in leave_out_unreadable([*train_records, *test_records], out)}
-        train_records = [record for record in train_records if record.id in left]
-        test_records = [record for record in test_records if record.id in left]
+        left = {record.id for record in leave_out_unreadable(kept(chain(train_records, test_records)), out)}
+        train_records, test_records = (
+            taken(part, (place for place, record in enumerate(part) if record.id in left))
+            for part in (train_records, test_records)
+        )
     # Full fine-tuning keeps float32 weights, since bfloat16 would round small updates away; see `RecordTrainer`.
     dtype = config.model.dtype if config.model.lora_rank else "float32"
     vlm = load_vlm(config.model.name, **config.model.loading | {"dtype": dtype}, device=device)

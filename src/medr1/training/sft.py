@@ -7,6 +7,7 @@ prompts: at equal steps both methods have seen the same questions equally often 
     medr1 train --method sft --model tiny --data phantoms --out runs/sft
 """
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -33,8 +34,8 @@ class SFTTrainer(RecordTrainer):
         self,
         vlm: VLM,
         config: Config,
-        train_records: list[Record],
-        test_records: list[Record],
+        train_records: Sequence[Record],
+        test_records: Sequence[Record],
         output_dir: Path,
     ) -> None:
         if config.rollout.mode != "no-think":

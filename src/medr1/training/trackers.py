@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from transformers.integrations import MLflowCallback, TensorBoardCallback, TrackioCallback, WandbCallback
 
 from medr1.data.images import load_image
+from medr1.data.kept import code
 from medr1.data.records import Record
 from medr1.errors import MedR1Error
 
@@ -68,7 +69,13 @@ class SendCompletions(TrainerCallback):
         integrations: Sequence[TrainerCallback],
     ) -> None:
         self.every, self.as_asked, self.completions, self.integrations = every, as_asked, completions, integrations
-        self.records = {record.id: record for record in records}
+        self.records = records
+        codes = np.fromiter((code(record.id) for record in records), np.uint64, len(records))
+        self.places = codes.argsort()
+        self.codes = codes[self.places]
+
+    def _record(self, name: str) -> Record:
+        return self.records[self.places[self.codes.searchsorted(np.uint64(code(name)))]]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = state.global_step
@@ -76,9 +83,9 @@ class SendCompletions(TrainerCallback):
             return
         rows = self.completions()
         shown = list(dict.fromkeys(row["id"] for row in rows))[:MAX_PROMPTS]
-        asked = {row["id"]: self.as_asked(self.records[row["id"]], row["step"]) for row in rows if row["id"] in shown}
+        asked = {row["id"]: self.as_asked(self._record(row["id"]), row["step"]) for row in rows if row["id"] in shown}
         images = {name: picture for name in shown if (picture := thumbnail(asked[name])) is not None}
-        table = [{"question": self.records[row["id"]].question, **row} for row in rows if row["id"] in shown]
+        table = [{"question": self._record(row["id"]).question, **row} for row in rows if row["id"] in shown]
         table = [{column: row[column] for column in COLUMNS} for row in table]
         for integration in self.integrations:
             if send := SEND.get(type(integration)):

@@ -4,7 +4,7 @@ A layout is told by content: a folder QA_information, the column "problem", the 
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from medr1.data.datasets.own import Place
 from medr1.data.datasets.public import LAYOUTS, Layout, layout_of
 from medr1.data.datasets.rows import ImageFolder, canonical_modality, canonical_question_type, read_records, refuse
 from medr1.data.datasets.tables import SUFFIXES, Table, by_column, read_table
-from medr1.data.images import contents_of, file_of, name_of_content
+from medr1.data.images import file_of, name_of_content, with_contents
+from medr1.data.kept import kept, taken
 from medr1.data.records import Record
 from medr1.data.splits import joined
 from medr1.errors import MedR1Error
@@ -36,7 +37,7 @@ def load_records(
     image_root: Path | str | None = None,
     language: str = "en",
     refused: list[str] | None = None,
-) -> list[Record]:
+) -> Sequence[Record]:
     """Read all questions of a data set, in the order of its files.
 
     Args:
@@ -71,7 +72,7 @@ def select_records(
     modalities: Sequence[str] | None = None,
     question_types: Sequence[str] | None = None,
     sources: Sequence[str] | None = None,
-) -> list[Record]:
+) -> Sequence[Record]:
     """The records that pass the filters, see `load_records`.
 
     Raises:
@@ -82,7 +83,7 @@ def select_records(
         "question_type": _wanted("question type", question_types),
         "source": _wanted("source", sources),
     }
-    selected = list(records)
+    selected = records
     for field, values in wanted.items():
         if values is None:
             continue
@@ -92,11 +93,11 @@ def select_records(
                 f"no question with {field.replace('_', ' ')} {absent[0]!r} is left; "
                 f"present: {', '.join(sorted(filter(None, present))) or 'none (the files do not say)'}"
             )
-        selected = [record for record in selected if getattr(record, field) in values]
+        selected = taken(selected, [place for place, record in enumerate(selected) if getattr(record, field) in values])
     return selected
 
 
-def require_images(records: Sequence[Record]) -> None:
+def require_images(records: Iterable[Record]) -> None:
     """Raise MedR1Error, naming the first and the number of all, if image files of these records do not exist."""
     refuse(
         [
@@ -150,7 +151,7 @@ def _fitting(files: Iterable[Path], *, strict: bool = False) -> tuple[list[tuple
     return tables, others
 
 
-def _read(path: str, image_root: Path | None, language: str, refused: list[str] | None) -> list[Record]:
+def _read(path: str, image_root: Path | None, language: str, refused: list[str] | None) -> Sequence[Record]:
     folder = Path(path)
     if path.startswith(PREFIX):
         tables = hub_tables(path)
@@ -177,27 +178,28 @@ def _read(path: str, image_root: Path | None, language: str, refused: list[str] 
     return records
 
 
-def _grouped(records: list[Record]) -> list[Record]:
+def _grouped(records: Sequence[Record]) -> Sequence[Record]:
     """Each record with the patients and studies of its DICOM files among its groups; a group without a name gets that
     of the first of them, or of its first image's content. Records that share a group get one name for it.
     """
-    contents = contents_of((image for record in records for image in record.images), decode=False)
-    told = []
-    for record in records:
-        owners = [owner for image in record.images if image in contents for owner in contents[image].owners]
-        groups = tuple(dict.fromkeys([*record.groups, *owners]))
-        if groups != record.groups or not record.group:
-            first = contents.get(record.images[0])
-            content = name_of_content(first.file) if first else str(record.images[0])
-            group = record.group or (groups[0] if groups else content)
-            record = record.model_copy(update={"group": group, "groups": groups})
-        told.append(record)
-    return joined(told, by_content=False)
+
+    def told() -> Iterator[Record]:
+        for record, contents in with_contents(records, lambda record: record.images, decode=False):
+            owners = [owner for image in record.images if image in contents for owner in contents[image].owners]
+            groups = tuple(dict.fromkeys([*record.groups, *owners]))
+            if groups != record.groups or not record.group:
+                first = contents.get(record.images[0])
+                content = name_of_content(first.file) if first else str(record.images[0])
+                group = record.group or (groups[0] if groups else content)
+                record = record.model_copy(update={"group": group, "groups": groups})
+            yield record
+
+    return joined(kept(told()), by_content=False)
 
 
 def _read_tables(
     tables: Sequence[tuple[Table, Layout]], folder: ImageFolder, language: str, refused: list[str] | None
-) -> list[Record]:
+) -> Sequence[Record]:
     layouts = {table.name: layout for table, layout in tables}
 
     def record(table: Table, number: int, row: dict[str, Any]) -> Record:

@@ -13,6 +13,7 @@ source is not known is an error.
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -119,7 +120,7 @@ def _readable(file: Path) -> bool:
     return True
 
 
-def read_medr1_splits(path: Path, image_root: Path | None = None, refused: list[str] | None = None) -> list[Record]:
+def read_medr1_splits(path: Path, image_root: Path | None = None, refused: list[str] | None = None) -> Sequence[Record]:
     """Every row of one split file, or of all below a folder. Ids are "<file stem>/<row, from 1>".
 
     Args:

@@ -9,6 +9,7 @@ of `modality_type`. Both keys are read.
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from medr1.data.records import LETTERS, Record, normalise_option
 from medr1.errors import MedR1Error
 
 
-def read_omnimedvqa(root: Path, refused: list[str] | None = None) -> list[Record]:
+def read_omnimedvqa(root: Path, refused: list[str] | None = None) -> Sequence[Record]:
     """Every question of the open-access part below a folder that holds QA_information and Images.
 
     Args:

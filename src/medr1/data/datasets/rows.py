@@ -9,14 +9,18 @@ import io
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from array import array
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 
 from medr1.data.datasets.tables import Table, is_missing, read_text
 from medr1.data.images import expand_reference, resolve_inside
+from medr1.data.kept import code, kept, taken
 from medr1.data.records import LETTERS, MODALITIES, QUESTION_TYPES, Record, normalise_option
 from medr1.errors import MedR1Error
 
@@ -221,6 +225,10 @@ def answer_letter(answer: str, options: tuple[str, ...]) -> str:
     return own
 
 
+LOCATED = 20_000
+"""Images whose paths are remembered at most."""
+
+
 class ImageFolder:
     """The folder that image paths are relative to, and its groups.csv (image_path,group) where there is one.
 
@@ -246,6 +254,8 @@ class ImageFolder:
         if self.root is None:
             raise ValueError(f"image {relative!r} is a file of its own; download the images and give --image-root")
         if relative not in self._located:  # many questions are about one image
+            if len(self._located) == LOCATED:
+                self._located.clear()
             self._located[relative] = resolve_inside(self.root, relative)
         return self._located[relative]
 
@@ -305,7 +315,7 @@ class NotAsked(ValueError):
 
 def read_records(
     tables: Iterable[Table], read: Callable[[Table, int, dict[str, Any]], Record], refused: list[str] | None = None
-) -> list[Record]:
+) -> Sequence[Record]:
     """All rows of all tables as records. `read(table, number, row)` makes one, with rows counted from 1.
 
     Args:
@@ -315,34 +325,60 @@ def read_records(
         MedR1Error: a table cannot be read, or no row is good, or rows are bad and `refused` is None: names the first
             bad one, with the number of all.
     """
-    records: list[Record] = []
-    places: dict[str, str] = {}
-    known: dict[Any, Any] = {}
-    bad: list[str] = []
+    bad: list[tuple[int, str]] = []
+    """With the row's number among those of all tables."""
     not_asked: list[str] = []
-    for table in tables:
-        for number, row in enumerate(table.rows, start=1):
-            place = f"{table.name}: row {number}"
-            try:
-                if isinstance(row, ValueError):
-                    raise row
-                if not isinstance(row, dict):
-                    raise ValueError(f"not an object but {row!r:.40}")
-                record = read(table, number, row).sharing(known)
-                if record.id in places:
-                    raise ValueError(f"id {record.id!r} was used before, at {places[record.id]}; make ids unique")
-            except NotAsked as reason:
-                not_asked.append(f"{place}: {reason}")
-            except ValueError as error:
-                bad.append(f"{place}: {_reason(error)}")
-            else:
-                places[record.id] = place
-                records.append(record)
+    begins: list[tuple[int, str]] = []
+    """Of each table: the number of rows before it, and its name."""
+    numbers, codes = array("Q"), array("Q")
+    """Of each record: its row's number, and what stands for its id."""
+
+    def good() -> Iterator[Record]:
+        number = 0
+        for table in tables:
+            begins.append((number, table.name))
+            for row in table.rows:
+                number += 1
+                try:
+                    if isinstance(row, ValueError):
+                        raise row
+                    if not isinstance(row, dict):
+                        raise ValueError(f"not an object but {row!r:.40}")
+                    record = read(table, number - begins[-1][0], row)
+                except NotAsked as reason:
+                    not_asked.append(f"{place(number)}: {reason}")
+                except ValueError as error:
+                    bad.append((number, _reason(error)))
+                else:
+                    numbers.append(number)
+                    codes.append(code(record.id))
+                    yield record
+
+    def place(number: int) -> str:
+        before, name = begins[bisect_left(begins, (number,)) - 1]
+        return f"{name}: row {number - before}"
+
+    records = kept(good())
+    repeated = _repeated(records, codes)
+    for again, first in repeated.items():
+        reason = f"id {records[again].id!r} was used before, at {place(numbers[first])}; make ids unique"
+        bad.append((numbers[again], reason))
+    if repeated:
+        records = taken(records, [number for number in range(len(records)) if number not in repeated])
+    lines = [f"{place(number)}: {reason}" for number, reason in sorted(bad)]
     if refused is None or not records:
-        refuse(bad or (not_asked if not records else []))
+        refuse(lines or (not_asked if not records else []))
     else:
-        refused += [*bad, *not_asked]
+        refused += [*lines, *not_asked]
     return records
+
+
+def _repeated(records: Sequence[Record], codes: "array[int]") -> dict[int, int]:
+    """Places of records whose id one before them has, and the place of the first that has it."""
+    values, times = np.unique(np.asarray(codes), return_counts=True)
+    alike = np.flatnonzero(np.isin(np.asarray(codes), values[times > 1])).tolist()
+    firsts: dict[str, int] = {}
+    return {place: first for place in alike if (first := firsts.setdefault(records[place].id, place)) != place}
 
 
 def refuse(bad: Sequence[str]) -> None:

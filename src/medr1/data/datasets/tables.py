@@ -93,24 +93,40 @@ def by_column(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_table(path: Path) -> Table:
-    """The table in a file of one of SUFFIXES. CSV and Parquet are read while the rows are gone through.
+    """The table in a file of one of SUFFIXES. All but JSON lists are read while the rows are gone through.
 
     Raises:
         MedR1Error: the file cannot be read or is not what its name says.
     """
     _refuse_packed(path)
+    rows: Iterable[Any]
+    beginning: Iterable[Any]
     match path.suffix.lower():
         case ".csv" | ".tsv":
             header, delimiter = _header(path)
             return Table(str(path), path.stem, frozenset(map(column, header)), _csv_rows(path, delimiter))
         case ".parquet":
             return _parquet_table(path)
-        case ".jsonl":
-            rows = _json_lines(path, read_text(path))
+        case ".jsonl" if not _is_list(path):
+            rows, beginning = _json_lines(path), _json_lines(path)
         case _:
-            rows = read_rows(path)
-    first = next((row for row in rows if isinstance(row, dict)), {})
+            rows = beginning = read_rows(path)
+    first = next((row for row in beginning if isinstance(row, dict)), {})
     return Table(str(path), path.stem, frozenset(map(column, first)), rows)
+
+
+def _is_list(path: Path) -> bool:
+    """Whether a list takes a whole text file. All of it is gone through, so that what is no text is told before rows.
+
+    Raises:
+        MedR1Error: as `read_text`.
+    """
+    first = ""
+    for line in _lines(path):
+        if "\0" in line:
+            raise _no_text(path)
+        first = first or line.lstrip()[:1]
+    return first == "["
 
 
 def read_text(path: Path) -> str:
@@ -141,7 +157,7 @@ def read_rows(path: Path) -> list[Any]:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
-            return _json_lines(path, text)
+            return [*_json_lines(path)]
         why = _why_not_json(error)
         raise MedR1Error(f"{path}: line {error.lineno} is not JSON ({why}); repair the file") from error
     except (ValueError, RecursionError) as error:  # a number of too many digits, lists nested too deep
@@ -151,27 +167,43 @@ def read_rows(path: Path) -> list[Any]:
     return rows
 
 
-def _json_lines(path: Path, text: str) -> list[Any]:
-    """A value a line, a ValueError for a line that is none; or those of a list that takes the whole file.
+def _json_lines(path: Path) -> Iterator[Any]:
+    """A value a line, read while they are gone through; a ValueError for a line that is none.
 
     Raises:
         MedR1Error: not one line is JSON; the first is named.
     """
-    if text.lstrip().startswith("["):
-        return read_rows(path)
-    rows: list[Any] = []
     first = ""
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: JSON may hold U+2028
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except (ValueError, RecursionError) as error:
-                why = _why_not_json(error) if isinstance(error, json.JSONDecodeError) else str(error)
-                first = first or f"line {number} is not JSON ({why})"
-                rows.append(ValueError(f"is not JSON (line {number}: {why})"))
-    if first and all(isinstance(row, ValueError) for row in rows):
+    wrong: list[ValueError] = []
+    has_value = False
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            why = _why_not_json(error) if isinstance(error, json.JSONDecodeError) else str(error)
+            first = first or f"line {number} is not JSON ({why})"
+            wrong.append(ValueError(f"is not JSON (line {number}: {why})"))
+            if has_value:
+                yield wrong.pop()
+        else:
+            yield from wrong
+            wrong, has_value = [], True
+            yield value
+    if wrong:
         raise MedR1Error(f"{path}: {first}, nor is any other line; repair the file")
-    return rows
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Lines of a text file: not as splitlines has them, for JSON may hold U+2028."""
+    try:
+        with path.open(encoding=_encoding(path)) as file:
+            yield from file
+    except UnicodeDecodeError:
+        read_text(path)  # raises, and counts the bytes from the beginning of the file
+    except OSError as error:
+        raise MedR1Error(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
 
 
 def _why_not_json(error: json.JSONDecodeError) -> str:

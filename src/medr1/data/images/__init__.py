@@ -1,6 +1,6 @@
 """Readers of images: `read_image`, for every supported kind of file."""
 
-from medr1.data.images.contents import Content, all_cores, contents_of
+from medr1.data.images.contents import Content, all_cores, contents_of, with_contents
 from medr1.data.images.identity import group_of, is_salted, name_of_content
 from medr1.data.images.kinds import kind_of
 from medr1.data.images.limits import MAX_PIXELS
@@ -23,4 +23,5 @@ __all__ = [
     "name_of_content",
     "read_image",
     "resolve_inside",
+    "with_contents",
 ]

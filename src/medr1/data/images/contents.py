@@ -19,6 +19,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,10 +37,11 @@ from medr1.processes import is_first
 FILE = "contents-1.sqlite"
 """In the cache; the number is that of its tables."""
 TABLES = ("files (path BLOB PRIMARY KEY, stamp TEXT, digest TEXT)", "contents (name TEXT PRIMARY KEY, value TEXT)")
-TABLES = ("files (path BLOB PRIMARY KEY, stamp TEXT, digest TEXT)", "contents (name TEXT PRIMARY KEY, value TEXT)")
 DECODERS = ("pillow", "numpy", "pydicom", "pylibjpeg", "nibabel", "tifffile", "openslide-python")
 AT_ONCE = 256
 """Images between two commits: what an interrupted run has hashed is kept."""
+TOGETHER = 4096
+"""Records whose images are looked up in one go."""
 SETTLED = 2_000_000_000
 """Nanoseconds after which a file's times tell the next change; a file newer than that is not remembered by path."""
 SHOWN_FROM = 1000
@@ -76,6 +78,28 @@ def contents_of(images: Iterable[Path], *, decode: bool = True) -> dict[Path, Co
     Raises:
         MedR1Error: the salt for a patient's name cannot be kept.
     """
+    with _opened() as store, _progress() as advance:
+        return _contents(images, decode, store, advance)
+
+
+def with_contents(
+    items: Iterable[T], images_of: Callable[[T], Iterable[Path]], *, decode: bool = True
+) -> Iterator[tuple[T, dict[Path, Content]]]:
+    """Each item, in its order, with the contents of its images, and of some others; see `contents_of`.
+
+    Those of TOGETHER items are in memory at a time.
+    """
+    rest = iter(items)
+    with _opened() as store, _progress() as advance:
+        while some := list(islice(rest, TOGETHER)):
+            contents = _contents((image for item in some for image in images_of(item)), decode, store, advance)
+            for item in some:
+                yield item, contents
+
+
+def _contents(
+    images: Iterable[Path], decode: bool, store: "_Store", advance: Callable[[int], None]
+) -> dict[Path, Content]:
     places: dict[Path, tuple[Path, bytes, str]] = {}  # image: its file, that file's absolute path and stamp
     for image in dict.fromkeys(images):
         file = file_of(image)
@@ -85,20 +109,19 @@ def contents_of(images: Iterable[Path], *, decode: bool = True) -> dict[Path, Co
             continue
         stamp = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
         places[image] = file, os.fsencode(os.path.abspath(file)), stamp
-    with _opened() as store, _progress() as advance:
-        files = _digests({name: (file, stamp) for file, name, stamp in places.values()}, store, advance)
-        places = {image: place for image, place in places.items() if place[1] in files}
-        kinds = {files[name]: file for file, name, _ in places.values()}
-        is_dicom_of = store.filled({(digest, "dicom"): file for digest, file in kinds.items()}, _dicom, advance)
-        named = {digest: file for digest, file in kinds.items() if is_dicom_of.get((digest, "dicom"))}
-        who = f"owners {salt_name()}" if named else ""
-        owners = store.filled({(digest, who): file for digest, file in named.items()}, _owners, advance)
-        shown: dict[Path, tuple[str, str]] = {}
-        if decode:
-            for image, (file, name, _) in places.items():
-                shown[image] = files[name], f"pixels {_decoder()} {str(image)[len(str(file)) :]}"
-        wanted = {key: image for image, key in shown.items()}
-        pixels = store.filled(wanted, _pixel_digest, advance, AT_ONCE)
+    files = _digests({name: (file, stamp) for file, name, stamp in places.values()}, store, advance)
+    places = {image: place for image, place in places.items() if place[1] in files}
+    kinds = {files[name]: file for file, name, _ in places.values()}
+    is_dicom_of = store.filled({(digest, "dicom"): file for digest, file in kinds.items()}, _dicom, advance)
+    named = {digest: file for digest, file in kinds.items() if is_dicom_of.get((digest, "dicom"))}
+    who = f"owners {salt_name()}" if named else ""
+    owners = store.filled({(digest, who): file for digest, file in named.items()}, _owners, advance)
+    shown: dict[Path, tuple[str, str]] = {}
+    if decode:
+        for image, (file, name, _) in places.items():
+            shown[image] = files[name], f"pixels {_decoder()} {str(image)[len(str(file)) :]}"
+    wanted = {key: image for image, key in shown.items()}
+    pixels = store.filled(wanted, _pixel_digest, advance, AT_ONCE)
     return {
         image: Content(
             files[name],

@@ -7,12 +7,13 @@ published parts and our own, and names defects of questions, options and spellin
 errors: rows that the reader refuses are listed, and an error is only where all of them are.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from medr1.data.datasets import is_omnimedvqa, load_records
+from medr1.data.kept import taken
 from medr1.data.records import Record
 from medr1.evaluation.metrics import NOT_STATED
 from medr1.report.checks.images import groups_of, image_findings, look_at
@@ -46,7 +47,7 @@ def check_data(path: Path | str, *, image_root: Path | None = None, language: st
     refused: list[str] = []
     records = load_records(path, check_images=False, image_root=image_root, language=language, refused=refused)
     path = Path(path)
-    choice = [record for record in records if not record.is_open]
+    choice = taken(records, (place for place, record in enumerate(records) if not record.is_open))
     folder = image_root or (path if path.is_dir() else path.parent)
     files = {"": records} if is_omnimedvqa(path) else by_file(records)
     pictures = look_at(sorted({image for record in records for image in record.images}))
@@ -83,15 +84,15 @@ def _count(names: Iterable[str]) -> dict[str, int]:
 
 
 def _sources(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
-    table = {}
-    for source, num in _count(record.source for record in records).items():
-        some = [record for record in records if record.source == source]
-        table[source] = {
-            "records": num,
-            "images": len({image for record in some for image in record.images}),
-            "licences": sorted({record.licence for record in some}),
-        }
-    return table
+    images: dict[str, set[Path]] = defaultdict(set)
+    licences: dict[str, set[str]] = defaultdict(set)
+    for record in records:
+        images[record.source].update(record.images)
+        licences[record.source].add(record.licence)
+    return {
+        source: {"records": num, "images": len(images[source]), "licences": sorted(licences[source])}
+        for source, num in _count(record.source for record in records).items()
+    }
 
 
 def _listed(findings: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """What train and test share: the published pairs of files, and our own split, which must share nothing."""
 
 import re
+from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from medr1.config import DataConfig
+from medr1.data.kept import kept, taken
 from medr1.data.records import Record
 from medr1.data.splits import joined, split_by_group
 from medr1.errors import MedR1Error
@@ -19,23 +22,27 @@ _PART = re.compile(r"(?P<name>.*[_\- ]|)(?P<part>train|test)")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(-\w+)?$")
 
 
-def by_file(records: Iterable[Record]) -> dict[str, list[Record]]:
+def by_file(records: Sequence[Record]) -> dict[str, Sequence[Record]]:
     """Records of files whose rows are numbered "<file>/<row>", by file."""
-    files: dict[str, list[Record]] = defaultdict(list)
-    for record in records:
-        files[record.id.rpartition("/")[0]].append(record)
-    return dict(files)
+    files: dict[str, array[int]] = defaultdict(lambda: array("i"))
+    for place, record in enumerate(records):
+        files[record.id.rpartition("/")[0]].append(place)
+    return {file: taken(records, places) for file, places in files.items()}
 
 
 def published_parts(files: Mapping[str, Sequence[Record]]) -> dict[str, Parts]:
     """(train, test) of each pair of files that differ in the word train or test: "CT_train" and "CT_test", "train" and
     "test"; of several shards ("train-00000-of-00002-…") as one.
     """
-    found: dict[str, dict[str, list[Record]]] = defaultdict(lambda: {"train": [], "test": []})
+    found: dict[str, dict[str, list[Sequence[Record]]]] = defaultdict(lambda: {"train": [], "test": []})
     for file, records in sorted(files.items()):
         if match := _PART.fullmatch(_SHARD.sub("", file)):
-            found[match["name"].strip("_- ") or "the published split"][match["part"]] += records
-    return {name: (parts["train"], parts["test"]) for name, parts in found.items() if all(parts.values())}
+            found[match["name"].strip("_- ") or "the published split"][match["part"]].append(records)
+    return {
+        name: (kept(chain(*parts["train"])), kept(chain(*parts["test"])))
+        for name, parts in found.items()
+        if all(map(any, parts.values()))
+    }
 
 
 def own_parts(records: Sequence[Record]) -> Parts | None:

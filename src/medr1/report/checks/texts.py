@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import itertools
 import re
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from medr1.data.datasets import canonical_modality, canonical_question_type, is_
 from medr1.data.datasets.medr1_splits import is_medr1_splits, split_files
 from medr1.data.datasets.rows import letter_of
 from medr1.data.datasets.tables import Table, read_table
+from medr1.data.kept import taken
 from medr1.data.records import LETTERS, MODALITIES, QUESTION_TYPES, Record, normalise_option
 from medr1.evaluation.metrics import NOT_STATED
 
@@ -46,19 +48,20 @@ def questions(files: Iterable[Sequence[Record]], content: Mapping[Path, str]) ->
     """
     found: dict[str, list[Any]] = {"repeated": [], "conflicting": [], "near_same": []}
     for records in files:
-        about: dict[tuple[str, ...], dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
+        about: dict[tuple[str, ...], dict[str, list[tuple[str, str]]]] = defaultdict(lambda: defaultdict(list))
         for record in records:
-            about[tuple(content[image] for image in record.images)][plain(record.question)].append(record)
+            shown = about[tuple(content[image] for image in record.images)]
+            shown[plain(record.question)].append((record.id, plain(record.gold)))
         for by_stem in about.values():
             for same in by_stem.values():
-                ids = [record.id for record in same]
+                ids = [name for name, _ in same]
                 if len(same) > 1:
                     found["repeated"].append(ids)
-                if len({plain(record.gold) for record in same}) > 1:
+                if len({gold for _, gold in same}) > 1:
                     found["conflicting"].append(ids)
             for stem, other in itertools.combinations(by_stem, 2):
                 if _near_same(stem, other):
-                    found["near_same"].append([by_stem[stem][0].id, by_stem[other][0].id])
+                    found["near_same"].append([by_stem[stem][0][0], by_stem[other][0][0]])
     return found
 
 
@@ -143,14 +146,14 @@ def answers(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
         chance (None of open texts), and majority: the accuracy of always giving the most frequent answer, and a
         guess where it is not offered.
     """
-    by_kind: dict[str, list[Record]] = defaultdict(list)
-    for record in records:
+    by_kind: dict[str, array[int]] = defaultdict(lambda: array("i"))
+    for place, record in enumerate(records):
         kind = record.question_type or f"{record.modality or NOT_STATED}, any type"
-        by_kind[OPEN_KINDS[record.is_yes_no] if record.is_open else kind].append(record)
+        by_kind[OPEN_KINDS[record.is_yes_no] if record.is_open else kind].append(place)
     order = (*QUESTION_TYPES, *(f"{modality}, any type" for modality in (*MODALITIES, NOT_STATED)), *OPEN_KINDS)
     table = {}
     for kind in sorted(by_kind, key=order.index):
-        some = by_kind[kind]
+        some = taken(records, by_kind[kind])
         right = Counter(plain(record.gold) for record in some)
         spelt = {plain(record.gold): record.gold for record in some}
         best = right.most_common(1)[0][0]
