@@ -204,8 +204,8 @@ def test_a_trained_model_is_asked_by_its_own_list(run: Any, tmp_path: Path) -> N
     run("train", "--data", data, "--out", tmp_path / "run", *SMALL, *SPLIT_SEED)
     split = split_of(tmp_path / "run" / "model")
     assert split is not None
-    held_out = {question["id"] for question in split.parts["held_out"]}
-    assert len(held_out) + len(split.parts["trained_on"]) == 200
+    held_out = {question["id"] for question in split.questions("held_out")}
+    assert len(held_out) + len([*split.questions("trained_on")]) == 200
     model = ("--model", tmp_path / "run" / "model", "--mode", "no-think", "--score-options")
 
     # The audit's case: the data at another path, asked with the default fraction and seed.

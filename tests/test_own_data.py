@@ -687,7 +687,7 @@ def test_training_and_evaluation_on_ones_own_csv(tmp_path: Path, capfd: pytest.C
     assert list_of_run is not None
     known = summary["trained_on"]  # what the run trained on stands apart
     assert (summary["n"] + known["n"], summary["open"]["n"] + known["open"]["n"]) == (6, 2)
-    assert known["n"] + known["open"]["n"] == len(list_of_run.parts["trained_on"]) > 0
+    assert known["n"] + known["open"]["n"] == len([*list_of_run.questions("trained_on")]) > 0
     assert f"open questions, n = {summary['open']['n']}" in done.stdout
 
 

@@ -137,15 +137,18 @@ class StopAfter(TrainerCallback):
     ids=["grpo", "reference", "two-updates", "lora", "sft", *OBJECTIVES, "looking"],
 )
 def test_a_stopped_run_resumes_to_the_same_weights_and_logs(
-    overrides: dict[str, object], phantoms: Path, tmp_path: Path
+    overrides: dict[str, object], phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where the stopped run reads its records from a file, as it would very many, and the whole one has lists."""
     config = recipe(phantoms, **overrides)
     whole = make_trainer(config, tmp_path / "whole")
     before = weights(whole).clone()
     whole.run()
     assert not torch.equal(before, weights(whole))
 
+    monkeypatch.setattr("medr1.data.kept.LIMIT", 10)
     stopped = make_trainer(config, tmp_path / "stopped")
+    assert not isinstance(stopped.train_records, list)
     stopped.add_callback(StopAfter)
     with pytest.raises(KeyboardInterrupt):
         stopped.run()

@@ -43,7 +43,7 @@ def draw_order(records: Sequence[Record], weights: Tensor, balance: str, seed: i
     """
     generator = torch.Generator().manual_seed(seed)
     strata = _strata(records, weights.nonzero().flatten(), balance)
-    streams = [_passes(indices, weights[indices], generator) for indices in strata]
+    streams = [_passes(indices, _shares(weights[indices]), generator) for indices in strata]
     return streams[0] if len(streams) == 1 else _in_turns(streams, generator)
 
 
@@ -68,9 +68,13 @@ def _in_turns(streams: Sequence[Iterator[int]], generator: torch.Generator) -> I
             yield next(streams[place])
 
 
-def _passes(indices: Tensor, weights: Tensor, generator: torch.Generator) -> Iterator[int]:
+def _shares(weights: Tensor) -> Tensor | None:
+    """How often each record comes in a pass, on average; None where each comes once."""
+    return None if (weights == weights[0]).all() else weights / weights.mean()
+
+
+def _passes(indices: Tensor, shares: Tensor | None, generator: torch.Generator) -> Iterator[int]:
     """One seeded pass after another over records of weights above 0."""
-    shares = None if (weights == weights[0]).all() else weights / weights.mean()
     while True:
         order = torch.randperm(len(indices), generator=generator)
         if shares is not None:
