@@ -29,6 +29,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
@@ -40,7 +41,7 @@ from torch.nn.attention.flex_attention import create_mask, flex_attention
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PrinterCallback
 from transformers.masking_utils import causal_mask_function
 
-from medr1.policy import attention
+from medr1.policy import attention, held, rollouts
 from medr1.policy.adapters import add_lora, compile_text_layers
 from medr1.policy.drafts import Drafts
 from medr1.policy.encoding import PromptBatch, encode_prompts, with_vision_features
@@ -160,15 +161,21 @@ def apart(one: Tensor, other: Tensor, mask: Tensor) -> dict[str, float]:
 
 def equality(machine: Machine) -> dict[str, Any]:
     """Log-probs of shared prompts against repeated ones in float32, and of both in bfloat16 against float32; tokens
-    sampled over shared prompts against those over repeated ones, and with drafts against those without."""
+    sampled over shared prompts against those over repeated ones, with drafts against those without, and with a graph of
+    each step against those without."""
     vlm, group = build(machine, SMALLER, torch.float32), machine.groups[0] // 2
     prompts = ask(machine, vlm, *machine.sides)
     settings: dict[str, Any] = {"max_new_tokens": min(machine.new_tokens, 64), "seed": 1}
-    rollout = sample(vlm, prompts, num_completions=group, **settings)
-    other = sample(vlm, repeated(prompts, group), num_completions=1, **settings)
     drafts = Drafts()
-    drafts.learn(rollout.tokens)
-    drafted = sample(vlm, prompts, num_completions=group, **settings, drafts=drafts)
+    with decoding_by(machine, "kernels"):
+        rollout = sample(vlm, prompts, num_completions=group, **settings)
+        other = sample(vlm, repeated(prompts, group), num_completions=1, **settings)
+        drafts.learn(rollout.tokens)
+        drafted = sample(vlm, prompts, num_completions=group, **settings, drafts=drafts)
+    held_steps = []
+    for way in ("graph", "fixed"):
+        with decoding_by(machine, way):
+            held_steps.append(sample(vlm, prompts, num_completions=group, **settings))
     mask = rollout.mask_NT.clone()
     mask[::2, mask.shape[1] // 2 :] = False  # ragged
 
@@ -181,13 +188,16 @@ def equality(machine: Machine) -> dict[str, Any]:
     exact = score()
     vlm.model.to(torch.bfloat16)
     rounded = score()
-    found = {
+    found: dict[str, Any] = {
         "float32: shared against repeated": apart(exact["shared"], exact["repeated"], mask),
         "bfloat16 shared against float32": apart(rounded["shared"], exact["shared"], mask),
         "bfloat16 repeated against float32": apart(rounded["repeated"], exact["repeated"], mask),
         "float32: sampler's log-probs against scored": apart(rollout.logp_NT, exact["shared"], mask),
         "tokens equal, shared and repeated": same(rollout, other),
         "tokens equal, with and without drafts": same(rollout, drafted),
+        "tokens equal, steps in a graph and plain": same(rollout, held_steps[0]),
+        "tokens equal, steps in a graph and launched": same(*held_steps),
+        "not in a graph": vlm.not_held,
         "calls, without and with drafts": [rollout.num_calls, drafted.num_calls],
     }
     bfloat16 = [found[f"bfloat16 {key} against float32"]["mean"] for key in ("shared", "repeated")]
@@ -195,9 +205,21 @@ def equality(machine: Machine) -> dict[str, Any]:
         found["float32: shared against repeated"]["max"] < 2e-3
         and found["float32: sampler's log-probs against scored"]["max"] < 2e-3
         and bfloat16[0] < 1.5 * bfloat16[1] + 1e-3
-        and min(found["tokens equal, shared and repeated"], found["tokens equal, with and without drafts"]) > 0.97
+        and min(value for key, value in found.items() if key.startswith("tokens equal")) > 0.97
+        and found["tokens equal, steps in a graph and launched"] == 1
+        and vlm.not_held is None
     )
     return found
+
+
+@contextlib.contextmanager
+def decoding_by(machine: Machine, way: str) -> Iterator[None]:
+    """Within this block rows are decoded in fixed shape, each step as a "graph" (of which a CPU has none) or as the
+    same kernels launched one by one ("fixed"), or as it is without ("kernels")."""
+    capture = held.capture if way == "graph" and machine.on_gpu else lambda step: step
+    holds = lambda vlm, max_new_tokens: way != "kernels" and vlm.not_held is None  # noqa: E731
+    with mock.patch.object(rollouts, "holds", holds), mock.patch.object(held, "capture", capture):
+        yield
 
 
 def same(one: Rollout, other: Rollout) -> float:
@@ -262,32 +284,42 @@ def flex(machine: Machine) -> dict[str, Any]:
 
 
 def decoding(machine: Machine) -> dict[str, Any]:
-    """Seconds of a decoded token by rows, and what a call of all right guesses saves; the constant EAGER_LAYER."""
+    """Seconds of a decoded token by rows, with a graph of each step and without (the constant EAGER_LAYER), and what a
+    call of all right guesses saves."""
     vlm = build(machine, SMALLER, torch.bfloat16)
     prompts, tokens = ask(machine, vlm, machine.sides[0]), min(machine.new_tokens - 1, 63)
     settings: dict[str, Any] = {"seed": 1}
     sample(vlm, prompts, num_completions=2, max_new_tokens=2, **settings)
-    found: dict[str, Any] = {"seconds a token": {}}
-    for rows in (1, *machine.groups, 4 * machine.groups[-1]):
-        read, whole = (
-            machine.seconds(
-                lambda n=n, rows=rows: sample(vlm, prompts, num_completions=rows, max_new_tokens=n, **settings)
-            )
-            for n in (1, 1 + tokens)
-        )
-        found["seconds a token"][rows] = (whole - read) / tokens
+    found: dict[str, Any] = {"seconds a token": {}, "seconds a token, steps in a graph": {}}
+    for of_rows, way in zip(found.values(), ("kernels", "graph"), strict=True):
+        for rows in (1, *machine.groups, 4 * machine.groups[-1]):
+            with decoding_by(machine, way):
+                read, whole = (
+                    machine.seconds(
+                        lambda n=n, rows=rows: sample(vlm, prompts, num_completions=rows, max_new_tokens=n, **settings)
+                    )
+                    for n in (1, 1 + tokens)
+                )
+            of_rows[rows] = (whole - read) / tokens
     layers = vlm.core.config.get_text_config().num_hidden_layers
     found["EAGER_LAYER"] = {"measured": found["seconds a token"][machine.groups[0]] / layers}
     found["EAGER_LAYER"]["planned"] = planned.EAGER_LAYER
     settings |= {"num_completions": machine.groups[0], "max_new_tokens": tokens}
-    drafts, plain = Drafts(), sample(vlm, prompts, **settings)
-    drafts.learn(plain.tokens)
-    with_drafts: list[Rollout] = []
-    seconds = machine.seconds(lambda: with_drafts.append(sample(vlm, prompts, **settings, drafts=drafts)))
+    drafts = Drafts()
+    rollouts_by: dict[str, Rollout] = {}
+    seconds_by: dict[str, float] = {}
+    for name, way in (("plain", "kernels"), ("graph", "graph"), ("drafts", "kernels")):
+        more: dict[str, Any] = {"drafts": drafts} if name == "drafts" else {}
+        with decoding_by(machine, way):
+            began = machine.now()
+            rollouts_by[name] = sample(vlm, prompts, **settings, **more)
+            seconds_by[name] = machine.now() - began
+        drafts.learn(rollouts_by[name].tokens)
+    plain = rollouts_by.pop("plain")
     found["completions seen before"] = {
-        "seconds, without and with drafts": [machine.seconds(lambda: sample(vlm, prompts, **settings)), seconds],
-        "calls": [plain.num_calls, with_drafts[0].num_calls],
-        "tokens equal in bfloat16": same(plain, with_drafts[0]),
+        "seconds": seconds_by,
+        "calls, without and with drafts": [plain.num_calls, rollouts_by["drafts"].num_calls],
+        "tokens equal in bfloat16": {name: same(plain, other) for name, other in rollouts_by.items()},
     }
     return found
 

@@ -33,8 +33,10 @@ def stop_bias(request: pytest.FixtureRequest) -> float:
 
 
 def biased(vlm: VLM, amount: float) -> VLM:
+    stops = torch.tensor(vlm.stop_token_ids)
+
     def add(head: torch.nn.Module, args: object, logits: torch.Tensor) -> torch.Tensor:
-        logits[..., vlm.stop_token_ids] += amount
+        logits[..., stops] += amount
         return logits
 
     if amount:

@@ -99,7 +99,7 @@ class RolloutConfig(_Section):
     drafts: bool = Field(
         True,
         description="guess tokens from what was written and decode several a call; the completions stay the same"
-        " (local engine)",
+        " (local engine; not where a GPU holds a step of decoding in a graph)",
     )
     engine: Literal["local", "vllm", "vllm-colocate"] = Field(
         "local",

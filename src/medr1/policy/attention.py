@@ -14,8 +14,9 @@ Shapes: B prompts, G completions each, N = B*G rows in prompt-major order, P pro
 completion tokens, H query heads, K key-value heads, R = H/K, D head size.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -32,6 +33,8 @@ from medr1.policy.layers import State
 NAME = "medr1_shared_prefix"
 ROWS_TOGETHER = 8
 """Completions that are decoded over one cache. With fewer a product has few rows; with more, most of it is masked."""
+PROMPT_COLUMNS = 128
+"""Prompts that are decoded in fixed shape are padded to a multiple of this many columns."""
 Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Whether a query sees a key, of (row, head, query's place, key's place); transformers' mask functions are such."""
 Run = Callable[..., Tensor]
@@ -56,15 +59,35 @@ class Layout(Protocol):
 _current: ContextVar[Layout | None] = ContextVar("layout", default=None)
 
 
-def laid_out(model: nn.Module, layout: Layout, *, input_ids: Tensor, real: Tensor | None = None, **inputs: Any) -> Any:
+@contextlib.contextmanager
+def arranged_by(layout: Layout) -> Iterator[None]:
+    """Within this block masks are of this layout: they are made before layers, where no argument of ours is at hand.
+
+    `laid_out` sees to it itself, but a step that is held may not.
+    """
+    token = _current.set(layout)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def laid_out(
+    model: nn.Module,
+    layout: Layout,
+    *,
+    input_ids: Tensor,
+    position_ids_ABP: Tensor,
+    real: Tensor | None = None,
+    **inputs: Any,
+) -> Any:
     """Call a model whose tokens, real ones and padding, are arranged by a layout."""
     # Without a mask of the tokens transformers would look for sequences of its own in their positions.
     mask = torch.ones_like(input_ids) if real is None else real
-    token = _current.set(layout)  # masks are made before the layers, where no argument of ours is at hand
-    try:
+    # Models with one rotary axis take positions without that dimension.
+    inputs["position_ids"] = position_ids_ABP if len(position_ids_ABP) > 1 else position_ids_ABP[0]
+    with contextlib.nullcontext() if _current.get() is layout else arranged_by(layout):
         return model(input_ids=input_ids, attention_mask=mask, use_cache=False, shared_prefix=layout, **inputs)
-    finally:
-        _current.reset(token)
 
 
 def shared_prefix_attention(
@@ -362,17 +385,23 @@ class Decoding:
     with the most has tokens, and are compared in one product with the prompt and with all that these rows have written,
     others' tokens masked. So a group reads its prompt's keys once instead of G times. A group of 16, 24, … rows is
     several of ROWS_TOGETHER here, each with a copy of the prompt.
+
+    With `fixed` a call is laid out by tensors alone, prompts have one of few lengths, and as long as `advance` lays out
+    the next call and `reached` stays, each does the same with the same memory (`held`).
     """
 
-    def __init__(self, prefill: Prefill, num_completions: int, max_new_tokens: int) -> None:
+    def __init__(self, prefill: Prefill, num_completions: int, max_new_tokens: int, *, fixed: bool = False) -> None:
         each = torch.arange(len(prefill.attention_mask_BP), device=prefill.attention_mask_BP.device)
         self.states = {
             layer: state.detached().of_rows(each.repeat_interleave(num_completions))
             for layer, state in prefill.states.items()
         }
+        self.fixed = fixed
         parts = 1 if num_completions % ROWS_TOGETHER else num_completions // ROWS_TOGETHER
         self.num_completions = num_completions // parts
-        self.real_BP = prefill.attention_mask_BP.bool().repeat_interleave(parts, dim=0)
+        padding = -prefill.attention_mask_BP.shape[1] % (PROMPT_COLUMNS if fixed else 1)
+        real_BP = nn.functional.pad(prefill.attention_mask_BP.bool(), (padding, 0))
+        self.real_BP = real_BP.repeat_interleave(parts, dim=0)
         self.places_BP, self.device = places_in_row(self.real_BP), self.real_BP.device
         self.dtype = next(iter(prefill.keys.values())).dtype
         self.columns, self.reached = self.real_BP.shape[1] + self.num_completions * max_new_tokens, 0
@@ -380,7 +409,7 @@ class Decoding:
         def cache(states: Tensor) -> Tensor:  # (B, K, P, D) -> (B, columns, K, D)
             states = states.detach().transpose(1, 2).repeat_interleave(parts, dim=0)
             # Zeros, since places that a row has not reached are masked, and masking does not undo a NaN.
-            return nn.functional.pad(states, (0, 0, 0, 0, 0, self.columns - states.shape[1]))
+            return nn.functional.pad(states, (0, 0, 0, 0, padding, self.columns - padding - states.shape[1]))
 
         self.keys = {layer: cache(key) for layer, key in prefill.keys.items()}
         self.values = {layer: cache(value) for layer, value in prefill.values.items()}
@@ -401,6 +430,11 @@ class Decoding:
         self.row_M, self.place_M, self.group_M = (each.to(self.device) for each in (row_M, place_M, group_M))
         self.token_BC, self.slot_M, self.cell_M = (each.to(self.device) for each in (token_BC, slot_M, cell_M))
 
+    def advance(self) -> None:
+        """Lay out the next call as the one before, every row one token further, in the same memory."""
+        self.place_M.add_(1)
+        self.cell_M.add_(self.num_completions)
+
     def mask(self, sees: Sees) -> Tensor:
         length_B1 = self.real_BP.sum(1, keepdim=True)
         query_BC, own_BT = (
@@ -411,7 +445,8 @@ class Decoding:
         own = dense(sees, query_BC, own_BT, torch.ones_like(own_BT, dtype=torch.bool))
         of_row = self.group_M[self.token_BC][..., None] == torch.arange(self.num_completions, device=self.device)
         seen = torch.cat([prompt, (own[..., None] & of_row[:, :, None]).flatten(2)], dim=2)[:, None]
-        start = 0 if sees is causal_mask_function else int(seen.flatten(0, 2).any(0).to(torch.uint8).argmax())
+        whole = self.fixed or sees is causal_mask_function  # else the mask is looked at, which a GPU would wait for
+        start = 0 if whole else int(seen.flatten(0, 2).any(0).to(torch.uint8).argmax())
         added = torch.zeros((), dtype=self.dtype, device=self.device).where(seen[..., start:], -torch.inf)
         return _passed_on(DecodingMask(start, added), self.device)
 

@@ -24,6 +24,7 @@ from medr1.errors import NotFiniteError
 from medr1.policy.attention import Decoding, Prefill, laid_out
 from medr1.policy.drafts import Drafts, GroupDrafts, Guess, Kind
 from medr1.policy.encoding import PromptBatch
+from medr1.policy.held import decode_held, holds
 from medr1.policy.repeated import decode_repeated, padded
 from medr1.policy.vlm import VLM, evaluating, restrict
 
@@ -119,7 +120,8 @@ def sample(
         keep_prefill: read the prompts with gradient, so that `completion_logprobs` need not read them again. One
             backward pass only, before the weights change, and it goes through all of them: where some are left out of
             what is learned from, it is quicker to read the others again.
-        drafts: what to guess the next tokens from; it is read, and learns only by `Drafts.learn`. None guesses none.
+        drafts: what to guess the next tokens from; it is read, and learns only by `Drafts.learn`. None guesses none;
+            nor are there guesses where a GPU holds the step (`held`).
         on_step: called after each call of the model with all ids so far (N, T), padding after a row's newest token;
             what it raises ends the call.
 
@@ -138,9 +140,11 @@ def sample(
     if vlm.carries_state:  # which holds no token that a row may not go on with
         drafts = None
 
+    def take(logits_MV: Tensor, uniform_M: Tensor) -> tuple[Tensor, Tensor]:
+        return _greedy(logits_MV) if greedy else _draw(logits_MV, uniform_M)
+
     def choose(logits_MV: Tensor, place_M: list[int], row_M: list[int]) -> tuple[Tensor, Tensor]:
-        logits_MV = restrict(logits_MV, temperature, vlm.banned_token_ids)
-        return _greedy(logits_MV) if greedy else _draw(logits_MV, uniform[place_M, row_M])
+        return take(restrict(logits_MV, temperature, vlm.banned_token_ids), uniform[place_M, row_M])
 
     if vlm.not_shared:
         with evaluating(vlm.model):
@@ -156,6 +160,16 @@ def sample(
             prefill = read_shared(vlm, prompts) or _call(vlm, prompts, Prefill(prompts.attention_mask_BP))
         assert prefill.logits_BV is not None
         logits_MV = prefill.logits_BV.repeat_interleave(num_completions, dim=0)
+        if holds(vlm, max_new_tokens):
+            barred_V = restrict(torch.zeros_like(logits_MV[0]), 1.0, vlm.banned_token_ids)  # 0, and -inf
+
+            def choose_at(logits_NV: Tensor, place_1: Tensor) -> tuple[Tensor, Tensor]:
+                return take(restrict(logits_NV, temperature, []) + barred_V, uniform.index_select(0, place_1)[0])
+
+            written, logp, num_calls = decode_held(
+                vlm, prompts, prefill, num_completions, max_new_tokens, choose_at, on_step
+            )
+            return _rollout(vlm, prompts, written, logp, num_calls=num_calls, prefill=prefill if keep_prefill else None)
         logp = torch.zeros(num_rows, max_new_tokens, dtype=torch.promote_types(logits_MV.dtype, torch.float32))
         logp = logp.to(device)
         decoding = Decoding(prefill, num_completions, max_new_tokens)
@@ -211,7 +225,7 @@ def sample(
                 vlm.model,
                 decoding,
                 input_ids=torch.tensor([token for row in inputs for token in row], device=device)[:, None],
-                position_ids=_axes(positions_M.expand(axes, -1)[:, :, None]),
+                position_ids_ABP=positions_M.expand(axes, -1)[:, :, None],
             ).logits[:, -1]
             num_calls += 1
 
@@ -302,17 +316,12 @@ def _call(vlm: VLM, prompts: PromptBatch, prefill: Prefill) -> Prefill:
         prefill,
         input_ids=prompts.input_ids_BP,
         real=prompts.attention_mask_BP if prefill.before is None else None,
-        position_ids=_axes(prompts.position_ids_ABP),
+        position_ids_ABP=prompts.position_ids_ABP,
         logits_to_keep=torch.tensor([prompts.input_ids_BP.shape[1] - 1], device=prompts.input_ids_BP.device),
         **prompts.kinds,
         **prompts.model_inputs(),
     ).logits[:, -1]
     return prefill
-
-
-def _axes(position_ids_ABP: Tensor) -> Tensor:
-    """Models with one rotary axis take positions without that dimension."""
-    return position_ids_ABP if len(position_ids_ABP) > 1 else position_ids_ABP[0]
 
 
 def _greedy(logits: Tensor) -> tuple[Tensor, Tensor]:

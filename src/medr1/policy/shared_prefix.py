@@ -112,7 +112,7 @@ def completion_logprobs(
             model or vlm.model,
             PackedGroups(prompts.attention_mask_BP, num_completions, length, prefill),
             input_ids=ids,
-            position_ids=positions if len(positions) > 1 else positions[0],
+            position_ids_ABP=positions,
             logits_to_keep=predictors,
             **inputs,
         ).logits

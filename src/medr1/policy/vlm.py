@@ -58,6 +58,8 @@ class VLM:
     """What keeps completions from sharing their prompt, where something does; see `layers`."""
     carries_state: bool = field(init=False, default=False)
     """Whether layers carry a state from token to token."""
+    not_held: str | None = field(init=False, default=None)
+    """What keeps a GPU from holding a step of decoding, once that was found; see `held`."""
 
     def __post_init__(self) -> None:
         self.not_shared = layers.not_shared(self.core)
