@@ -25,7 +25,7 @@ from medr1.policy.drafts import Drafts
 from medr1.policy.encoding import PromptBatch, encode_prompts
 from medr1.policy.held import Step
 from medr1.policy.rollouts import Rollout, sample
-from medr1.policy.vlm import VLM, load_vlm
+from medr1.policy.vlm import VLM
 from medr1.training import GRPOTrainer
 
 HELD = [*FAMILIES, *(name for name in BUILDERS if name not in ("qwen3_5", "qwen3_vl_moe", "lfm2_vl", *NOT_SHARED))]
@@ -98,10 +98,12 @@ def check_equal(vlm: VLM, prompts: PromptBatch, **settings: Any) -> Rollout:
 @pytest.mark.parametrize("family", HELD)
 def test_the_tokens_of_plain_decoding(family: str) -> None:
     """Ragged prompts with images in float64, sampled and greedy, to the end and with rows that stop early."""
-    for stop_bias, greedy in ((0.0, False), (9.0, False), (9.0, True)):
+    lengths = set()
+    for stop_bias, greedy in ((0.0, False), (5.0, False), (9.0, True)):
         vlm = biased(tiny_vlm(family, dtype=torch.float64), stop_bias)
         plain = check_equal(vlm, encode_prompts(vlm, *questions(vlm)), greedy=greedy)
-        assert plain.mask_NT.all() or stop_bias
+        lengths |= set(map(len, plain.tokens))
+    assert len(lengths) > 1
 
 
 def test_large_groups_shared_images_and_banned_tokens() -> None:
@@ -116,7 +118,7 @@ def test_large_groups_shared_images_and_banned_tokens() -> None:
 
 
 def test_on_step_sees_each_token_and_may_end_the_call() -> None:
-    vlm = biased(tiny_vlm("qwen2_vl"), 9.0)
+    vlm = biased(tiny_vlm("qwen2_vl"), 3.0)
     settings: dict[str, Any] = {"num_completions": 2, "max_new_tokens": 14, "seed": 1}
     told: list[list[Tensor]] = [[], []]
     sample(vlm, ragged_prompts(vlm), **settings, on_step=told[0].append)
@@ -146,6 +148,11 @@ def test_what_cannot_be_held_is_said_once_and_decoded_plainly(
     monkeypatch.setattr(VLM, "device", torch.device("cuda"))
     state, other = tiny_vlm("qwen3_5"), tiny_vlm("qwen2_vl")
     assert held.holds(other, 256) and not held.holds(other, 8)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(VLM, "device", torch.device("cuda", 1))
+    assert not held.holds(other, 256), "a graph is of the current device"
+    monkeypatch.setattr(VLM, "device", torch.device("cuda", 0))
+    assert held.holds(other, 256)
     assert not held.holds(state, 256) and not held.holds(state, 256)
     assert capsys.readouterr().err.count("(layers that carry a state)") == 1
 
@@ -164,16 +171,16 @@ def test_nothing_is_compiled_after_the_first_two_steps(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(rollouts, "decode_held", decode)
     settings = {
-        "data.path": str(write_phantoms(tmp_path / "phantoms", num_images=24, seed=1)),
+        "data.path": str(write_phantoms(tmp_path / "phantoms", num_images=12, seed=1)),
         "data.test_fraction": 0.34,
         "rollout.num_completions": 2,
         "rollout.max_new_tokens": 6,
-        "optimizer.steps": 5,
+        "optimizer.steps": 4,
         "optimizer.prompts_per_step": 2,
     }
     config = load_config(overrides=settings)
     with holding(capture, span=256):
-        GRPOTrainer(load_vlm("tiny", device="cpu"), config, *load_parts(config.data), tmp_path / "run").run()
+        GRPOTrainer(tiny_vlm("qwen2_vl"), config, *load_parts(config.data), tmp_path / "run").run()
     assert len(lengths) > 2 and {-(-length // PROMPT_COLUMNS) for length in lengths} == {1}
-    assert len(before) == 6  # a rehearsal's, and each step's
-    assert 0 < before[3] == counter.frame_count
+    assert len(before) == 4, "each step holds one"
+    assert 0 < before[2] == counter.frame_count

@@ -20,9 +20,10 @@ from medr1.policy.vlm import VLM
 @contextmanager
 def bias(vlm: VLM, tokens: list[int], amount: float) -> Iterator[None]:
     """Within this block the model likes these tokens more."""
+    liked = torch.tensor(tokens)
 
     def add(module: torch.nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> Tensor:
-        logits[..., tokens] += amount
+        logits[..., liked] += amount
         return logits
 
     hook = vlm.core.get_output_embeddings().register_forward_hook(add)
