@@ -35,10 +35,9 @@ Step = Callable[[], None]
 
 def holds(vlm: VLM, max_new_tokens: int) -> bool:
     """Whether decoding is of fixed shape: on a GPU, unless something is known to keep it from that."""
-    device = vlm.device
-    if device.type != "cuda" or max_new_tokens < LEAST:
+    if vlm.device.type != "cuda" or max_new_tokens < LEAST:
         return False
-    if device.index not in (None, torch.cuda.current_device()):  # whose kernels a graph would not see
+    if vlm.device.index != torch.cuda.current_device():  # a graph would not see its kernels
         return False
     if vlm.carries_state and not vlm.not_held:
         _give_up(vlm, "layers that carry a state")
