@@ -5,9 +5,9 @@ depend on what was drawn by tensors alone: rows that have ended go along until a
 one place further, no number comes back to Python but every LOOK tokens, and a step compares with the columns of SPAN
 places at a time, reached or not. On a GPU `rollouts.sample` comes here by itself.
 
-A graph lives within one call of `sample`: capturing it takes about as long as a few tokens without it, and nothing that
-it reads can move meanwhile (gathered weights, adapters, autocast's copies of weights). Compiled layers are part of it.
-Drafts are not: what to guess is looked up by Python after every call, for which the GPU would wait again.
+A graph lives within one call of `sample`: capturing it should take about as long as a few tokens without it, and
+nothing that it reads can move meanwhile (gathered weights, adapters, autocast's copies of weights). Compiled layers are
+part of it. Drafts are not: what to guess is looked up by Python after every call, for which the GPU would wait again.
 
 Shapes: B prompts, G completions each, N = B*G rows in prompt-major order, T completion tokens, V vocabulary.
 """
