@@ -257,7 +257,7 @@ def wrap(wrapping: str, letter: str, gold: str) -> str:
 
 def test_gold_is_right_in_every_wrapping(shared) -> None:
     """Each public row in one of the wrappings by turns, and each 100th in all of them."""
-    records = load_records(shared / "data" / "medr1_splits", check_images=False)
+    records = [*load_records(shared / "data" / "medr1_splits", check_images=False)]
     records += load_records(shared / "data" / "real", check_images=False)
     wrong = []
     for number, record in enumerate(records):
