@@ -143,7 +143,7 @@ def ask(compared: Comparison, part: str, arm: str, seed: int) -> None:
     if arm != "base":
         model = str(folder / "train" / "model")
         if not Path(model).is_dir():
-            vlm = load_vlm(compared.base, **config.model.loading)
+            vlm = load_vlm(compared.base, **config.model.loading | {"dtype": "float32"})  # bfloat16 rounds updates away
             GRPOTrainer(vlm, config, train, test, folder / "train").run()
     vlm = load_vlm(model, **config.model.loading)
     settings = {"mode": "think", "max_new_tokens": config.rollout.max_new_tokens, "batch_size": 40}

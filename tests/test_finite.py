@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zlib
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -607,3 +608,15 @@ def test_json_lines_are_json_whatever_numbers_they_hold(tmp_path: Path) -> None:
         to_json(row, indent=1),
     ):
         assert json.loads(text, parse_constant=refuse) == expected
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_weights_in_which_updates_vanish_are_not_trained(rank: int, phantoms: Path, tmp_path: Path) -> None:
+    """A whole model in bfloat16 would end a run as it began it; an adapter over one is in float32."""
+    config = recipe(phantoms, **{"model.lora_rank": rank, "optimizer.steps": 1})
+    made = partial(grpo.GRPOTrainer, tiny_vlm("qwen2_vl", dtype=torch.bfloat16), config, *load_parts(config.data))
+    if rank:
+        made(tmp_path)
+    else:
+        with pytest.raises(MedR1Error, match=r"qwen2_vl: its weights are in bfloat16.*float32"):
+            made(tmp_path)

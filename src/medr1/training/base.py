@@ -76,7 +76,8 @@ class RecordTrainer(Trainer):
         output_dir: gets the recipe, log.jsonl, checkpoints and in the end the model (a plain Hugging Face folder).
 
     Raises:
-        MedR1Error: no records, or an output folder that holds another recipe.
+        MedR1Error: no records, weights to be trained that are narrower than float32, or an output folder that holds
+            another recipe.
     """
 
     repeats = 1
@@ -107,6 +108,7 @@ class RecordTrainer(Trainer):
             vlm = add_lora(vlm, rank=rank, alpha=alpha, targets=targets, seed=config.optimizer.seed)
         elif not config.model.train_vision:
             freeze_vision(vlm)
+        _refuse_rounding(vlm)
         if config.model.compile == "on" or (config.model.compile == "auto" and vlm.device.type == "cuda"):
             compile_text_layers(vlm)
         self.vlm, self.config, self.out = vlm, config, output_dir
@@ -655,6 +657,17 @@ class _DryStep(TrainerCallback):
 
 def _refuse(message: str) -> None:
     raise MedR1Error(message)
+
+
+def _refuse_rounding(vlm: VLM) -> None:
+    """At a usual rate nearly every update is less than half a step of bfloat16: the run would end where it began."""
+    for parameter in vlm.model.parameters():
+        if parameter.requires_grad and torch.finfo(parameter.dtype).bits < 32:
+            name = str(parameter.dtype).removeprefix("torch.")
+            raise MedR1Error(
+                f"{vlm.name}: its weights are in {name}, where updates are rounded away; load them in float32 (products"
+                " may still be in bfloat16, model.dtype), or train an adapter"
+            )
 
 
 def _rounded(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -60,7 +60,7 @@ class GRPOTrainer(CollectingTrainer):
 
     Example:
         config = load_config(overrides={"model.name": "tiny", "optimizer.steps": 100})
-        GRPOTrainer(load_vlm("tiny"), config, train, test, Path("runs/grpo")).run()
+        GRPOTrainer(load_vlm("tiny", dtype="float32"), config, train, test, Path("runs/grpo")).run()
 
     Raises:
         MedR1Error: as `CollectingTrainer`; checkpoints that would fall between two updates on one set of rollouts.
