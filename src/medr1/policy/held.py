@@ -20,7 +20,7 @@ from torch import Tensor
 
 from medr1.policy.attention import Decoding, Prefill, arranged_by, laid_out
 from medr1.policy.encoding import PromptBatch
-from medr1.policy.repeated import padded
+from medr1.policy.repeated import padded, up_to_stop
 from medr1.policy.vlm import VLM
 
 LEAST = 16
@@ -100,7 +100,7 @@ def decode_held(
     with arranged_by(decoding):
         for done in range(1, max_new_tokens + 1):
             if on_step is not None or done % LOOK == 0 or done == max_new_tokens:
-                written = [_to_stop(row, stops) for row in ids_NT[:, :done].tolist()]
+                written = [up_to_stop(row, stops) for row in ids_NT[:, :done].tolist()]
                 if on_step is not None:
                     on_step(padded(written, vlm.pad_token_id, device))
                 if done == max_new_tokens or all(row[-1] in stops for row in written):
@@ -132,8 +132,3 @@ def _give_up(vlm: VLM, reason: str) -> None:
         markup=False,
         highlight=False,
     )
-
-
-def _to_stop(row: list[int], stops: set[int]) -> list[int]:
-    """A row up to its first stop token, that included."""
-    return row[: next((place for place, token in enumerate(row, 1) if token in stops), None)]

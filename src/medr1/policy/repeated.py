@@ -8,7 +8,7 @@ Shapes: B prompts, G completions each, N = B*G rows in prompt-major order, T com
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from typing import Any, Literal
 
 import torch
@@ -113,6 +113,11 @@ def repeated_logprobs(
         if patched is not None:
             vlm.core.forward = patched
     return scores[0], None if not entropy else scores[1] if entropy == "gradient" else scores[1].detach()
+
+
+def up_to_stop(tokens: list[int], stops: Set[int]) -> list[int]:
+    """The tokens up to the first that stops, that included; all where none does."""
+    return tokens[: next((place for place, token in enumerate(tokens, 1) if token in stops), None)]
 
 
 def padded(sequences: list[list[int]], pad: int, device: torch.device) -> Tensor:

@@ -25,7 +25,7 @@ from medr1.policy.attention import Decoding, Prefill, laid_out
 from medr1.policy.drafts import Drafts, GroupDrafts, Guess, Kind
 from medr1.policy.encoding import PromptBatch
 from medr1.policy.held import decode_held, holds
-from medr1.policy.repeated import decode_repeated, padded
+from medr1.policy.repeated import decode_repeated, padded, up_to_stop
 from medr1.policy.vlm import VLM, evaluating, restrict
 
 COMPACT_BELOW = 0.75
@@ -190,8 +190,7 @@ def sample(
             for row, guessed in zip(rows, guesses, strict=True):
                 stop = start + 1 + len(guessed)
                 if not ended[row]:
-                    new = drawn[start:stop]
-                    new = new[: next((place for place, token in enumerate(new, 1) if token in stops), None)]
+                    new = up_to_stop(drawn[start:stop], stops)
                     if group is not None:
                         new = new[: 1 + group.check(guessed, new)]
                         group.add(row, new)
