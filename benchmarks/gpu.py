@@ -237,9 +237,9 @@ def flex(machine: Machine) -> dict[str, Any]:
     prompt = 4 * machine.prompt_text
     real = torch.ones(2, prompt, dtype=torch.bool, device=machine.device)
     real[0, : prompt // 5] = False
-    tree = attention.tree_mask(
-        causal_mask_function, real, attention.places_in_row(real), group, length, with_prompt=True
-    )
+    ids = torch.arange(2 * group, device=machine.device)[:, None].expand(-1, length)  # none begins as another does
+    completions = attention.Tree(ids, torch.full_like(ids[:, 0], length), 2)
+    tree = attention.tree_mask(causal_mask_function, real, attention.places_in_row(real), completions, with_prompt=True)
     total = prompt + group * length
     dense = create_mask(tree.mask_mod, 2, None, total, total, device=str(machine.device))
     dense = dense | torch.eye(total, dtype=torch.bool, device=machine.device)  # padding: nobody reads it

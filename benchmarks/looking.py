@@ -106,7 +106,7 @@ class Comparison:
             "optimizer.prompts_per_step": 8,
             "optimizer.learning_rate": 1e-5,
             "optimizer.warmup_steps": 3,
-            "log.save_every": 1000,  # a checkpoint costs more than the steps that a kill loses
+            "log.save_every": 25,
         }
         return load_config(overrides=common | (small if self.real else phantoms) | ARMS[arm])
 

@@ -281,7 +281,9 @@ def test_activations_are_what_autograd_saves(lora_rank: int) -> None:
                 kept[storage.data_ptr()] = (storage.nbytes(), tensor)
             return tensor
 
-        ids, mask = torch.full((completions, new), 65), torch.ones(completions, new)
+        # None begins as another does, and the last tokens are not computed.
+        ids = 65 + torch.arange(completions)[:, None].expand(-1, new + 1)
+        mask = torch.ones_like(ids)
         with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
             result = completion_logprobs(vlm, prompts, ids, mask)
         assert result[0].requires_grad
@@ -294,7 +296,10 @@ def test_activations_are_what_autograd_saves(lora_rank: int) -> None:
     linear = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * intermediate
     ends = 2 * (hidden + hidden) + 2 * (hidden + kv) + 3 * (hidden + intermediate)
     beside = 2 * (rank * ends if rank else linear)  # bfloat16 copies, counted apart
-    beside += 4 * kv * completions * prompt  # a CPU copies the prompt's keys and values for each completion
+    # A CPU copies the prompt's keys and values for each completion, and has all of attention in float32.
+    beside += 8 * kv * completions * prompt
+    beside += 2 * tokens * (2 * hidden + 2 * kv) + 2 * (prompt**2 + completions * new * (prompt + new))
+    beside += 2 * tokens * hidden
     beside += 14 * rank * tokens
     layer = saved(2, 1)[0] - one - beside
     assert layer / tokens == pytest.approx(saved_by_layer(sizes, lora=bool(rank)), rel=0.02)

@@ -17,7 +17,7 @@ from transformers.masking_utils import (
 
 from medr1.policy import shared_prefix
 from medr1.policy.adapters import add_lora, compile_text_layers, freeze_vision
-from medr1.policy.attention import Decoding, PackedGroups, Prefill, tree_mask
+from medr1.policy.attention import Decoding, PackedGroups, Prefill, Tree, tree_mask
 from medr1.policy.encoding import FeatureCache, PromptBatch, encode_prompts, with_vision_features
 from medr1.policy.rollouts import sample
 from medr1.policy.shared_prefix import completion_logprobs, restrict
@@ -28,9 +28,10 @@ G, T = 3, 7
 
 
 def completions(num_rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Random text tokens, right-padded to different lengths (one row has a single token)."""
+    """Random text tokens that often begin alike, right-padded to different lengths (one row has a single token)."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 256, (num_rows, T), generator=generator)
+    ids[:, : T // 2] %= 2
     lengths = torch.arange(num_rows) % T + 1
     mask = torch.arange(T) < lengths[:, None]
     return ids.masked_fill(~mask, 256), mask
@@ -209,18 +210,65 @@ def test_flex_attention_of_the_tree_mask(family: str, with_prompt: bool, monkeyp
 
 
 def test_tree_mask_by_hand() -> None:
-    """One padded prompt of two tokens, two completions of two: who sees whom."""
+    """One padded prompt of two tokens, three completions of which two begin alike: who sees whom."""
     real = torch.tensor([[False, True, True]])
-    whole = [[0, 0, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0, 0]]
-    completions_see = [[0, 1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 0, 0], [0, 1, 1, 0, 0, 1, 0], [0, 1, 1, 0, 0, 1, 1]]
+    ids, lengths = torch.tensor([[5, 6, 7], [5, 6, 8], [9, 6, 0]]), torch.tensor([3, 3, 2])
+    tree = Tree(ids, lengths, 1)
+    assert tree.ids_BL.tolist() == [[5, 6, 7, 8, 9, 6]]
+    assert tree.step_BL.tolist() == [[0, 1, 2, 2, 0, 1]]
+    assert tree.column_NT.tolist() == [[0, 1, 2], [0, 1, 3], [4, 5, 0]]
+    whole = [[0, 0, 0, 0, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0, 0, 0, 0]]
+    completions_see = [
+        [0, 1, 1, 1, 0, 0, 0, 0, 0],
+        [0, 1, 1, 1, 1, 0, 0, 0, 0],
+        [0, 1, 1, 1, 1, 1, 0, 0, 0],
+        [0, 1, 1, 1, 1, 0, 1, 0, 0],
+        [0, 1, 1, 0, 0, 0, 0, 1, 0],
+        [0, 1, 1, 0, 0, 0, 0, 1, 1],
+    ]
     for with_prompt, rows in ((True, whole + completions_see), (False, completions_see)):
-        allowed = tree_mask(causal_mask_function, real, torch.arange(3)[None], 2, 2, with_prompt=with_prompt).mask_mod
+        allowed = tree_mask(causal_mask_function, real, torch.arange(3)[None], tree, with_prompt=with_prompt).mask_mod
         index = torch.tensor(0)
         seen = [
-            [int(allowed(index, index, torch.tensor(query), torch.tensor(key))) for key in range(7)]
+            [int(allowed(index, index, torch.tensor(query), torch.tensor(key))) for key in range(9)]
             for query in range(len(rows))
         ]
         assert seen == rows
+
+
+def test_what_completions_begin_with_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many tokens as differ, and no padding, and as many logits as tokens that predict."""
+    vlm = tiny_vlm("qwen2_vl")
+    prompts = ragged_prompts(vlm)
+    ids = torch.tensor([[1, 2, 3, 4, 5], [1, 2, 3, 9, 5], [1, 7, 3, 4, 0]]).repeat(len(prompts), 1) + 20
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]).repeat(len(prompts), 1).bool()
+    lengths: list[int] = []
+    vlm.core.get_decoder().layers[0].register_forward_hook(lambda module, args, out: lengths.append(args[0].shape[1]))
+    predicting: list[int] = []
+
+    def counted(logits: Tensor, *args: Any) -> Tensor:
+        predicting.append(len(logits))
+        return restrict(logits, *args)
+
+    monkeypatch.setattr(shared_prefix, "restrict", counted)
+    completion_logprobs(vlm, prompts, ids, mask)
+    # 1 2 3 (4 | 9), 7 3: the last token that is scored is not computed
+    assert lengths == [prompts.input_ids_BP.shape[1] + 7]
+    assert predicting == [len(prompts) * (1 + 7)]
+
+
+def test_bfloat16_rounds_what_is_shared_once() -> None:
+    """Completions that begin alike and pull in opposite directions: what is left is that of float32."""
+    found = []
+    for narrow in (False, True):
+        vlm = tiny_vlm("qwen2_vl")
+        prompts = ragged_prompts(vlm)
+        ids, mask = completions(len(prompts) * 8)
+        signs = 1 - 2 * (torch.arange(len(ids)) % 2)
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            logp, _ = completion_logprobs(vlm, prompts, ids, mask)
+        found.append(gradients(vlm, (logp * signs[:, None]).sum()))
+    assert torch.nn.functional.cosine_similarity(*found, dim=0) > 0.999
 
 
 @pytest.mark.parametrize("kind", ["window", "chunk", "image"])
@@ -244,7 +292,8 @@ def test_masks_are_those_of_a_completion_alone_behind_its_prompt(kind: str) -> N
         sdpa_mask(1, length + T, length + T, mask_function=sees(torch.zeros(1, dtype=int)), allow_is_causal_skip=False)
         for length in lengths
     ]
-    packed = PackedGroups(real.long(), G, T).mask(sees(padding)).parts  # type: ignore[union-attr]
+    tree = Tree(torch.arange(len(lengths) * G * T).view(-1, T), torch.full((len(lengths) * G,), T), len(lengths))
+    packed = PackedGroups(real.long(), tree).mask(sees(padding)).parts  # type: ignore[union-attr]
     prefill = Prefill(real.long())
     prefill.keys = prefill.values = {0: torch.zeros(len(lengths), 1, longest, 4)}
     whole = prefill.mask(sees(padding))
@@ -258,7 +307,7 @@ def test_masks_are_those_of_a_completion_alone_behind_its_prompt(kind: str) -> N
     if kind == "image":  # no longer at hand when a reply is decoded, and of no effect on it
         return
     zeros = torch.zeros(len(lengths) * G * 2, dtype=int)
-    after = PackedGroups(real.long(), G, T, prefill).mask(sees(zeros)).parts  # type: ignore[union-attr]
+    after = PackedGroups(real.long(), tree, prefill).mask(sees(zeros)).parts  # type: ignore[union-attr]
     assert torch.equal(after.completions, packed.completions)
     decoding_of.expect([2] * len(lengths) * G, [1, 3, 4] * len(lengths))
     decoding = decoding_of.mask(sees(zeros)).parts  # type: ignore[attr-defined]

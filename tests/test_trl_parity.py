@@ -70,7 +70,9 @@ def test_loss_and_gradients_equal_trl(
     generator = torch.Generator().manual_seed(0)
     lengths = torch.tensor([T, 3, 1, T, 7, T, 2, 5])
     mask = torch.arange(T) < lengths[:, None]
-    ids = torch.randint(0, 256, mask.shape, generator=generator).masked_fill(~mask, vlm.pad_token_id)
+    ids = torch.randint(0, 256, mask.shape, generator=generator)
+    ids[:, :3] %= 2  # they often begin alike
+    ids = ids.masked_fill(~mask, vlm.pad_token_id)
     near = completion_logprobs(vlm, prompts, ids, mask)[0].detach()
     old = near + 0.4 * torch.randn(mask.shape, generator=generator)  # far enough for both clips
     reference = near + 0.3 * torch.randn(mask.shape, generator=generator)

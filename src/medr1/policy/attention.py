@@ -162,17 +162,25 @@ def _sdpa(
     heads, twice as fast as transformers' copies; on a GPU the kernels that take a mask need the copies."""
     if query.device.type != "cpu":
         return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)[0]
-    out = nn.functional.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=mask is None and query.shape[2] > 1,
-        scale=scaling,
-        enable_gqa=True,
-    )
+    with torch.autocast("cpu", enabled=False):  # which would narrow what `_wide` has widened
+        out = nn.functional.scaled_dot_product_attention(
+            query.to(value.dtype),
+            key.to(value.dtype),
+            value,
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=mask is None and query.shape[2] > 1,
+            scale=scaling,
+            enable_gqa=True,
+        )
     return out.transpose(1, 2)
+
+
+def _wide(states: Tensor) -> Tensor:
+    """In float32 where bfloat16 learns on a CPU: the kernel's way back takes five times as long in bfloat16, and what
+    completions add to a token that they share is rounded once."""
+    narrow = states.device.type == "cpu" and states.dtype is torch.bfloat16 and torch.is_grad_enabled()
+    return states.float() if narrow else states
 
 
 @functools.cache
@@ -181,10 +189,8 @@ def _fused_flex_attention() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=True)
 
 
-def tree_mask(
-    sees: Sees, real_BP: Tensor, places_BP: Tensor, num_completions: int, completion_length: int, *, with_prompt: bool
-) -> BlockMask:
-    """The mask of rows `[prompt | completion 1 | … | completion G]` for `flex_attention`, never made in full.
+def tree_mask(sees: Sees, real_BP: Tensor, places_BP: Tensor, tree: "Tree", *, with_prompt: bool) -> BlockMask:
+    """The mask of rows `[prompt | tree of completions]` for `flex_attention`, never made in full.
 
     Args:
         sees: which places a token sees.
@@ -192,22 +198,63 @@ def tree_mask(
         places_BP: of the prompt's tokens; completions follow the last.
         with_prompt: whether the queries begin with the prompt, or are the completions alone.
     """
-    num_prompts, prompt_length = real_BP.shape
-    packed, device = num_completions * completion_length, real_BP.device
     # All in tensors: a number in the closure would be compiled in, and each step has other lengths.
-    index = torch.arange(prompt_length + packed, device=device)
-    group = torch.div(index - prompt_length, completion_length, rounding_mode="floor").clamp(min=-1)  # -1: prompt
-    steps = torch.arange(completion_length, device=device).repeat(num_completions)
-    places = torch.cat([places_BP, places_BP[:, -1:] + 1 + steps], dim=1)
-    real = torch.cat([real_BP, real_BP.new_ones(num_prompts, packed)], dim=1)
-    start = 0 if with_prompt else prompt_length
-    query_place, query_group = places[:, start:], group[start:]
+    group = torch.cat([torch.full_like(places_BP, -1), tree.group_BL], dim=1)  # -1: prompt
+    step = torch.cat([torch.zeros_like(places_BP), tree.step_BL], dim=1)
+    places = torch.cat([places_BP, places_BP[:, -1:] + 1 + tree.step_BL], dim=1)
+    real, first = torch.cat([real_BP, tree.real_BL], dim=1), tree.first_BGT
+    start = 0 if with_prompt else real_BP.shape[1]
+    query_place, query_group = places[:, start:], group[:, start:]
 
     def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        visible = (group[key] < 0) | (group[key] == query_group[query])
+        asking = query_group[row, query]
+        own = first[row, asking.clamp(min=0), step[row, key]] == group[row, key]
+        visible = (group[row, key] < 0) | (own & (asking >= 0))
         return real[row, key] & visible & sees(row, head, query_place[row, query], places[row, key])
 
-    return create_block_mask(allowed, num_prompts, None, query_place.shape[1], len(index), device=str(device))
+    return create_block_mask(
+        allowed, len(group), None, query_place.shape[1], group.shape[1], device=str(real_BP.device)
+    )
+
+
+class Tree:
+    """Completions of each prompt laid side by side in one row, beginnings that several have in common once.
+
+    What a token is computed from is its prompt and what stands before it, so that tokens of a group with equal
+    beginnings are one token, also in the gradient. Each belongs to the first completion that has it.
+
+    Args:
+        ids_NT: the G completions of the first prompt first.
+        lengths_N: of how many tokens each is laid out; of one at least not 0.
+        num_prompts: B.
+    """
+
+    def __init__(self, ids_NT: Tensor, lengths_N: Tensor, num_prompts: int) -> None:
+        self.longest = longest = int(lengths_N.max())
+        ids_BGT = ids_NT[:, :longest].unflatten(0, (num_prompts, -1))
+        device, num_completions = ids_NT.device, ids_BGT.shape[1]
+        steps, groups = torch.arange(longest, device=device), torch.arange(num_completions, device=device)
+        real_BGT = steps < lengths_N.view(num_prompts, -1, 1)
+        equal_BGGT = (ids_BGT[:, :, None] == ids_BGT[:, None]).to(torch.uint8).cumprod(-1)
+        self.first_BGT = (equal_BGGT * real_BGT[:, None]).argmax(2)
+        """The first completion with the same beginning up to this token."""
+        own_BGT = real_BGT & (self.first_BGT == groups[:, None])
+        column_BGT = own_BGT.flatten(1).cumsum(1).unflatten(1, own_BGT.shape[1:]) - 1
+        self.length = int(column_BGT.max()) + 1
+        """L, the tokens of the row with the most."""
+        self.column_NT = column_BGT.gather(1, self.first_BGT).where(real_BGT, 0).flatten(0, 1)
+        """Where each token of the completions lies in its row; padding: the first token, where nobody looks for it."""
+        row_M, group_M, step_M = own_BGT.nonzero(as_tuple=True)
+        column_M = column_BGT[own_BGT]
+        # Padding of a row repeats the first token of a completion, which every model can read.
+        self.group_BL, self.step_BL = torch.zeros(2, num_prompts, self.length, dtype=torch.long, device=device)
+        self.real_BL = torch.zeros(num_prompts, self.length, dtype=torch.bool, device=device)
+        for each_BL, value_M in ((self.group_BL, group_M), (self.step_BL, step_M), (self.real_BL, True)):
+            each_BL[row_M, column_M] = value_M
+        first_token_B = torch.arange(num_prompts, device=device)[:, None] * num_completions
+        self.token_BL = (first_token_B + self.group_BL) * longest + self.step_BL
+        """Where each token of a row stands among (N, longest)."""
+        self.ids_BL = ids_BGT.flatten()[self.token_BL]
 
 
 @dataclass(frozen=True)
@@ -221,67 +268,67 @@ class GroupMask:
 
 
 class PackedGroups:
-    """Rows `[prompt | completion 1 | … | completion G]`: each completion sees its prompt and itself.
+    """Rows `[prompt | tree of G completions]`: each completion sees its prompt and itself.
 
     This is the tree mask of one packed row, computed in two calls so that completions are never compared with
     each other: prompt against prompt, and (N, T) completions against their prompt and themselves. With the prompts'
-    keys and values at hand (`prefill`), a row is `[completion 1 | … | completion G]` and only the second is done.
-    On a GPU it is one call of `flex_attention`, which copies no prompt's keys and skips the blocks that are masked.
+    keys and values at hand (`prefill`), a row holds the completions alone and only the second is done. On a GPU it is
+    one call of `flex_attention`, which copies no prompt's keys and skips the blocks that are masked.
     """
 
-    def __init__(
-        self,
-        attention_mask_BP: Tensor,
-        num_completions: int,
-        completion_length: int,
-        prefill: "Prefill | None" = None,
-    ) -> None:
+    def __init__(self, attention_mask_BP: Tensor, tree: Tree, prefill: "Prefill | None" = None) -> None:
         if prefill is not None:
             attention_mask_BP = prefill.attention_mask_BP
         num_prompts, prompt_length = attention_mask_BP.shape
-        self.prefill = prefill
+        self.prefill, self.tree = prefill, tree
         self.real_BP = attention_mask_BP.bool()
         self.prompt_length = 0 if prefill else prompt_length
-        self.groups = (num_completions, completion_length)
+        self.num_completions = len(tree.column_NT) // num_prompts
         self.as_tree = attention_mask_BP.is_cuda
         # In a call with the prompts a model knows tokens by their columns; without them there is no padding.
         columns = torch.arange(prompt_length, device=attention_mask_BP.device).expand(num_prompts, -1)
         self.places_BP = places_in_row(self.real_BP) if prefill else columns
+        row_N = torch.arange(len(tree.column_NT), device=columns.device) // self.num_completions
+        self.place_NT = row_N[:, None] * (self.prompt_length + tree.length) + self.prompt_length + tree.column_NT
+        """Of each token of the completions, where it is among (B, P + L)."""
 
     def mask(self, sees: Sees) -> Tensor | BlockMask:
-        num_completions, length = self.groups
         if self.as_tree:
-            return tree_mask(sees, self.real_BP, self.places_BP, *self.groups, with_prompt=self.prefill is None)
+            return tree_mask(sees, self.real_BP, self.places_BP, self.tree, with_prompt=self.prefill is None)
         # Completions are right-padded, so that no real token comes after padding.
-        own_BT = self.places_BP[:, -1:] + 1 + torch.arange(length, device=self.places_BP.device)
+        own_BT = self.places_BP[:, -1:] + 1 + torch.arange(self.tree.longest, device=self.places_BP.device)
         keys_BK = torch.cat([self.places_BP, own_BT], dim=1)
         real_BK = torch.cat([self.real_BP, torch.ones_like(own_BT, dtype=torch.bool)], dim=1)
-        completions = dense(sees, own_BT, keys_BK, real_BK).repeat_interleave(num_completions, dim=0)[:, None]
+        completions = dense(sees, own_BT, keys_BK, real_BK).repeat_interleave(self.num_completions, dim=0)[:, None]
         prompt = None if self.prefill else prompt_mask(sees, self.real_BP, self.prompt_length, self.places_BP)
         return _passed_on(GroupMask(prompt, completions), own_BT.device)
 
     def _completions(self, states: Tensor) -> Tensor:
-        """(B, P + G*T, …) -> (N, T, …)."""
-        return states[:, self.prompt_length :].unflatten(1, self.groups).flatten(0, 1)
+        """(B, P + L, …) -> (N, T, …). What completions add to a token that they share is summed in float32."""
+        wide = states.float() if states.dtype in (torch.bfloat16, torch.float16) and states.requires_grad else states
+        chosen = wide.flatten(0, 1).index_select(0, self.place_NT.flatten()).to(states.dtype)
+        return chosen.unflatten(0, self.place_NT.shape)
 
-    def _grouped(self, states: Tensor) -> Tensor:
-        """(N, T, …) -> (B, G*T, …)."""
-        return states.unflatten(0, (-1, self.groups[0])).flatten(1, 2)
+    def _packed(self, states: Tensor) -> Tensor:
+        """(N, T, …) -> (B, L, …)."""
+        token_BL = self.tree.token_BL
+        return states.flatten(0, 1).index_select(0, token_BL.flatten()).unflatten(0, token_BL.shape)
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Tensor:
         if self.as_tree:
             return self._attend_tree(module, query, key, value, mask, kwargs["scaling"])
-        length, num_completions = self.prompt_length, self.groups[0]
+        length, dtype = self.prompt_length, value.dtype
+        query, key, value = _wide(query), _wide(key), _wide(value)
 
-        def completions(states: Tensor) -> Tensor:  # (B, heads, G*T, D) -> (N, heads, T, D)
-            return states[:, :, length:].unflatten(2, self.groups).transpose(1, 2).flatten(0, 1)
+        def completions(states: Tensor) -> Tensor:  # (B, heads, P + L, D) -> (N, heads, T, D)
+            return self._completions(states.transpose(1, 2)).transpose(1, 2)
 
         def with_prompt(prompt: Tensor, states: Tensor) -> Tensor:  # (B, heads, …, D) -> (N, heads, P + T, D)
-            return torch.cat([prompt.repeat_interleave(num_completions, dim=0), completions(states)], dim=2)
+            return torch.cat([prompt.repeat_interleave(self.num_completions, dim=0), completions(states)], dim=2)
 
         if self.prefill:
             layer: int = module.layer_idx  # type: ignore[assignment]
-            prompt_key, prompt_value = self.prefill.keys[layer], self.prefill.values[layer]
+            prompt_key, prompt_value = _wide(self.prefill.keys[layer]), _wide(self.prefill.values[layer])
         else:
             prompt_key, prompt_value = key[:, :, :length], value[:, :, :length]
         completion_out = _sdpa(
@@ -292,11 +339,11 @@ class PackedGroups:
             mask.parts.completions,
             **kwargs,
         )
-        grouped = self._grouped(completion_out)
+        packed = self._packed(completion_out)
         if self.prefill:
-            return grouped
+            return packed.to(dtype)
         prompt_out = _sdpa(module, query[:, :, :length], prompt_key, prompt_value, mask.parts.prompt, **kwargs)
-        return torch.cat([prompt_out, grouped], dim=1)
+        return torch.cat([prompt_out, packed], dim=1).to(dtype)
 
     def _attend_tree(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: float
@@ -309,14 +356,13 @@ class PackedGroups:
         return attend(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True).transpose(1, 2)
 
     def carry(self, layer: int, run: Run, hidden_states: Tensor) -> Tensor:
-        num_completions = self.groups[0]
-        each = torch.arange(len(hidden_states), device=hidden_states.device).repeat_interleave(num_completions)
+        each = torch.arange(len(self.place_NT), device=hidden_states.device) // self.num_completions
         if self.prefill:
-            return self._grouped(run(self._completions(hidden_states), self.prefill.states[layer].of_rows(each)))
+            return self._packed(run(self._completions(hidden_states), self.prefill.states[layer].of_rows(each)))
         state = State()
         prompt = run(hidden_states[:, : self.prompt_length], state, self.real_BP)
         completions = run(self._completions(hidden_states), state.of_rows(each))
-        return torch.cat([prompt, self._grouped(completions)], dim=1)
+        return torch.cat([prompt, self._packed(completions)], dim=1)
 
 
 class Prefill:
@@ -358,7 +404,7 @@ class Prefill:
             key = torch.cat([self.before.keys[layer][self.owner_B], key], dim=2)
             value = torch.cat([self.before.values[layer][self.owner_B], value], dim=2)
         self.keys[layer], self.values[layer] = key, value
-        return _sdpa(module, query, key, value, mask, **kwargs)
+        return _sdpa(module, _wide(query), _wide(key), _wide(value), mask, **kwargs).to(value.dtype)
 
     def carry(self, layer: int, run: Run, hidden_states: Tensor) -> Tensor:
         assert self.before is None, "a state does not skip the padding between a beginning and its end"
