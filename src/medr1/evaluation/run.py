@@ -42,7 +42,7 @@ from medr1.policy.drafts import Drafts
 from medr1.policy.encoding import PromptBatch, check_lengths, encode_prompts, text_too_long
 from medr1.policy.rollouts import sample
 from medr1.policy.vlm import VLM, evaluating
-from medr1.processes import alone, is_first
+from medr1.processes import alone, is_first, num_cores
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -119,28 +119,33 @@ def evaluate(
             raise MedR1Error(f"mode {mode} has no reasoning before its answer to keep; use mode think")
     elif condition == ALONE:
         raise MedR1Error(f"condition {condition!r} needs a reasoning to show; use `medr1 eval --looking`")
-    with open_evaluation(
-        records,
-        name=vlm.name,
-        model=[fingerprint, vlm.processor.image_processor.to_dict()],
-        weights=fingerprint[:16],
-        mode=mode,
-        out=out,
-        max_new_tokens=max_new_tokens,
-        condition=condition,
-        seed=seed,
-        donors=donors,
-        scoring=f"{scoring} {num_samples}" if scoring == "votes" else scoring,
-        reasoning=reasoning,
-        split=split_of(vlm.folder),
-    ) as evaluation:
+    # Threads, since decoders work outside of Python's lock.
+    with (
+        ThreadPoolExecutor(num_cores()) as readers,
+        open_evaluation(
+            records,
+            name=vlm.name,
+            model=[fingerprint, vlm.processor.image_processor.to_dict()],
+            weights=fingerprint[:16],
+            mode=mode,
+            out=out,
+            max_new_tokens=max_new_tokens,
+            condition=condition,
+            seed=seed,
+            donors=donors,
+            scoring=f"{scoring} {num_samples}" if scoring == "votes" else scoring,
+            reasoning=reasoning,
+            split=split_of(vlm.folder),
+        ) as evaluation,
+    ):
         ordered = _reading_order(list(evaluation.records.items()), mode)
         pending = [(key, record) for key, record in ordered if key not in evaluation.rows]
         drafts = Drafts()
 
         # Images alone are read ahead: a tokenizer is not for two threads, since padding is a state of it.
         def read(batch: list[tuple[str, Record]]) -> dict[tuple[Path, ...], list[Image.Image]]:
-            return {record.images: evaluation.images(record) for _, record in batch}
+            asked = {record.images: record for _, record in batch}
+            return dict(zip(asked, readers.map(evaluation.images, asked.values()), strict=True))
 
         batches = [pending[start : start + batch_size] for start in range(0, len(pending), batch_size)]
         started = time.perf_counter()
