@@ -427,10 +427,11 @@ class Decoding:
 
     Place t of row g is column P + t*G + g. A call holds M tokens, each a sequence of its own to the model: of each row
     the newest token, and after it tokens that it may go on with (`drafts`), as many as the caller likes; rows need not
-    be equally long. Inside attention the tokens of a prompt's rows lie side by side in C places, as many as the prompt
-    with the most has tokens, and are compared in one product with the prompt and with all that these rows have written,
-    others' tokens masked. So a group reads its prompt's keys once instead of G times. A group of 16, 24, … rows is
-    several of ROWS_TOGETHER here, each with a copy of the prompt.
+    be equally long. Rows that have written the same so far are computed once, and each is given what was computed.
+    Inside attention the tokens of a prompt's rows lie side by side in C places, as many as the prompt with the most has
+    tokens, and are compared in one product with the prompt and with all that these rows have written, others' tokens
+    masked. So a group reads its prompt's keys once instead of G times. A group of 16, 24, … rows is several of
+    ROWS_TOGETHER here, each with a copy of the prompt.
 
     With `fixed` a call is laid out by tensors alone, prompts have one of few lengths, and as long as `advance` lays out
     the next call and `reached` stays, each does the same with the same memory (`held`).
@@ -460,26 +461,42 @@ class Decoding:
         self.keys = {layer: cache(key) for layer, key in prefill.keys.items()}
         self.values = {layer: cache(value) for layer, value in prefill.values.items()}
 
-    def expect(self, counts: list[int], cached: list[int]) -> None:
-        """Lay out the next call: tokens of each row in it (at least 1), and tokens that its cache holds already."""
-        counts_N = torch.tensor(counts)
+    def expect(self, counts: list[int], cached: list[int], leaders: list[int] | None = None) -> None:
+        """Lay out the next call.
+
+        Args:
+            counts: tokens of each row in it; 0 for a row that has those of another, or none; of a prompt at least 1.
+            cached: tokens of each row that its cache holds already.
+            leaders: for each row the one of its prompt whose tokens it has; default: all have their own.
+        """
+        counts_N, cached_N = torch.tensor(counts), torch.tensor(cached)
+        rows_N = torch.arange(len(counts))
         counts_B = counts_N.view(-1, self.num_completions).sum(1)
         first_N, first_B = counts_N.cumsum(0) - counts_N, counts_B.cumsum(0) - counts_B
-        row_M, token_M = torch.arange(len(counts)).repeat_interleave(counts_N), torch.arange(sum(counts))
-        place_M = torch.tensor(cached)[row_M] + token_M - first_N[row_M]
+        row_M, token_M = rows_N.repeat_interleave(counts_N), torch.arange(sum(counts))
+        place_M = cached_N[row_M] + token_M - first_N[row_M]
         prompt_M, group_M = row_M // self.num_completions, row_M % self.num_completions
         self.width, self.reached = int(counts_B.max()), int(place_M.max()) + 1
         # An empty place repeats the prompt's last token, and nobody reads its output there.
         token_BC = first_B[:, None] + torch.arange(self.width).minimum(counts_B[:, None] - 1)
         slot_M = prompt_M * self.width + token_M - first_B[prompt_M]
-        cell_M = prompt_M * self.columns + self.real_BP.shape[1] + place_M * self.num_completions + group_M
+        row_W, source_W = row_M, token_M  # what is written: each token, for each row that has it
+        if leaders is not None:
+            leader_N = torch.tensor(leaders)
+            each_N = counts_N[leader_N]
+            row_W = rows_N.repeat_interleave(each_N)
+            source_W = first_N[leader_N[row_W]] + torch.arange(len(row_W)) - (each_N.cumsum(0) - each_N)[row_W]
+        place_W, prompt_W = place_M[source_W], row_W // self.num_completions
+        column_W = self.real_BP.shape[1] + place_W * self.num_completions + row_W % self.num_completions
         self.row_M, self.place_M, self.group_M = (each.to(self.device) for each in (row_M, place_M, group_M))
-        self.token_BC, self.slot_M, self.cell_M = (each.to(self.device) for each in (token_BC, slot_M, cell_M))
+        self.token_BC, self.slot_M = token_BC.to(self.device), slot_M.to(self.device)
+        self.cell_W = (prompt_W * self.columns + column_W).to(self.device)
+        self.source_W = None if leaders is None else source_W.to(self.device)
 
     def advance(self) -> None:
         """Lay out the next call as the one before, every row one token further, in the same memory."""
         self.place_M.add_(1)
-        self.cell_M.add_(self.num_completions)
+        self.cell_W.add_(self.num_completions)
 
     def mask(self, sees: Sees) -> Tensor:
         length_B1 = self.real_BP.sum(1, keepdim=True)
@@ -506,7 +523,8 @@ class Decoding:
         kv_heads = key.shape[1]
 
         def written(cache: Tensor, states: Tensor) -> Tensor:  # (B, K, columns that are seen, D)
-            cache.flatten(0, 1).index_copy_(0, self.cell_M, states[:, :, 0].to(cache.dtype))
+            states = states[:, :, 0] if self.source_W is None else states[:, :, 0].index_select(0, self.source_W)
+            cache.flatten(0, 1).index_copy_(0, self.cell_W, states.to(cache.dtype))
             return cache[:prompts, start : start + length].transpose(1, 2)
 
         # (M, H, D) -> (B, K, R*C, D): query heads of one key-value head are further queries to it.

@@ -21,8 +21,8 @@ from medr1.policy.vlm import VLM, entropy_of, restrict
 
 ROWS_AT_ONCE = 4
 """Completions of one prompt in a call of the model."""
-Choose = Callable[[Tensor, list[int], list[int]], tuple[Tensor, Tensor]]
-"""Tokens and their log-probabilities, of logits (M, V), the tokens' places in their rows, and the rows."""
+Choose = Callable[[Tensor, list[int], list[list[int]]], tuple[Tensor, Tensor]]
+"""Tokens and their log-probabilities (M, R), of logits (M, V), the tokens' places, and the R rows that draw there."""
 
 
 def decode_repeated(
@@ -50,15 +50,15 @@ def decode_repeated(
             nonlocal num_calls
             if self.place == max_new_tokens:  # BLIP counts one more
                 return scores
-            tokens_M, logp_M = choose(scores, [self.place] * len(self.rows), self.rows)
-            for row, token, value in zip(self.rows, tokens_M.tolist(), logp_M, strict=True):
+            tokens_M1, logp_M1 = choose(scores, [self.place] * len(self.rows), [[row] for row in self.rows])
+            for row, token, value in zip(self.rows, tokens_M1[:, 0].tolist(), logp_M1[:, 0], strict=True):
                 if not stops & set(written[row][-1:]):
                     written[row].append(token)
                     logp[row, self.place] = value
             if on_step is not None:
                 on_step(padded(written, vlm.pad_token_id, device))
             self.place, num_calls = self.place + 1, num_calls + 1
-            return torch.full_like(scores, -torch.inf).scatter(1, tokens_M[:, None], 0.0)
+            return torch.full_like(scores, -torch.inf).scatter(1, tokens_M1, 0.0)
 
     with _plain_generation(vlm, max_new_tokens):
         for rows in _few_at_once(len(prompts), num_completions):

@@ -12,6 +12,8 @@ Shapes: B prompts, G completions each, N = B*G rows in prompt-major order, T com
 of one call.
 """
 
+import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -140,11 +142,12 @@ def sample(
     if vlm.carries_state:  # which holds no token that a row may not go on with
         drafts = None
 
-    def take(logits_MV: Tensor, uniform_M: Tensor) -> tuple[Tensor, Tensor]:
-        return _greedy(logits_MV) if greedy else _draw(logits_MV, uniform_M)
+    def take(logits_MV: Tensor, uniform_MR: Tensor) -> tuple[Tensor, Tensor]:
+        return _greedy(logits_MV, uniform_MR.shape[1]) if greedy else _draw(logits_MV, uniform_MR)
 
-    def choose(logits_MV: Tensor, place_M: list[int], row_M: list[int]) -> tuple[Tensor, Tensor]:
-        return take(restrict(logits_MV, temperature, vlm.banned_token_ids), uniform[place_M, row_M])
+    def choose(logits_MV: Tensor, place_M: list[int], rows_MR: list[list[int]]) -> tuple[Tensor, Tensor]:
+        uniform_MR = uniform[torch.tensor(place_M)[:, None], torch.tensor(rows_MR)]
+        return take(restrict(logits_MV, temperature, vlm.banned_token_ids), uniform_MR)
 
     if vlm.not_shared:
         with evaluating(vlm.model):
@@ -159,12 +162,14 @@ def sample(
         with torch.set_grad_enabled(keep_prefill):
             prefill = read_shared(vlm, prompts) or _call(vlm, prompts, Prefill(prompts.attention_mask_BP))
         assert prefill.logits_BV is not None
-        logits_MV = prefill.logits_BV.repeat_interleave(num_completions, dim=0)
+        logits_MV = prefill.logits_BV
         if holds(vlm, max_new_tokens):
             barred_V = restrict(torch.zeros_like(logits_MV[0]), 1.0, vlm.banned_token_ids)  # 0, and -inf
 
             def choose_at(logits_NV: Tensor, place_1: Tensor) -> tuple[Tensor, Tensor]:
-                return take(restrict(logits_NV, temperature, []) + barred_V, uniform.index_select(0, place_1)[0])
+                uniform_N1 = uniform.index_select(0, place_1)[0, :, None]
+                tokens_N1, logp_N1 = take(restrict(logits_NV, temperature, []) + barred_V, uniform_N1)
+                return tokens_N1[:, 0], logp_N1[:, 0]
 
             written, logp, num_calls = decode_held(
                 vlm, prompts, prefill, num_completions, max_new_tokens, choose_at, on_step
@@ -176,54 +181,73 @@ def sample(
         next_position_N = prompts.next_position_B.repeat_interleave(num_completions)
         axes = len(prompts.position_ids_ABP)
         rows = list(range(num_rows))  # of the completions still in the decoder
-        guesses: list[list[Guess]] = [[] for _ in rows]  # for each of them, in the call that made logits_MV
+        node = [row // num_completions for row in rows]  # equal where prompt and what is written are
+        nodes = itertools.count(len(prompts))
+        after: defaultdict[tuple[int, int], int] = defaultdict(lambda: next(nodes))
+        # Who has the tokens that made logits_MV, and what was guessed after the first.
+        asked: list[tuple[list[int], list[Guess]]] = [
+            (rows[start : start + num_completions], []) for start in range(0, num_rows, num_completions)
+        ]
         while True:
-            row_M = [row for row, guessed in zip(rows, guesses, strict=True) for _ in range(1 + len(guessed))]
-            place_M = [
-                min(len(written[row]) + further, max_new_tokens - 1)  # an ended row is filler, and its draw is not used
-                for row, guessed in zip(rows, guesses, strict=True)
-                for further in range(1 + len(guessed))
-            ]
-            tokens_M, logp_M = choose(logits_MV, place_M, row_M)
-            drawn, start = tokens_M.tolist(), 0
-            taken: list[int] = []
-            for row, guessed in zip(rows, guesses, strict=True):
-                stop = start + 1 + len(guessed)
-                if not ended[row]:
-                    new = up_to_stop(drawn[start:stop], stops)
-                    if group is not None:
-                        new = new[: 1 + group.check(guessed, new)]
-                        group.add(row, new)
-                    written[row] += new
-                    taken += range(start, start + len(new))
-                    ended[row] = new[-1] in stops or len(written[row]) == max_new_tokens
-                start = stop
-            logp[[row_M[place] for place in taken], [place_M[place] for place in taken]] = logp_M[taken]
+            most = max(len(sharing) for sharing, _ in asked)
+            place_M: list[int] = []
+            rows_MR: list[list[int]] = []
+            found: dict[int, tuple[int, int, list[Guess]]] = {}
+            for sharing, guessed in asked:
+                found |= {row: (len(place_M), rank, guessed) for rank, row in enumerate(sharing)}
+                for further in range(1 + len(guessed)):
+                    # The last of these may be past the end; what is drawn there is not used.
+                    place_M.append(min(len(written[sharing[0]]) + further, max_new_tokens - 1))
+                    rows_MR.append(sharing + sharing[:1] * (most - len(sharing)))
+            tokens_MR, logp_MR = choose(logits_MV, place_M, rows_MR)
+            drawn = tokens_MR.tolist()
+            taken: list[tuple[int, int, int, int]] = []
+            for row in rows:
+                if ended[row]:
+                    continue
+                start, rank, guessed = found[row]
+                new = up_to_stop([drawn[place][rank] for place in range(start, start + 1 + len(guessed))], stops)
+                if group is not None:
+                    new = new[: 1 + group.check(guessed, new)]
+                    group.add(row, new)
+                for place, token in enumerate(new, start):
+                    taken.append((row, len(written[row]), place, rank))
+                    written[row].append(token)
+                    node[row] = after[node[row], token]
+                ended[row] = new[-1] in stops or len(written[row]) == max_new_tokens
+            row_K, step_K, place_K, rank_K = (list(each) for each in zip(*taken, strict=True))
+            logp[row_K, step_K] = logp_MR[place_K, rank_K]
             if on_step is not None:
                 on_step(padded(written, vlm.pad_token_id, device))
             if all(ended):
                 break
             kept = _compact(decoding, [ended[row] for row in rows])
             rows = rows if kept is None else [rows[place] for place in kept]
-            num_alive = sum(not ended[row] for row in rows)
-            guesses = [
-                []
-                if group is None or ended[row]
-                else group.guess(row, num_alive, limit=max_new_tokens - len(written[row]) - 1)
-                for row in rows
-            ]
+            leaders = _leaders(
+                [None if ended[row] else node[row] for row in rows], decoding.num_completions, alone=vlm.carries_state
+            )
+            sharing_of: defaultdict[int, list[int]] = defaultdict(list)
+            for row, leader in zip(rows, leaders, strict=True):
+                if leader is not None:
+                    sharing_of[leader].append(row)
+            num_alive = sum(not ended[rows[leader]] for leader in sharing_of)
+            asked, inputs, counts = [], [], [0] * len(rows)
+            for leader, sharing in sharing_of.items():
+                row, guessed = rows[leader], []
+                if group is not None and not ended[row]:
+                    guessed = group.guess(row, num_alive, limit=max_new_tokens - len(written[row]) - 1)
+                asked.append((sharing, guessed))
+                inputs += [written[row][-1], *(guess.token for guess in guessed)]
+                counts[leader] = 1 + len(guessed)
             reached = max(len(written[row]) for row in rows) - 1
             cached = [reached if ended[row] else len(written[row]) - 1 for row in rows]
-            decoding.expect([1 + len(guessed) for guessed in guesses], cached)
-            inputs = [
-                [written[row][-1], *(guess.token for guess in guessed)]
-                for row, guessed in zip(rows, guesses, strict=True)
-            ]
+            own = [place if leader is None else leader for place, leader in enumerate(leaders)]
+            decoding.expect(counts, cached, own)
             positions_M = next_position_N[torch.tensor(rows, device=device)][decoding.row_M] + decoding.place_M
             logits_MV = laid_out(
                 vlm.model,
                 decoding,
-                input_ids=torch.tensor([token for row in inputs for token in row], device=device)[:, None],
+                input_ids=torch.tensor(inputs, device=device)[:, None],
                 position_ids_ABP=positions_M.expand(axes, -1)[:, :, None],
             ).logits[:, -1]
             num_calls += 1
@@ -323,23 +347,41 @@ def _call(vlm: VLM, prompts: PromptBatch, prefill: Prefill) -> Prefill:
     return prefill
 
 
-def _greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The most likely token of each row and its log-probability."""
-    best, tokens = logits.max(-1)
-    return tokens, best - logits.logsumexp(-1)
+def _leaders(nodes: list[int | None], num_completions: int, *, alone: bool) -> list[int | None]:
+    """For each row the first of its prompt at the same node; None for one that has ended and is not needed.
+
+    Of a prompt whose rows have all ended the first stands for it. With `alone` every row is needed.
+    """
+    if alone:
+        return list(range(len(nodes)))
+    leaders: list[int | None] = []
+    for start in range(0, len(nodes), num_completions):
+        first: dict[int, int] = {}
+        for place in range(start, start + num_completions):
+            found = nodes[place]
+            leaders.append(None if found is None else first.setdefault(found, place))
+        if not first:
+            leaders[start] = start
+    return leaders
 
 
-def _draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """A token of each row by inversion of the cumulative distribution, and its log-probability.
+def _greedy(logits_MV: Tensor, draws: int) -> tuple[Tensor, Tensor]:
+    """The most likely token of each row and its log-probability, (M, draws) each."""
+    best_M1, tokens_M1 = logits_MV.max(-1, keepdim=True)
+    return tokens_M1.expand(-1, draws), (best_M1 - logits_MV.logsumexp(-1, keepdim=True)).expand(-1, draws)
+
+
+def _draw(logits_MV: Tensor, uniform_MR: Tensor) -> tuple[Tensor, Tensor]:
+    """R tokens of each row by inversion of the cumulative distribution, and their log-probabilities, (M, R) each.
 
     A token of probability 0 is never drawn: its cumulative value equals that of the token before it. Of a distribution
     that is NaN, any token with log-probability NaN.
     """
-    shifted = logits - logits.amax(-1, keepdim=True)
+    shifted = logits_MV - logits_MV.amax(-1, keepdim=True)
     cumulative = shifted.exp().cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, uniform[:, None] * total, right=True).clamp(max=logits.shape[-1] - 1)
-    return tokens[:, 0], (shifted.gather(-1, tokens) - total.log())[:, 0].to(logits.dtype)
+    tokens_MR = torch.searchsorted(cumulative, uniform_MR * total, right=True).clamp(max=logits_MV.shape[-1] - 1)
+    return tokens_MR, (shifted.gather(-1, tokens_MR) - total.log()).to(logits_MV.dtype)
 
 
 def _compact(decoding: Decoding, ended: list[bool]) -> list[int] | None:
