@@ -197,14 +197,18 @@ def test_a_seed_fixes_the_completions_and_dropping_rows_does_not_change_them(
         hook.remove()
         return rollout, calls
 
+    shared, _ = run(0)
+    leaders = rollouts._leaders  # what is left out for another reason is not what is measured here
+    monkeypatch.setattr(rollouts, "_leaders", lambda *args, alone: leaders(*args, alone=True))
     first, rows_computed = run(0)
+    assert rows(first) == rows(shared)
     assert rows(first) == rows(run(0)[0])
     assert rows(first) != rows(run(1)[0])
     monkeypatch.setattr(rollouts, "COMPACT_BELOW", 0.0)
     whole, all_rows = run(0)
     assert rows(first) == rows(whole)
     torch.testing.assert_close(first.logp_NT, whole.logp_NT, atol=1e-5, rtol=0)
-    assert rows_computed < all_rows
+    assert rows_computed < 0.7 * all_rows
 
 
 @pytest.mark.parametrize("drafts", [False, True])

@@ -13,12 +13,12 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from PIL import Image
@@ -44,8 +44,10 @@ from medr1.policy.rollouts import sample
 from medr1.policy.vlm import VLM, evaluating
 from medr1.processes import alone, is_first, num_cores
 
-S = TypeVar("S")
-T = TypeVar("T")
+Asked = list[tuple[str, Record]]
+"""Key and record of each question of a batch."""
+Loaded = dict[tuple[Path, ...], list[Image.Image]]
+"""The images of a batch by their paths."""
 
 ROW_START = b'{"key": "'
 """How each line of a file of rows begins, so that no other file is taken for one and changed."""
@@ -119,37 +121,28 @@ def evaluate(
             raise MedR1Error(f"mode {mode} has no reasoning before its answer to keep; use mode think")
     elif condition == ALONE:
         raise MedR1Error(f"condition {condition!r} needs a reasoning to show; use `medr1 eval --looking`")
-    # Threads, since decoders work outside of Python's lock.
-    with (
-        ThreadPoolExecutor(num_cores()) as readers,
-        open_evaluation(
-            records,
-            name=vlm.name,
-            model=[fingerprint, vlm.processor.image_processor.to_dict()],
-            weights=fingerprint[:16],
-            mode=mode,
-            out=out,
-            max_new_tokens=max_new_tokens,
-            condition=condition,
-            seed=seed,
-            donors=donors,
-            scoring=f"{scoring} {num_samples}" if scoring == "votes" else scoring,
-            reasoning=reasoning,
-            split=split_of(vlm.folder),
-        ) as evaluation,
-    ):
+    with open_evaluation(
+        records,
+        name=vlm.name,
+        model=[fingerprint, vlm.processor.image_processor.to_dict()],
+        weights=fingerprint[:16],
+        mode=mode,
+        out=out,
+        max_new_tokens=max_new_tokens,
+        condition=condition,
+        seed=seed,
+        donors=donors,
+        scoring=f"{scoring} {num_samples}" if scoring == "votes" else scoring,
+        reasoning=reasoning,
+        split=split_of(vlm.folder),
+    ) as evaluation:
         ordered = _reading_order(list(evaluation.records.items()), mode)
         pending = [(key, record) for key, record in ordered if key not in evaluation.rows]
         drafts = Drafts()
 
-        # Images alone are read ahead: a tokenizer is not for two threads, since padding is a state of it.
-        def read(batch: list[tuple[str, Record]]) -> dict[tuple[Path, ...], list[Image.Image]]:
-            asked = {record.images: record for _, record in batch}
-            return dict(zip(asked, readers.map(evaluation.images, asked.values()), strict=True))
-
         batches = [pending[start : start + batch_size] for start in range(0, len(pending), batch_size)]
         started = time.perf_counter()
-        for batch, loaded in _one_ahead(read, batches):
+        for batch, loaded in _with_images(evaluation, batches):
             prompts = encode_prompts(
                 vlm,
                 [build_messages(record, mode) for _, record in batch],
@@ -423,17 +416,21 @@ def _read_image(path: Path) -> str | MedR1Error:
         return error
 
 
-def _one_ahead(work: Callable[[T], S], items: Iterable[T]) -> Iterator[tuple[T, S]]:
-    """Each item with `work` of it, which a thread does while the caller has the item before."""
-    with ThreadPoolExecutor(1) as thread:
-        waiting: list[tuple[T, Future[S]]] = []
-        for item in items:
-            waiting.append((item, thread.submit(work, item)))
+def _with_images(evaluation: Evaluation, batches: Iterable[Asked]) -> Iterator[tuple[Asked, Loaded]]:
+    """Each batch with its images, which are read on all cores while the caller has the batch before.
+
+    Images alone are read ahead: a tokenizer is not for two threads, since padding is a state of it.
+    """
+    with ThreadPoolExecutor(num_cores()) as readers:  # threads, since decoders work outside of Python's lock
+        waiting: list[tuple[Asked, dict[tuple[Path, ...], Record], Iterator[list[Image.Image]]]] = []
+        for batch in batches:
+            asked = {record.images: record for _, record in batch}
+            waiting.append((batch, asked, readers.map(evaluation.images, asked.values())))
             if len(waiting) > 1:
-                first, done = waiting.pop(0)
-                yield first, done.result()
-        for last, done in waiting:
-            yield last, done.result()
+                first, of_first, read = waiting.pop(0)
+                yield first, dict(zip(of_first, read, strict=True))
+        for last, of_last, read in waiting:
+            yield last, dict(zip(of_last, read, strict=True))
 
 
 def _reading_order(asked: list[tuple[str, Record]], mode: str) -> list[tuple[str, Record]]:
