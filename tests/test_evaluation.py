@@ -79,7 +79,7 @@ class Stub:
             finished_N=torch.tensor([letter == "A" for letter in letters]),
             mask_NT=torch.ones(len(prompts), 3),
             tokens=[],
-            guesses=[],
+            guesses={},
         )
 
 

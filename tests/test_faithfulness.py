@@ -86,7 +86,7 @@ class Stub:
             mask_NT=torch.ones(len(texts), 3),
             completion_ids_NT=None,
             tokens=[],
-            guesses=[],
+            guesses={},
         )
 
     def option_logprobs(

@@ -211,7 +211,7 @@ class Stub:
             answer = LETTERS[self.answer(options, images, told)]
             texts.append(f"<think>{told}</think><answer>{answer}</answer>")
         ones = torch.ones(len(texts), 1)
-        return SimpleNamespace(texts=texts, finished_N=ones[:, 0], mask_NT=ones, tokens=[], guesses=[])
+        return SimpleNamespace(texts=texts, finished_N=ones[:, 0], mask_NT=ones, tokens=[], guesses={})
 
     def weigh(self, prompts: list[Any], records: list[Record], *, mode: str, reasoning: list[str]) -> list[Any]:
         self.calls += 1

@@ -198,8 +198,7 @@ def test_a_seed_fixes_the_completions_and_dropping_rows_does_not_change_them(
         return rollout, calls
 
     shared, _ = run(0)
-    leaders = rollouts._leaders  # what is left out for another reason is not what is measured here
-    monkeypatch.setattr(rollouts, "_leaders", lambda *args, alone: leaders(*args, alone=True))
+    monkeypatch.setattr(rollouts, "_together", lambda *args: 1)  # what is left out for another reason is not measured
     first, rows_computed = run(0)
     assert rows(first) == rows(shared)
     assert rows(first) == rows(run(0)[0])
@@ -234,8 +233,7 @@ def test_rows_that_have_written_the_same_are_computed_once(
         learned.learn(rows(run()))
     shared = run()
     num_shared = sum(computed)
-    leaders = rollouts._leaders
-    monkeypatch.setattr(rollouts, "_leaders", lambda *args, alone: leaders(*args, alone=True))
+    monkeypatch.setattr(rollouts, "_together", lambda *args: 1)
     alone = run()
     assert rows(shared) == rows(alone)
     torch.testing.assert_close(shared.logp_NT, alone.logp_NT, atol=1e-9, rtol=0)

@@ -12,7 +12,8 @@ completions so far, never of the clock, so that a resumed run guesses alike.
 """
 
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 CONTEXT = 4
@@ -90,8 +91,11 @@ class Drafts:
         self.right: Counter[Kind] = Counter()
         self.made: Counter[Kind] = Counter()
 
-    def learn(self, completions: Iterable[Sequence[int]], guesses: Iterable[tuple[Kind, bool]] = ()) -> None:
-        """Count completions (token ids, the stop token included) and how guesses fared; the oldest leave the window."""
+    def learn(
+        self, completions: Iterable[Sequence[int]], guesses: Mapping[tuple[Kind, bool], int] = MappingProxyType({})
+    ) -> None:
+        """Count completions (token ids, the stop token included) and how guesses of each kind fared (how many were
+        right, and wrong); the oldest completions leave the window."""
         for completion in completions:
             self._window.append(list(completion))
             self._tokens += len(completion)
@@ -100,9 +104,9 @@ class Drafts:
             oldest = self._window.popleft()
             self._tokens -= len(oldest)
             self.counts.add(oldest, times=-1)
-        for kind, was_right in guesses:
-            self.made[kind] += 1
-            self.right[kind] += was_right
+        for (kind, was_right), times in guesses.items():
+            self.made[kind] += times
+            self.right[kind] += times * was_right
 
     def chance(self, kind: Kind) -> float:
         """Share of the guesses of a kind that were right, with one right and half a wrong one beforehand."""
@@ -122,37 +126,35 @@ class Drafts:
 
 
 class GroupDrafts:
-    """Guesses for the rows of one call of `sample`: from the run's counts, and from what each row's own group (the
-    completions of one prompt) has written so far.
+    """Guesses for the completions of one call of `sample`: from the run's counts, and from what each completion's own
+    group (those of one prompt) has written so far.
     """
 
-    def __init__(self, drafts: Drafts, num_groups: int, num_completions: int) -> None:
-        self._drafts, self._num_completions = drafts, num_completions
+    def __init__(self, drafts: Drafts, num_groups: int) -> None:
+        self._drafts = drafts
         self._groups = [Counts() for _ in range(num_groups)]
-        self._rows: list[list[int]] = [[] for _ in range(num_groups * num_completions)]
         self._guessed: dict[tuple[int, tuple[int, ...], int], list[Guess]] = {}
-        """What was guessed since the last tokens came: by group, tokens before, and how many rows share the call."""
-        self.outcomes: list[tuple[Kind, bool]] = []
-        """Kind of each guess that was checked, and whether it was right."""
+        """What was guessed since the last tokens came: by group, tokens before, and how many share the call."""
+        self.outcomes: Counter[tuple[Kind, bool]] = Counter()
+        """How many guesses of each kind were right, and wrong; of those after a wrong one nothing is known."""
 
-    def add(self, row: int, tokens: Sequence[int]) -> None:
-        """Tokens that a row went on with."""
-        start = len(self._rows[row])
-        self._rows[row] += tokens
-        self._groups[row // self._num_completions].add(self._rows[row], start)
+    def add(self, group: int, ids: Sequence[int], start: int, guessed: Sequence[Guess], *, times: int) -> None:
+        """`times` completions of a group have written `ids`, new from `start` up to the first that was not guessed."""
+        self._groups[group].add(ids, start, times)
+        for guess, token in zip(guessed, ids[start:], strict=False):
+            self.outcomes[guess.kind, guess.token == token] += times
         self._guessed.clear()
 
-    def guess(self, row: int, num_rows: int, limit: int) -> list[Guess]:
-        """Tokens that a row may go on with, at most `limit`, where `num_rows` rows share the call."""
-        group = row // self._num_completions
-        before = (_START, *self._rows[row][-CONTEXT:])[-CONTEXT:]
-        guessed = self._guessed.get((group, before, num_rows))
-        if guessed is None:  # rows of a group often stand at the same words
-            guessed = self._guessed[group, before, num_rows] = self._chain(group, before, num_rows)
+    def guess(self, group: int, ids: Sequence[int], alive: int, limit: int) -> list[Guess]:
+        """Tokens that may follow `ids`, at most `limit`, where `alive` different completions share the call."""
+        before = (_START, *ids[-CONTEXT:])[-CONTEXT:]
+        guessed = self._guessed.get((group, before, alive))
+        if guessed is None:  # completions of a group often stand at the same words
+            guessed = self._guessed[group, before, alive] = self._chain(group, before, alive)
         return guessed[:limit]
 
-    def _chain(self, group: int, before: tuple[int, ...], num_rows: int) -> list[Guess]:
-        needed = num_rows / (num_rows + FREE_TOKENS)
+    def _chain(self, group: int, before: tuple[int, ...], alive: int) -> list[Guess]:
+        needed = alive / (alive + FREE_TOKENS)
         chance = 1.0
         guessed: list[Guess] = []
         while len(guessed) < MAX_GUESSES:
@@ -173,11 +175,3 @@ class GroupDrafts:
                 kind = (place, len(context), 8 * count // total, min(total.bit_length(), 5))
                 found.append(Guess(self._drafts.chance(kind), token, kind))
         return max(found, default=None)
-
-    def check(self, guessed: Sequence[Guess], tokens: Sequence[int]) -> int:
-        """How many guesses are right before the first wrong one, where `tokens` came; remembers how each fared."""
-        for right, (guess, token) in enumerate(zip(guessed, tokens, strict=False)):
-            self.outcomes.append((guess.kind, guess.token == token))
-            if guess.token != token:
-                return right
-        return min(len(guessed), len(tokens))

@@ -8,7 +8,7 @@ Shapes: B prompts, G completions each, N = B*G rows in prompt-major order, T com
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any, Literal
 
 import torch
@@ -120,10 +120,13 @@ def up_to_stop(tokens: list[int], stops: Set[int]) -> list[int]:
     return tokens[: next((place for place, token in enumerate(tokens, 1) if token in stops), None)]
 
 
-def padded(sequences: list[list[int]], pad: int, device: torch.device) -> Tensor:
-    """Token ids as one tensor, right-padded to the longest."""
+def padded(
+    sequences: Sequence[Sequence[float]], pad: float, device: torch.device, dtype: torch.dtype = torch.long
+) -> Tensor:
+    """Token ids, or a number of each, as one tensor, right-padded to the longest."""
     longest = max(map(len, sequences))
-    return torch.tensor([[*tokens, *[pad] * (longest - len(tokens))] for tokens in sequences], device=device)
+    rows = [[*values, *[pad] * (longest - len(values))] for values in sequences]
+    return torch.tensor(rows, device=device, dtype=dtype)
 
 
 def _few_at_once(num_prompts: int, num_completions: int) -> Iterator[list[int]]:

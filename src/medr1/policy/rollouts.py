@@ -13,8 +13,7 @@ of one call.
 """
 
 import itertools
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +26,7 @@ from medr1.policy.attention import Decoding, Prefill, laid_out
 from medr1.policy.drafts import Drafts, GroupDrafts, Guess, Kind
 from medr1.policy.encoding import PromptBatch
 from medr1.policy.held import decode_held, holds
-from medr1.policy.repeated import decode_repeated, padded, up_to_stop
+from medr1.policy.repeated import decode_repeated, padded
 from medr1.policy.vlm import VLM, evaluating, restrict
 
 COMPACT_BELOW = 0.75
@@ -54,8 +53,8 @@ class Rollout:
     """Without special tokens; tags such as <think> are text and stay, also one that the template has opened."""
     num_calls: int = 0
     """Calls of the model that decoded them, the prompts' own not counted."""
-    guesses: list[tuple[Kind, bool]] = field(default_factory=list)
-    """Kind of each guess that was checked, and whether it was right; for `Drafts.learn`."""
+    guesses: Mapping[tuple[Kind, bool], int] = field(default_factory=dict)
+    """How many guesses of each kind were checked, right and wrong; for `Drafts.learn`."""
     samplers: list[str] = field(default_factory=list)
     """Who drew each completion, where it was not this process's own model."""
     prefill: Prefill | None = None
@@ -153,18 +152,15 @@ def sample(
         with evaluating(vlm.model):
             written, logp, num_calls = decode_repeated(vlm, prompts, num_completions, max_new_tokens, choose, on_step)
         return _rollout(vlm, prompts, written, logp, num_calls=num_calls)
-    written = [[] for _ in range(num_rows)]
-    ended = [False] * num_rows
-    group = None if drafts is None else GroupDrafts(drafts, len(prompts), num_completions)
+    group = None if drafts is None else GroupDrafts(drafts, len(prompts))
     num_calls = 0
 
     with evaluating(vlm.model):
         with torch.set_grad_enabled(keep_prefill):
             prefill = read_shared(vlm, prompts) or _call(vlm, prompts, Prefill(prompts.attention_mask_BP))
         assert prefill.logits_BV is not None
-        logits_MV = prefill.logits_BV
         if holds(vlm, max_new_tokens):
-            barred_V = restrict(torch.zeros_like(logits_MV[0]), 1.0, vlm.banned_token_ids)  # 0, and -inf
+            barred_V = restrict(torch.zeros_like(prefill.logits_BV[0]), 1.0, vlm.banned_token_ids)  # 0, and -inf
 
             def choose_at(logits_NV: Tensor, place_1: Tensor) -> tuple[Tensor, Tensor]:
                 uniform_N1 = uniform.index_select(0, place_1)[0, :, None]
@@ -175,74 +171,54 @@ def sample(
                 vlm, prompts, prefill, num_completions, max_new_tokens, choose_at, on_step
             )
             return _rollout(vlm, prompts, written, logp, num_calls=num_calls, prefill=prefill if keep_prefill else None)
-        logp = torch.zeros(num_rows, max_new_tokens, dtype=torch.promote_types(logits_MV.dtype, torch.float32))
-        logp = logp.to(device)
         decoding = Decoding(prefill, num_completions, max_new_tokens)
         next_position_N = prompts.next_position_B.repeat_interleave(num_completions)
         axes = len(prompts.position_ids_ABP)
         rows = list(range(num_rows))  # of the completions still in the decoder
-        node = [row // num_completions for row in rows]  # equal where prompt and what is written are
-        nodes = itertools.count(len(prompts))
-        after: defaultdict[tuple[int, int], int] = defaultdict(lambda: next(nodes))
-        # Who has the tokens that made logits_MV, and what was guessed after the first.
-        asked: list[tuple[list[int], list[Guess]]] = [
-            (rows[start : start + num_completions], []) for start in range(0, num_rows, num_completions)
+        together = _together(vlm, decoding)
+        asked = [
+            _Branch(start // num_completions, rows[start : start + together]) for start in range(0, num_rows, together)
         ]
+        logits_MV = prefill.logits_BV.repeat_interleave(num_completions // together, dim=0)
+        branch_of = [branch for branch in asked for _ in branch.rows]
         while True:
-            most = max(len(sharing) for sharing, _ in asked)
+            most = max(len(branch.rows) for branch in asked)
             place_M: list[int] = []
             rows_MR: list[list[int]] = []
-            found: dict[int, tuple[int, int, list[Guess]]] = {}
-            for sharing, guessed in asked:
-                found |= {row: (len(place_M), rank, guessed) for rank, row in enumerate(sharing)}
-                for further in range(1 + len(guessed)):
+            for branch in asked:
+                for further in range(1 + len(branch.guessed)):
                     # The last of these may be past the end; what is drawn there is not used.
-                    place_M.append(min(len(written[sharing[0]]) + further, max_new_tokens - 1))
-                    rows_MR.append(sharing + sharing[:1] * (most - len(sharing)))
+                    place_M.append(min(len(branch.ids) + further, max_new_tokens - 1))
+                    rows_MR.append(branch.rows + branch.rows[:1] * (most - len(branch.rows)))
             tokens_MR, logp_MR = choose(logits_MV, place_M, rows_MR)
-            drawn = tokens_MR.tolist()
-            taken: list[tuple[int, int, int, int]] = []
-            for row in rows:
-                if ended[row]:
+            drawn = zip(tokens_MR.tolist(), logp_MR.tolist(), strict=True)
+            live: list[_Branch] = []
+            for branch in asked:
+                of_branch = list(itertools.islice(drawn, 1 + len(branch.guessed)))
+                if branch.ended:
                     continue
-                start, rank, guessed = found[row]
-                new = up_to_stop([drawn[place][rank] for place in range(start, start + 1 + len(guessed))], stops)
-                if group is not None:
-                    new = new[: 1 + group.check(guessed, new)]
-                    group.add(row, new)
-                for place, token in enumerate(new, start):
-                    taken.append((row, len(written[row]), place, rank))
-                    written[row].append(token)
-                    node[row] = after[node[row], token]
-                ended[row] = new[-1] in stops or len(written[row]) == max_new_tokens
-            row_K, step_K, place_K, rank_K = (list(each) for each in zip(*taken, strict=True))
-            logp[row_K, step_K] = logp_MR[place_K, rank_K]
+                for grown in branch.grown(of_branch, stops):
+                    if group is not None:
+                        group.add(grown.prompt, grown.ids, len(branch.ids), branch.guessed, times=len(grown.rows))
+                    grown.ended = grown.ids[-1] in stops or len(grown.ids) == max_new_tokens
+                    if not grown.ended:
+                        live.append(grown)
+                    for row in grown.rows:
+                        branch_of[row] = grown
             if on_step is not None:
-                on_step(padded(written, vlm.pad_token_id, device))
-            if all(ended):
+                on_step(padded([branch.ids for branch in branch_of], vlm.pad_token_id, device))
+            if not live:
                 break
-            kept = _compact(decoding, [ended[row] for row in rows])
+            kept = _compact(decoding, [branch_of[row].ended for row in rows])
             rows = rows if kept is None else [rows[place] for place in kept]
-            leaders = _leaders(
-                [None if ended[row] else node[row] for row in rows], decoding.num_completions, alone=vlm.carries_state
-            )
-            sharing_of: defaultdict[int, list[int]] = defaultdict(list)
-            for row, leader in zip(rows, leaders, strict=True):
-                if leader is not None:
-                    sharing_of[leader].append(row)
-            num_alive = sum(not ended[rows[leader]] for leader in sharing_of)
-            asked, inputs, counts = [], [], [0] * len(rows)
-            for leader, sharing in sharing_of.items():
-                row, guessed = rows[leader], []
-                if group is not None and not ended[row]:
-                    guessed = group.guess(row, num_alive, limit=max_new_tokens - len(written[row]) - 1)
-                asked.append((sharing, guessed))
-                inputs += [written[row][-1], *(guess.token for guess in guessed)]
-                counts[leader] = 1 + len(guessed)
-            reached = max(len(written[row]) for row in rows) - 1
-            cached = [reached if ended[row] else len(written[row]) - 1 for row in rows]
-            own = [place if leader is None else leader for place, leader in enumerate(leaders)]
-            decoding.expect(counts, cached, own)
+            if group is not None:
+                for branch in live:
+                    limit = max_new_tokens - len(branch.ids) - 1
+                    branch.guessed = group.guess(branch.prompt, branch.ids, len(live), limit)
+            asked = _expect(decoding, [branch_of[row] for row in rows], alone=together == 1)
+            inputs = [
+                token for branch in asked for token in (branch.ids[-1], *(guess.token for guess in branch.guessed))
+            ]
             positions_M = next_position_N[torch.tensor(rows, device=device)][decoding.row_M] + decoding.place_M
             logits_MV = laid_out(
                 vlm.model,
@@ -252,15 +228,51 @@ def sample(
             ).logits[:, -1]
             num_calls += 1
 
+    wide = torch.promote_types(logits_MV.dtype, torch.float32)
     return _rollout(
         vlm,
         prompts,
-        written,
-        logp,
+        [branch.ids for branch in branch_of],
+        padded([branch.logp for branch in branch_of], 0.0, device, wide),
         num_calls=num_calls,
-        guesses=[] if group is None else group.outcomes,
+        guesses={} if group is None else group.outcomes,
         prefill=prefill if keep_prefill else None,
     )
+
+
+@dataclass
+class _Branch:
+    """Completions of one prompt that have written the same so far: what is computed for one is for all."""
+
+    prompt: int
+    rows: list[int]
+    ids: list[int] = field(default_factory=list)
+    logp: list[float] = field(default_factory=list)
+    guessed: list[Guess] = field(default_factory=list)
+    """What was asked about after the newest token."""
+    ended: bool = False
+
+    def grown(self, drawn: list[tuple[list[int], list[float]]], stops: Set[int]) -> "list[_Branch]":
+        """What it parts into. Drawn are after its newest token and after each guess a token and its log-prob a row;
+        those after a wrong guess or a stop are nobody's."""
+        parts: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(len(self.rows)):
+            new: list[int] = []
+            for place, (tokens, _) in enumerate(drawn):
+                token = tokens[rank]
+                new.append(token)
+                if token in stops or (place < len(self.guessed) and self.guessed[place].token != token):
+                    break
+            parts.setdefault(tuple(new), []).append(rank)
+        return [
+            _Branch(
+                self.prompt,
+                [self.rows[rank] for rank in ranks],
+                [*self.ids, *new],
+                [*self.logp, *(logp[ranks[0]] for _, logp in drawn[: len(new)])],
+            )
+            for new, ranks in parts.items()
+        ]
 
 
 def _rollout(vlm: VLM, prompts: PromptBatch, written: list[list[int]], logp_NT: Tensor, **more: Any) -> Rollout:
@@ -347,22 +359,29 @@ def _call(vlm: VLM, prompts: PromptBatch, prefill: Prefill) -> Prefill:
     return prefill
 
 
-def _leaders(nodes: list[int | None], num_completions: int, *, alone: bool) -> list[int | None]:
-    """For each row the first of its prompt at the same node; None for one that has ended and is not needed.
+def _together(vlm: VLM, decoding: Decoding) -> int:
+    """Rows that are computed as one as long as they have written the same; where each carries a state, it needs all."""
+    return 1 if vlm.carries_state else decoding.num_completions
 
-    Of a prompt whose rows have all ended the first stands for it. With `alone` every row is needed.
+
+def _expect(decoding: Decoding, branches: list[_Branch], *, alone: bool) -> list[_Branch]:
+    """Lay out the next call, given the branch of each row, and say which branches are computed in it, in order.
+
+    An ended one is where it is all that is left of a prompt, which needs a token in each call; alone all are.
     """
-    if alone:
-        return list(range(len(nodes)))
-    leaders: list[int | None] = []
-    for start in range(0, len(nodes), num_completions):
-        first: dict[int, int] = {}
-        for place in range(start, start + num_completions):
-            found = nodes[place]
-            leaders.append(None if found is None else first.setdefault(found, place))
-        if not first:
-            leaders[start] = start
-    return leaders
+    reached = max(len(branch.ids) for branch in branches) - 1
+    first: dict[int, int] = {}  # of each branch that goes on, by its first row
+    counts, cached, leaders = [0] * len(branches), [], []
+    for place, branch in enumerate(branches):
+        cached.append(reached if branch.ended else len(branch.ids) - 1)
+        leaders.append(place if branch.ended else first.setdefault(branch.rows[0], place))
+        if alone or (leaders[-1] == place and not branch.ended):
+            counts[place] = 1 + len(branch.guessed)
+    for start in range(0, len(branches), decoding.num_completions):
+        if not any(counts[start : start + decoding.num_completions]):
+            counts[start] = 1
+    decoding.expect(counts, cached, leaders)
+    return [branch for branch, count in zip(branches, counts, strict=True) if count]
 
 
 def _greedy(logits_MV: Tensor, draws: int) -> tuple[Tensor, Tensor]:

@@ -325,7 +325,7 @@ class CollectingTrainer(RecordTrainer):
         parts = self._reward(rollout.texts if rollout else [], owners, parts)
         rewards_BG = agree(lambda: self._weighted(parts))
         if self.drafts is not None:
-            for tokens, guesses in gather((rollout.tokens, rollout.guesses) if rollout else ([], [])):
+            for tokens, guesses in gather((rollout.tokens, rollout.guesses) if rollout else ([], {})):
                 self.drafts.learn(tokens, guesses)
         groups = []
         for place, record in enumerate(records):
