@@ -12,7 +12,7 @@ from torch import Tensor
 
 from medr1.policy import rollouts
 from medr1.policy.adapters import add_lora
-from medr1.policy.drafts import Drafts
+from medr1.policy.drafts import Drafts, GroupDrafts, Guess
 from medr1.policy.encoding import PromptBatch, encode_prompts
 from medr1.policy.rollouts import Rollout, read_shared, sample
 from medr1.policy.shared_prefix import completion_logprobs
@@ -249,6 +249,31 @@ def test_rows_that_have_written_the_same_are_computed_once(
         ]
         assert max(beginnings) > len(prompts), "they part"
         assert num_shared <= len(prompts) + sum(beginnings), "no more than there are, and one of a group that has ended"
+
+
+def test_a_branch_parts_at_the_first_wrong_guess_and_at_a_stop() -> None:
+    """Five rows have written 4, and 5 and 6 were guessed; 0 stops. A place a line: what each row draws there."""
+    guessed = [Guess(0.9, 5, (0, 1, 8, 1)), Guess(0.8, 6, (1, 2, 4, 2))]
+    branch = rollouts._Branch(1, [8, 9, 10, 11, 12], [4], [-0.5], guessed)
+    drawn = [
+        ([5, 5, 0, 5, 7], [-0.1, -0.1, -3.0, -0.1, -2.0]),
+        ([6, 2, 6, 6, 6], [-0.2, -1.0, -0.2, -0.2, -0.2]),
+        ([3, 3, 3, 3, 3], [-0.3, -0.3, -0.3, -0.3, -0.3]),
+    ]
+    parts = branch.grown(drawn, {0})
+    assert [(part.rows, part.ids, part.logp) for part in parts] == [
+        ([8, 11], [4, 5, 6, 3], [-0.5, -0.1, -0.2, -0.3]),
+        ([9], [4, 5, 2], [-0.5, -0.1, -1.0]),
+        ([10], [4, 0], [-0.5, -3.0]),
+        ([12], [4, 7], [-0.5, -2.0]),
+    ]
+    assert {part.prompt for part in parts} == {1} and not any(part.guessed or part.ended for part in parts)
+    group = GroupDrafts(Drafts(), 2)
+    for part in parts:
+        group.add(1, part.ids, 1, guessed, times=len(part.rows))
+    first, second = (guess.kind for guess in guessed)
+    assert group.outcomes == {(first, True): 3, (first, False): 2, (second, True): 2, (second, False): 1}
+    assert group._groups[1].likeliest((4,)) == (5, 3, 5) and group._groups[0].likeliest((4,)) is None
 
 
 def test_padding_stops_and_texts() -> None:
