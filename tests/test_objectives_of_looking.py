@@ -24,7 +24,7 @@ from medr1.policy.encoding import PromptBatch, encode_prompts
 from medr1.policy.shared_prefix import completion_logprobs
 from medr1.policy.vlm import VLM, load_vlm
 from medr1.training import looking
-from medr1.training.looking import OtherImages, consistency, deciding_tokens, image_margins, needs_image
+from medr1.training.looking import OtherImages, choices, consistency, deciding_tokens, image_margins, needs_image
 from medr1.training.objective import above_chance, perception_term
 
 
@@ -128,10 +128,11 @@ def test_terms_by_hand() -> None:
     term, kl = perception_term(own, other, mask, cap=2.0, denominator=2)
     assert float(term) == pytest.approx((0.19315 / 2 + 2) / 2, abs=1e-5)
     assert kl == pytest.approx(0.19315 + 19.0301, abs=1e-3)
-    chance = torch.tensor([0.25, 0.25], dtype=torch.float64)
-    decides = torch.tensor([[False, True], [True, False]])
-    term, rows = above_chance(other, decides, chance, denominator=2)
-    assert (float(term), rows) == (pytest.approx(math.log(0.8 / 0.25) / 2), 1)
+    # Shares: 0.6 of four, 0.3 of two (below chance), one of an open question; the fourth says nothing that can be read.
+    options = torch.tensor([[0.06, 0.02, 0.01, 0.01], [0.3, 0.7, 9, 9], [9, 9, 9, 9], [0.9, 0.1, 9, 9]]).double().log()
+    offered = torch.tensor([[True] * 4, [True, True, False, False], [False] * 4, [True, True, False, False]])
+    term, rows = above_chance(options, offered, torch.tensor([0, 0, -1, -1]), denominator=4)
+    assert (float(term), rows) == (pytest.approx(math.log(0.6 / 0.25) / 4), 1)
 
 
 def driven(steps: int, loss_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -153,9 +154,38 @@ def test_hack_a_kl_that_grows_without_end_ends_at_the_cap() -> None:
     assert driven(100, perception(2.0)) == driven(50, perception(2.0)) < 10
 
     def chance(own: Tensor, other: Tensor) -> Tensor:
-        return above_chance(other, torch.ones(1, 2), torch.tensor([0.25]), denominator=1)[0]
+        offered, sure = torch.ones(1, 2, dtype=torch.bool), torch.tensor([[0.5, 0.0]]).double()
+        return above_chance(other + sure, offered, torch.tensor([0]), denominator=1)[0]
 
     assert driven(100, chance) == driven(50, chance) < 1
+
+
+def test_hack_an_answer_that_is_no_option() -> None:
+    """A policy of four options and one reply that is none, under another image: held to chance by its own probability
+    an answer gives way to what cannot be read; by its share among the options it gives way to these."""
+
+    def gained(term: Callable[[Tensor], Tensor]) -> float:
+        """By what is no option against the mean option, in nats."""
+        logits = torch.tensor([2.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.SGD([logits], lr=1.0)
+        for _ in range(50):
+            optimizer.zero_grad()
+            logp = logits.log_softmax(0)
+            often = logp.detach().exp()  # each answer that it may give, as often as it gives it
+            torch.stack([often[said] * term(logp[:4].roll(-said)) for said in range(4)]).sum().backward()
+            optimizer.step()
+        logits = logits.detach()
+        assert float(logits.softmax(0)[:4].max()) < 0.28, "either way no answer is above chance in the end"
+        return float(logits[4] - logits[:4].mean()) + 0.5
+
+    def alone(options: Tensor) -> Tensor:
+        return (options[0] + math.log(4)).clamp(min=0)
+
+    def among(options: Tensor) -> Tensor:
+        offered = torch.ones(1, 4, dtype=torch.bool)
+        return above_chance(options[None], offered, torch.tensor([0]), denominator=1)[0]
+
+    assert gained(alone) > 0.3 and abs(gained(among)) < 1e-9
 
 
 def test_gradients_of_both_terms_equal_the_plain_passes_in_float64() -> None:
@@ -165,12 +195,12 @@ def test_gradients_of_both_terms_equal_the_plain_passes_in_float64() -> None:
         for seed in (0, 10)
     )
     ids, mask = completions(2 * 3)
-    decides = mask & (torch.arange(mask.shape[1]) % 2 == 0)
-    chance = torch.full((len(ids),), 1e-4, dtype=torch.float64)
+    likely = torch.tensor([0, 1, -1], dtype=torch.long)
 
     def loss(own_NT: Tensor, other_NT: Tensor) -> Tensor:
         perception, _ = perception_term(own_NT, other_NT, mask, cap=0.01, denominator=6)
-        above, rows = above_chance(other_NT, decides, chance, denominator=6)
+        options_NO = other_NT.sum(1).view(3, 2)  # as if each two completions were one reply's options
+        above, rows = above_chance(options_NO, torch.ones(3, 2, dtype=torch.bool), likely, denominator=6)
         assert rows
         return above - 0.5 * perception
 
@@ -193,7 +223,7 @@ def vlm() -> VLM:
         ("<think>The image is OCT. There is a Scar, no Cyst.</think><answer> Scar</answer>", "Scar"),
         ("<think>The image is OCT.</think><answer> Scar</answer>", "Scar"),
         ("<think>So it is B.</think><answer>B</answer>", "B"),
-        ("<think>A Scarred lesion.</think><answer>B) Scar</answer>", "Scar"),
+        ("<think>A Scarred lesion.</think><answer>B) Scar</answer>", "B) Scar"),
         ("<think>The image is OCT.</think><answer>Brain</answer>", ""),
     ],
 )
@@ -201,10 +231,41 @@ def test_tokens_that_decide(vlm: VLM, reply: str, decides: str) -> None:
     ids = vlm.tokenizer(reply, add_special_tokens=False)["input_ids"]
     [mask] = deciding_tokens(vlm, [ids], [RECORDS[0]])
     assert vlm.tokenizer.decode([token for token, decided in zip(ids, mask, strict=True) if decided]).strip() == decides
-    first = reply.rfind("B") if decides == "B" else reply.find("Scar,") if "Scar," in reply else reply.rfind("Scar")
+    first = reply.find("Scar,") if "Scar," in reply else reply.rfind(decides)
     if decides:
         before = vlm.tokenizer.decode(ids[: int(mask.int().argmax())])
         assert abs(len(before) - first) <= 1, "and there it stands"
+
+
+@pytest.mark.parametrize(
+    ("reply", "rows"),
+    [
+        (
+            "<think>The image is OCT. There is a Scar, no Cyst.</think><answer> Scar</answer>",
+            ["<think>The image is OCT. There is a {}"],
+        ),
+        ("<think>It shows a scar.</think><answer> Scar</answer>", ["<think>It shows a {:lower}"]),
+        ("<think>The image is OCT.</think><answer>B</answer>", ["<think>The image is OCT.</think><answer>{:letter}"]),
+        ("<think>So.</think><answer>B) Scar</answer>", ["<think>So.</think><answer>{:letter}) {}"]),
+        ("<think>The image is OCT.</think><answer>Brain</answer>", []),
+    ],
+)
+def test_what_a_reply_could_have_said(vlm: VLM, reply: str, rows: list[str]) -> None:
+    """Its beginning and each option as it says its own; the own one in the very tokens of the reply."""
+    two, four = RECORDS[1], record("four", "B", ("Cyst", "Scar", "Fluid", "Drusen"))
+    ids = vlm.tokenizer(reply, add_special_tokens=False)["input_ids"]
+    said = choices(vlm, [ids, ids], [four, two])
+    assert said.ids_KT.shape == said.mask_KT.shape
+    assert said.chosen_N.tolist() == ([1, 1] if rows else [-1, -1])
+    assert said.mask_KT.any(1).tolist() == ([True] * 6 + [False] * 2 if rows else [False] * 2)
+    for row, mask, letter, option in zip(said.ids_KT, said.mask_KT, "ABCD", four.options, strict=False):
+        for shown in rows:
+            written = shown.replace("{:letter}", letter).replace("{:lower}", option.lower()).replace("{}", option)
+            length = 1 + int(mask.nonzero()[-1])
+            assert vlm.tokenizer.decode(row[:length]) == written
+            if letter == "B":
+                assert row[:length].tolist() == ids[:length]
+                assert torch.equal(mask[:length], deciding_tokens(vlm, [ids], [four])[0][:length])
 
 
 @dataclass(frozen=True)
@@ -337,10 +398,13 @@ def test_hack_the_shortcut_costs_where_it_would_be_said_of_any_image(vlm: VLM, l
     for lesion in lesions:
         short = reply_text("think", f"The image is {lesion.record.modality}.", lesion.record.options[0])
         texts = [lesion.reply(), short]
-        other, ids, _ = under(vlm, lesion.record, lesion.other, texts)
-        decides = deciding_tokens(vlm, ids, [lesion.record] * 2)
-        costs.append(
-            [float(above_chance(other[[n]], decides[[n]], torch.tensor([0.25]), denominator=1)[0]) for n in (0, 1)]
-        )
+        ids = [vlm.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        said = choices(vlm, ids, [lesion.record] * 2)
+        prompts = encode_prompts(vlm, [build_messages(lesion.record, "think")], [[load_image(lesion.other.images[0])]])
+        with torch.no_grad():
+            logp_KT, _ = completion_logprobs(vlm, prompts, said.ids_KT, said.mask_KT)
+        logp_NO, offered_NO = logp_KT.sum(1).view(2, 4), said.mask_KT.any(1).view(2, 4)
+        each = [above_chance(logp_NO[[n]], offered_NO[[n]], said.chosen_N[[n]], denominator=1) for n in (0, 1)]
+        costs.append([float(cost) for cost, _ in each])
     honest, hacked = mean(costs)
     assert honest < 0.1 and hacked > 1

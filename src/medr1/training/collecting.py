@@ -34,7 +34,15 @@ from medr1.policy.vlm import VLM, evaluating
 from medr1.processes import agree, gather
 from medr1.training.base import LOG, RecordTrainer
 from medr1.training.draws import Draws, stratum
-from medr1.training.looking import OF_POLICY, OtherView, consistency, deciding_tokens, image_margins, of_policy
+from medr1.training.looking import (
+    OF_POLICY,
+    OtherView,
+    choices,
+    consistency,
+    deciding_tokens,
+    image_margins,
+    of_policy,
+)
 from medr1.training.objective import group_advantages, group_deviation
 from medr1.training.rewards import MAX_REWARD, Reward, is_of_step, load_rewards, rewards_of
 from medr1.training.trackers import SendCompletions
@@ -423,13 +431,10 @@ class CollectingTrainer(RecordTrainer):
         shown = [control or record for control, record in zip(controls, records, strict=True)]
         device = rollout.mask_NT.device
         has_other_N = torch.tensor([control is not None for control in controls]).repeat_interleave(num_completions)
-        mask_NT = rollout.mask_NT & has_other_N.to(device)[:, None]
-        return OtherView(
-            prompts=self._read(shown),
-            mask_NT=mask_NT,
-            decides_NT=deciding_tokens(self.vlm, rollout.tokens, owners).to(device) & mask_NT,
-            chance_N=torch.tensor([1 / max(1, len(owner.options)) for owner in owners], device=device),
-        )
+        said = choices(self.vlm, rollout.tokens, owners)
+        said.chosen_N[~has_other_N] = -1
+        said.mask_KT[~has_other_N.repeat_interleave(len(said.mask_KT) // len(owners))] = False
+        return OtherView(self._read(shown), rollout.mask_NT & has_other_N.to(device)[:, None], said.to(device))
 
     def _rewards_of_policy(self, records: list[Record], rollout: Rollout | None) -> dict[str, list[float | None]]:
         """Those rewards that take the policy, or its reference, to tell."""
@@ -445,7 +450,8 @@ class CollectingTrainer(RecordTrainer):
                     other.mask_NT,
                     temperature=self.config.rollout.temperature,
                 )
-            margins = image_margins(rollout.texts, owners, rollout.logp_NT, other_logp_NT, other.decides_NT)
+            decides_NT = deciding_tokens(self.vlm, rollout.tokens, owners).to(other.mask_NT.device) & other.mask_NT
+            margins = image_margins(rollout.texts, owners, rollout.logp_NT, other_logp_NT, decides_NT)
             has_other = other.mask_NT.any(1).tolist()
             parts["image_margin"] = [margin if has else None for margin, has in zip(margins, has_other, strict=True)]
         if rollout is not None and "consistency" in parts:

@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from medr1.policy.vlm import VLM
 from medr1.processes import agree, gather
 from medr1.training.base import LOG
 from medr1.training.collecting import CollectingTrainer, Experience
+from medr1.training.looking import longest_choices
 from medr1.training.objective import (
     above_chance,
     entropy_share,
@@ -144,6 +145,10 @@ class GRPOTrainer(CollectingTrainer):
         try:
             self.server = None  # whose log-probs these are not
             other = self._other_view(records, full) if self.looks else None
+            if other is not None:
+                owners = [record for record in records for _ in range(rollout.num_completions)]
+                longest = longest_choices(self.vlm, full.tokens, owners)
+                other = replace(other, choices=longest.to(ids_NT.device))
             self._update(
                 model, Experience(records, prompts, full, advantages_BG, zeros_NT.clone(), zeros_NT.clone(), other)
             )
@@ -262,36 +267,51 @@ class GRPOTrainer(CollectingTrainer):
         logp_NT: Tensor,
         entropy_NT: Tensor,
     ) -> Tensor:
-        """What these prompts' completions cost by what they would be under another image."""
-        objective, other, (rows, columns) = self.config.grpo, experience.other, part
+        """What these prompts' completions cost by what they, or their answers, would be under another image."""
+        objective, other = self.config.grpo, experience.other
         assert other is not None
-        mask_NT, decides_NT = other.mask_NT[rows, columns], other.decides_NT[rows, columns]
-        other_logp_NT, other_entropy_NT = completion_logprobs(
-            self.vlm,
-            other.prompts.select(chunk),
-            experience.rollout.completion_ids_NT[rows, columns],
-            mask_NT,
-            temperature=self.config.rollout.temperature,
-            entropy="gradient" if objective.perception_entropy else False,
-            model=model,
-        )
-        num_rows = self.config.optimizer.prompts_per_step * self.config.rollout.num_completions
-        perception, kl = perception_term(
-            logp_NT, other_logp_NT, mask_NT, cap=objective.perception_cap, denominator=num_rows
-        )
-        above, num_above = above_chance(other_logp_NT, decides_NT, other.chance_N[rows], denominator=num_rows)
-        self.add_to_log(
-            {
-                "other_kl": kl,
-                "other_tokens": float(mask_NT.sum()),
-                "above_chance": num_above,
-                "other_rows": float(decides_NT.any(1).sum()),
-            }
-        )
-        loss = objective.hold_to_chance * above - objective.perception * perception
-        if other_entropy_NT is not None:
-            entropy = row_means(entropy_NT + other_entropy_NT, mask_NT).sum() / num_rows
-            loss = loss + objective.perception_entropy * entropy
+        num_completions = self.config.rollout.num_completions
+        num_rows = self.config.optimizer.prompts_per_step * num_completions
+        loss = torch.zeros((), device=logp_NT.device)
+
+        def asked(
+            ids_NT: Tensor, mask_NT: Tensor, entropy: bool | Literal["gradient"] = False
+        ) -> tuple[Tensor, Tensor | None]:
+            prompts, temperature = other.prompts.select(chunk), self.config.rollout.temperature
+            return completion_logprobs(
+                self.vlm, prompts, ids_NT, mask_NT, temperature=temperature, entropy=entropy, model=model
+            )
+
+        if objective.perception:
+            mask_NT = other.mask_NT[part]
+            other_logp_NT, other_entropy_NT = asked(
+                experience.rollout.completion_ids_NT[part],
+                mask_NT,
+                "gradient" if objective.perception_entropy else False,
+            )
+            term, kl = perception_term(
+                logp_NT, other_logp_NT, mask_NT, cap=objective.perception_cap, denominator=num_rows
+            )
+            loss = loss - objective.perception * term
+            if other_entropy_NT is not None:
+                entropy = row_means(entropy_NT + other_entropy_NT, mask_NT).sum() / num_rows
+                loss = loss + objective.perception_entropy * entropy
+            self.add_to_log({"other_kl": kl, "other_tokens": float(mask_NT.sum())})
+        if objective.hold_to_chance:
+            said, (rows, _) = other.choices, part
+            num_options = len(said.ids_KT) // len(said.chosen_N)
+            rows_K = (rows[:, None] * num_options + torch.arange(num_options)).flatten()
+            mask_KT = said.mask_KT[rows_K]
+            length = max(1, int((mask_KT * torch.arange(1, 1 + mask_KT.shape[1], device=mask_KT.device)).max()))
+            option_logp_KT, _ = asked(said.ids_KT[rows_K, :length], mask_KT[:, :length])
+            above, num_above = above_chance(
+                option_logp_KT.sum(1).view(-1, num_options),
+                mask_KT.any(1).view(-1, num_options),
+                said.chosen_N[rows],
+                denominator=num_rows,
+            )
+            loss = loss + objective.hold_to_chance * above
+            self.add_to_log({"above_chance": num_above, "other_rows": float((said.chosen_N[rows] >= 0).sum())})
         return loss
 
     def _arrive(self, model: nn.Module, ahead: "Ahead") -> None:

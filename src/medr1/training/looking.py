@@ -5,14 +5,15 @@ that looks and one that guesses are paid alike, and guessing is learned sooner. 
 
 - `OtherImages.exchanged`: prompts about another image whose right answer is known, so that guessing does not pay.
 - `needs_image`: prompts that a reader of the text alone gets wrong, more often.
-- `objective.above_chance`: an answer that is likelier than chance whatever image is shown costs.
+- `objective.above_chance`: an answer that is likelier than the other options whatever image is shown costs.
 - `objective.perception_term`: replies become less probable under another image (PAPO).
 - `image_margins`, `consistency`: rewards of an answer that owes to its image, and of one that its reasoning leads to.
 
-Shapes: B prompts, G completions each, N = B*G rows, T tokens.
+Shapes: B prompts, G completions each, N = B*G rows, T tokens, O options (the most of any question), K = N*O.
 """
 
 import hashlib
+import itertools
 import math
 import random
 import re
@@ -54,16 +55,31 @@ def of_policy(reply: str, record: Record, mode: str) -> None:
 
 
 @dataclass(frozen=True)
+class Choices:
+    """What each reply could have said where it first says its answer: its beginning, then each option in turn."""
+
+    ids_KT: Tensor
+    """Right-padded; the O rows of the first reply first."""
+    mask_KT: Tensor
+    """True at an option's tokens; nowhere in a row that has no option."""
+    chosen_N: Tensor
+    """Place of the option that the reply says; -1 where it says none that can be read, and at an open question."""
+
+    def to(self, device: torch.device) -> "Choices":
+        """The same on a device."""
+        return Choices(self.ids_KT.to(device), self.mask_KT.to(device), self.chosen_N.to(device))
+
+
+@dataclass(frozen=True)
 class OtherView:
-    """The prompts of a step with other images, and which tokens of their completions are asked under them."""
+    """The prompts of a step with other images, and what is asked under them."""
 
     prompts: PromptBatch
+    """A prompt that has no other image is there with its own."""
     mask_NT: Tensor
-    """True at tokens of rows that have another image; a prompt that has none is there with its own."""
-    decides_NT: Tensor
-    """True at those of `deciding_tokens`."""
-    chance_N: Tensor
-    """Of an answer that says nothing of the image; 1 of an open question, whose chance nobody knows."""
+    """True at tokens of completions that have another image."""
+    choices: Choices
+    """Of those completions."""
 
 
 class OtherImages:
@@ -142,38 +158,122 @@ def _text(option: str) -> str:
     return normalise_option(option).rstrip(".")
 
 
-def deciding_tokens(vlm: VLM, replies: Sequence[Sequence[int]], records: Sequence[Record]) -> Tensor:
-    """The tokens (N, T) in which a reply first says its answer, True: where what it saw must have gone in.
+@dataclass(frozen=True)
+class _Mention:
+    """Where a reply first says its answer."""
 
-    That is the first mention of the chosen option's text (of an open question, of the answer), in the reasoning or in
-    the answer tag; where the text is nowhere, as behind a lone letter, all that stands in the tag. None of a reply
-    without a readable answer.
+    text: str
+    pieces: list[str]
+    """The text, token by token."""
+    letter: str | None
+    """Of the option that is said."""
+    span: tuple[int, int]
+    """Of characters; empty where no answer can be read."""
+    letters: int
+    """How many of these are the option's text, at their end: behind a letter, all, or none."""
 
-    Args:
-        replies: token ids, without padding.
-        records: that of each reply.
+    def decides(self) -> list[int]:
+        """Places of the tokens in the span."""
+        start, end, found = *self.span, []
+        for place, (piece, stop) in enumerate(
+            zip(self.pieces, itertools.accumulate(map(len, self.pieces)), strict=True)
+        ):
+            if stop - len(piece) < end and stop > start:
+                found.append(place)
+        return found
+
+
+def _mentions(vlm: VLM, replies: Sequence[Sequence[int]], records: Sequence[Record]) -> list[_Mention]:
+    """The first mention of the chosen option's text (of an open question, of the answer), in the reasoning or in the
+    answer tag, with its letter where that stands before it; where the text is nowhere, all that stands in the tag.
     """
     pieces: dict[int, str] = {}
     anchor = vlm.tokenizer("a", add_special_tokens=False)["input_ids"]  # or some tokenizers drop the space before
     start = len(vlm.tokenizer.decode(anchor))
     for token in {token for reply in replies for token in reply}:
         pieces[token] = vlm.tokenizer.decode([*anchor, token], skip_special_tokens=True)[start:]
-    mask_NT = torch.zeros(len(replies), max(map(len, replies)), dtype=torch.bool)
-    for row, (reply, record) in enumerate(zip(replies, records, strict=True)):
+    found = []
+    for reply, record in zip(replies, records, strict=True):
         text = "".join(pieces[token] for token in reply)
         answer = read_answer(text, record)
         said = record.options[LETTERS.index(answer.letter)] if answer.letter else answer.text
-        if not said:
-            continue
-        words = r"\s+".join(map(re.escape, said.split()))
-        span = re.search(rf"(?<!\w){words}(?!\w)", text, re.IGNORECASE)
-        if span is None:
-            span = re.search(r"(?<=<answer>).*?(?=</answer>|$)", text, re.DOTALL)
-        end = 0
-        for place, token in enumerate(reply):
-            begin, end = end, end + len(pieces[token])
-            mask_NT[row, place] = span is not None and begin < span.end() and end > span.start()
+        span, letters = (0, 0), 0
+        if said:
+            words = r"\s+".join(map(re.escape, said.split()))
+            labelled = rf"(?:\(?{answer.letter}[).:]+\s*)?" if answer.letter else ""
+            if mention := re.search(rf"(?<!\w)({labelled}){words}(?!\w)", text, re.IGNORECASE):
+                span, letters = mention.span(), len(mention[0]) - len(mention[1])
+            elif tag := re.search(r"(?<=<answer>).*?(?=</answer>|$)", text, re.DOTALL):
+                span = tag.span()
+        found.append(_Mention(text, [pieces[token] for token in reply], answer.letter, span, letters))
+    return found
+
+
+def deciding_tokens(vlm: VLM, replies: Sequence[Sequence[int]], records: Sequence[Record]) -> Tensor:
+    """The tokens (N, T) in which a reply first says its answer, True: where what it saw must have gone in.
+
+    That is where `_mentions` finds it; none of a reply without a readable answer.
+
+    Args:
+        replies: token ids, without padding.
+        records: that of each reply.
+    """
+    mask_NT = torch.zeros(len(replies), max(map(len, replies)), dtype=torch.bool)
+    for row, mention in enumerate(_mentions(vlm, replies, records)):
+        mask_NT[row, mention.decides()] = True
     return mask_NT
+
+
+def choices(vlm: VLM, replies: Sequence[Sequence[int]], records: Sequence[Record]) -> Choices:
+    """What each reply could have said in the place of its answer, see `_mentions`.
+
+    An option is said as the reply says its own: by its letter, its text (in small letters where that is), or both.
+    """
+    told: list[tuple[Sequence[int], list[list[int]], int]] = []
+    for mention, reply, record in zip(_mentions(vlm, replies, records), replies, records, strict=True):
+        decides = mention.decides()
+        if not decides or not mention.letter:
+            told.append(((), [], -1))
+            continue
+        own, before = LETTERS.index(mention.letter), "".join(mention.pieces[: decides[0]])
+        shown = mention.text[len(before) : mention.span[1]]
+        label, text = shown[: len(shown) - mention.letters], shown[len(shown) - mention.letters :]
+        options = []
+        for place, option in enumerate(record.options):
+            said = re.sub(rf"\b{mention.letter}\b", LETTERS[place], label, count=1, flags=re.IGNORECASE)
+            if text:
+                said += " ".join(option.lower().split() if text.islower() else option.split())
+            options.append([reply[each] for each in decides] if place == own else _behind(vlm, before, said))
+        told.append((reply[: decides[0]], options, own))
+    return _stacked(vlm, told)
+
+
+def longest_choices(vlm: VLM, replies: Sequence[Sequence[int]], records: Sequence[Record]) -> Choices:
+    """As many tokens as there can be: each option behind a whole reply."""
+    options = [[_behind(vlm, "", option) for option in record.options] for record in records]
+    return _stacked(vlm, [(reply, said, 0 if said else -1) for reply, said in zip(replies, options, strict=True)])
+
+
+def _stacked(vlm: VLM, told: Sequence[tuple[Sequence[int], list[list[int]], int]]) -> Choices:
+    num_options = max(1, *(len(options) for _, options, _ in told))
+    rows: list[list[int]] = []
+    starts: list[int] = []
+    for beginning, options, _ in told:
+        rows += [[*beginning, *option] for option in options] + [[]] * (num_options - len(options))
+        starts += [len(beginning)] * num_options
+    longest = max(1, *map(len, rows))
+    ids_KT = torch.tensor([[*row, *[vlm.pad_token_id] * (longest - len(row))] for row in rows])
+    lengths_K1, steps_T = torch.tensor([[len(row)] for row in rows]), torch.arange(longest)
+    mask_KT = (steps_T < lengths_K1) & (steps_T >= torch.tensor(starts)[:, None])
+    return Choices(ids_KT, mask_KT, torch.tensor([chosen for *_, chosen in told]))
+
+
+def _behind(vlm: VLM, before: str, text: str) -> list[int]:
+    """Tokens of a text that stands behind another."""
+    whole, first = (vlm.tokenizer(each, add_special_tokens=False)["input_ids"] for each in (before + text, before))
+    if whole[: len(first)] != first:  # a token would hold the end of the one and the beginning of the other
+        return list(vlm.tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(whole[len(first) :])
 
 
 def image_margins(

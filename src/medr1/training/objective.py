@@ -268,22 +268,25 @@ def row_means(values_NT: Tensor, mask_NT: Tensor) -> Tensor:
     return (values_NT * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
-def above_chance(
-    other_logp_NT: Tensor, decides_NT: Tensor, chance_N: Tensor, *, denominator: float
-) -> tuple[Tensor, float]:
+def above_chance(logp_NO: Tensor, offered_NO: Tensor, chosen_N: Tensor, *, denominator: float) -> tuple[Tensor, float]:
     """How much likelier than chance an answer is under another image, to be made small: nats, summed over rows.
 
-    Per row max(0, log p - log chance), with p the probability under the other image of the tokens that decide
-    (`looking.deciding_tokens`): 1.386 of an answer among four that is certain whatever is shown. At chance the gradient
-    ends, so that nothing is driven on without end.
+    Per row max(0, log q + log O), with q the share of the chosen option among the O that are offered, each where the
+    reply first says its own (`looking.choices`): 1.386 of an answer among four that is certain whatever is shown. It
+    is a share, so that what an answer loses goes to the other options, and not to replies that say none. At chance the
+    gradient ends, so that nothing is driven on without end.
 
     Args:
-        decides_NT: 1 at tokens that decide; rows without one count nothing.
+        logp_NO: log-probability of each option under the other image, in the reply's place of its answer.
+        offered_NO: which of them there are.
+        chosen_N: the one that the reply says; rows of -1 count nothing.
         denominator: rows of the whole step.
 
     Returns:
         The term, with gradient, and the number of rows above chance.
     """
-    decides = decides_NT.to(other_logp_NT.dtype)
-    above_N = ((other_logp_NT * decides).sum(1) - chance_N.log()).clamp(min=0) * (decides.sum(1) > 0)
-    return above_N.sum() / denominator, float((above_N > 0).sum())
+    rows = chosen_N >= 0
+    logq_MO = logp_NO[rows].masked_fill(~offered_NO[rows], -torch.inf).log_softmax(-1)
+    logq_M = logq_MO.gather(1, chosen_N[rows, None])[:, 0]
+    above_M = (logq_M + offered_NO[rows].sum(1).log()).clamp(min=0)
+    return above_M.sum() / denominator, float((above_M > 0).sum())
