@@ -232,8 +232,8 @@ class GRPOConfig(_Section):
     hold_to_chance: float = Field(
         0.0,
         ge=0,
-        description="weight of a term that keeps an answer from being likelier than chance under another image, where"
-        " the reply first says it; costs as much as `perception`, and both together no more",
+        description="weight of a term that keeps an answer from being likelier than the other options under another"
+        " image, where the reply first says it; one more prompt a question, and the options behind each beginning",
     )
     rollout_ratio_cap: float = Field(
         2.0, gt=0, description="cap of the ratio policy / server for each token; only where a server samples"
