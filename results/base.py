@@ -45,7 +45,7 @@ def main() -> None:
     write_atomic(out / "base.md", table + "\n")
     svg = change_plot(plot, "Accuracy with the image blanked and with it shown")
     write_atomic(out / "base.svg", standalone(svg))
-    keep_rows((shown_file, blank_file), out / "base-rows.csv.gz")
+    keep_rows({path.stem: path for path in (shown_file, blank_file)}, out / "base-rows.csv.gz")
 
 
 def _of(table: dict[str, Any], name: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import io
 import json
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 
 from tabulate import tabulate
@@ -39,7 +39,7 @@ def main() -> None:
     for log in sorted(study.glob("runs/*/log.jsonl")):
         (out / "logs").mkdir(exist_ok=True)
         shutil.copy(log, out / "logs" / f"{log.parent.name}.jsonl")
-    keep_rows(sorted((study / "evaluations").glob("*.jsonl")), out / "rows.csv.gz")
+    keep_rows({path.stem: path for path in sorted((study / "evaluations").glob("*.jsonl"))}, out / "rows.csv.gz")
 
 
 def gains(study: StudyResults) -> str:
@@ -59,14 +59,14 @@ def gains(study: StudyResults) -> str:
     return tabulate(lines, head, tablefmt="github", disable_numparse=True) + "\n"
 
 
-def keep_rows(evaluations: Iterable[Path], out: Path) -> None:
-    """One row a reply, by evaluation and id; equal evaluations give equal bytes."""
+def keep_rows(evaluations: Mapping[str, Path], out: Path) -> None:
+    """One row a reply, by evaluation (its name and its rows) and id; equal evaluations give equal bytes."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("evaluation", *FIELDS))
-    for path in evaluations:
+    for name, path in evaluations.items():
         for row in sorted(read_jsonl(path), key=lambda row: row["id"]):
-            writer.writerow((path.stem, *(row[field] for field in FIELDS)))
+            writer.writerow((name, *(row[field] for field in FIELDS)))
     out.write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
 
 

@@ -17,10 +17,10 @@ HOMES = ("MRI", "Ultrasound", "OCT")
 Rows = dict[str, list[dict[str, str]]]
 
 
-def kept(name: str) -> Rows:
+def kept(name: str, folder: Path = RESULTS) -> Rows:
     """Rows by evaluation."""
     rows: Rows = {}
-    for row in csv.DictReader(io.StringIO(gzip.decompress((RESULTS / name).read_bytes()).decode())):
+    for row in csv.DictReader(io.StringIO(gzip.decompress((folder / name).read_bytes()).decode())):
         rows.setdefault(row["evaluation"], []).append(row)
     return rows
 
@@ -69,6 +69,18 @@ def test_table_of_the_base() -> None:
         for cell, evaluation in ((blanked, "small-blank"), (seen, "small-image")):
             asked = [row for row in rows[evaluation] if name in ("all", row["modality"])]
             assert (f"{len(asked):,}", f"{100 * right(asked):.1f} %") == (n, cell.split(" (")[0])
+
+
+@pytest.mark.parametrize("arm", ["base", "accuracy", "looking"])
+def test_figures_of_looking_on_real_images(arm: str) -> None:
+    folder = RESULTS.parent / "looking-real"
+    rows, figures = kept("rows.csv.gz", folder), json.loads((folder / "figures.json").read_text())[arm]
+    own, other = ({row["id"]: row for row in rows[f"MRI {arm}-0 {way}"]} for way in ("image", "shuffled"))
+    assert own.keys() == other.keys() and len(own) == 298
+    changed = fmean(own[name]["letter"] != other[name]["letter"] for name in own)
+    accuracy, elsewhere = right([*own.values()]), right([*other.values()])
+    for name, value in (("accuracy", accuracy), ("reliance", accuracy - elsewhere), ("image_sensitivity", changed)):
+        assert figures[name][0] == pytest.approx(value, abs=1e-4)
 
 
 Cells = dict[tuple[str, str], list[dict]]
