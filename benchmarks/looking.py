@@ -107,7 +107,7 @@ class Comparison:
             "optimizer.learning_rate": 1e-5,
             "optimizer.warmup_steps": 3,
             "log.save_every": 25,
-            # A term has the passes over both images in memory until its gradient is known: 15 GB, and 9 by halves.
+            # A term has the passes over both images in memory until its gradient is known: 15 GB, and 12 by halves.
             "optimizer.prompts_per_forward": 4 if ARMS[arm].keys() & {"grpo.hold_to_chance", "grpo.perception"} else 0,
         }
         return load_config(overrides=common | (small if self.real else phantoms) | ARMS[arm])

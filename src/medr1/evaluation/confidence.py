@@ -21,6 +21,7 @@ from medr1.data.prompts import check_mode
 from medr1.data.records import LETTERS, Record
 from medr1.errors import MedR1Error
 from medr1.policy.encoding import PromptBatch
+from medr1.policy.repeated import padded
 from medr1.policy.shared_prefix import completion_logprobs
 from medr1.policy.vlm import VLM
 
@@ -133,8 +134,7 @@ def _in_order(kind_BP: Tensor, order: Tensor) -> Tensor:
 
 def _padded(vlm: VLM, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Right-padded ids and their mask (boolean), each (rows, longest) on the model's device."""
-    length = max(map(len, rows))
-    ids = [[*row, *[vlm.pad_token_id] * (length - len(row))] for row in rows]
+    ids = padded(rows, vlm.pad_token_id, vlm.device)
     lengths = torch.tensor([len(row) for row in rows])
-    mask = torch.arange(length) < lengths[:, None]
-    return torch.tensor(ids, dtype=torch.long).view(len(rows), length).to(vlm.device), mask.to(vlm.device)
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    return ids, mask.to(vlm.device)

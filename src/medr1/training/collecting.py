@@ -431,10 +431,13 @@ class CollectingTrainer(RecordTrainer):
         shown = [control or record for control, record in zip(controls, records, strict=True)]
         device = rollout.mask_NT.device
         has_other_N = torch.tensor([control is not None for control in controls]).repeat_interleave(num_completions)
-        said = choices(self.vlm, rollout.tokens, owners)
-        said.chosen_N[~has_other_N] = -1
-        said.mask_KT[~has_other_N.repeat_interleave(len(said.mask_KT) // len(owners))] = False
-        return OtherView(self._read(shown), rollout.mask_NT & has_other_N.to(device)[:, None], said.to(device))
+        said = None
+        if self.config.grpo.hold_to_chance:
+            said = choices(self.vlm, rollout.tokens, owners)
+            said.chosen_N[~has_other_N] = -1
+            said.mask_KT[~has_other_N.repeat_interleave(len(said.mask_KT) // len(owners))] = False
+            said = said.to(device)
+        return OtherView(self._read(shown), rollout.mask_NT & has_other_N.to(device)[:, None], said)
 
     def _rewards_of_policy(self, records: list[Record], rollout: Rollout | None) -> dict[str, list[float | None]]:
         """Those rewards that take the policy, or its reference, to tell."""

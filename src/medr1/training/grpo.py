@@ -145,7 +145,7 @@ class GRPOTrainer(CollectingTrainer):
         try:
             self.server = None  # whose log-probs these are not
             other = self._other_view(records, full) if self.looks else None
-            if other is not None:
+            if other is not None and other.choices is not None:
                 owners = [record for record in records for _ in range(rollout.num_completions)]
                 longest = longest_choices(self.vlm, full.tokens, owners)
                 other = replace(other, choices=longest.to(ids_NT.device))
@@ -297,8 +297,8 @@ class GRPOTrainer(CollectingTrainer):
                 entropy = row_means(entropy_NT + other_entropy_NT, mask_NT).sum() / num_rows
                 loss = loss + objective.perception_entropy * entropy
             self.add_to_log({"other_kl": kl, "other_tokens": float(mask_NT.sum())})
-        if objective.hold_to_chance:
-            said, (rows, _) = other.choices, part
+        if (said := other.choices) is not None:
+            rows, _ = part
             num_options = len(said.ids_KT) // len(said.chosen_N)
             rows_K = (rows[:, None] * num_options + torch.arange(num_options)).flatten()
             mask_KT = said.mask_KT[rows_K]

@@ -35,6 +35,7 @@ from medr1.evaluation.confidence import option_logprobs
 from medr1.evaluation.controls import permuted
 from medr1.evaluation.looking import kept_reasoning
 from medr1.policy.encoding import PromptBatch, encode_prompts
+from medr1.policy.repeated import padded
 from medr1.policy.vlm import VLM
 
 OF_POLICY = ("image_margin", "consistency")
@@ -78,8 +79,8 @@ class OtherView:
     """A prompt that has no other image is there with its own."""
     mask_NT: Tensor
     """True at tokens of completions that have another image."""
-    choices: Choices
-    """Of those completions."""
+    choices: Choices | None
+    """Of those completions, where `grpo.hold_to_chance` weighs them."""
 
 
 class OtherImages:
@@ -261,9 +262,8 @@ def _stacked(vlm: VLM, told: Sequence[tuple[Sequence[int], list[list[int]], int]
     for beginning, options, _ in told:
         rows += [[*beginning, *option] for option in options] + [[]] * (num_options - len(options))
         starts += [len(beginning)] * num_options
-    longest = max(1, *map(len, rows))
-    ids_KT = torch.tensor([[*row, *[vlm.pad_token_id] * (longest - len(row))] for row in rows])
-    lengths_K1, steps_T = torch.tensor([[len(row)] for row in rows]), torch.arange(longest)
+    ids_KT = padded([row or [vlm.pad_token_id] for row in rows], vlm.pad_token_id, torch.device("cpu"))
+    lengths_K1, steps_T = torch.tensor([[len(row)] for row in rows]), torch.arange(ids_KT.shape[1])
     mask_KT = (steps_T < lengths_K1) & (steps_T >= torch.tensor(starts)[:, None])
     return Choices(ids_KT, mask_KT, torch.tensor([chosen for *_, chosen in told]))
 
