@@ -305,10 +305,10 @@ IMPORTS_NO_TORCH = (
 )
 
 
-def alone(*arguments: str | Path, cwd: Path = ROOT / "src") -> subprocess.CompletedProcess[str]:
+def alone(*arguments: str | Path, cwd: Path = ROOT / "src", **environment: str) -> subprocess.CompletedProcess[str]:
     """The program in a process of its own, which says its status and whether torch was imported on its last line."""
     command = [sys.executable, "-c", IMPORTS_NO_TORCH, *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), **environment}
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
 
 
@@ -322,6 +322,18 @@ def test_help_is_no_mistake_and_quick(arguments: tuple[str, ...]) -> None:
 def test_version_without_torch() -> None:
     said = alone("--version")
     assert said.stdout.startswith("medr1 0.") and said.stderr.splitlines()[-1] == "status 0 False"
+
+
+@pytest.mark.parametrize("command", ["eval", "run", "study", "data"])
+def test_only_training_is_shared_by_a_launcher(command: str) -> None:
+    """Two processes would answer everything twice, into one file; one of them says so."""
+    launched = {"WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    first, second = (alone(command, "--out", "out", **launched, RANK=rank) for rank in ("0", "1"))
+    assert first.stderr.splitlines()[-1] == second.stderr.splitlines()[-1] == "status 1 False"
+    assert f"medr1 {command} is for one process, and a launcher started 2; only `medr1 train`" in first.stderr
+    assert len(first.stderr.splitlines()) == 2 and len(second.stderr.splitlines()) == 1
+    named = alone("train", "--config", "none.toml", **launched, RANK="0").stderr
+    assert "a launcher" not in named and "none.toml" in named
 
 
 def test_every_command_shows_examples_and_choices(run: Any) -> None:

@@ -28,6 +28,7 @@ from medr1.data.prompts import MODES
 from medr1.data.records import append_jsonl, read_jsonl
 from medr1.errors import MedR1Error
 from medr1.evaluation.controls import CONDITIONS, text_only_prior
+from medr1.processes import alone
 from medr1.study.run import Cell, Plan, Study, cell_recipe, list_cells, load_study, make_plan, run_study
 
 ROOT = Path(__file__).parents[1]
@@ -344,6 +345,39 @@ def test_killed_twice_and_resumed_gives_the_same(whole: Path, study: Study, stud
         assert not (out / "results.json").exists()
     run_study(study, out)
     assert content(study, out) == content(study, whole)
+
+
+def test_two_processes_share_the_cells(whole: Path, study: Study, study_file: Path, phantoms: Path) -> None:
+    """The same command twice at once: each cell is made once, and the last to end writes what one would have written."""
+    out = whole.parent / "shared"
+    command = [sys.executable, "-m", "medr1", "study", str(study_file), "--data", str(phantoms), "--out", str(out)]
+    both = [
+        subprocess.Popen(command, cwd=ROOT / "src", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    made = [re.findall("; now (\\S+)", errors) for _, errors in said]
+    assert all(made) and Counter(sum(made, [])) == Counter(path.stem for path in (whole / "cells").glob("*.json"))
+    assert any("report.html" in printed for printed, _ in said)
+    assert not [*out.rglob(".*.lock")]
+    assert content(study, out) == content(study, whole)
+
+
+def test_what_others_are_at_is_left_to_them(
+    whole: Path, study: Study, study_file: Path, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with folders of their own and one where cells are kept; the last to end writes the report."""
+    no_model(monkeypatch)
+    keep, out, name = tmp_path / "kept", tmp_path / "out", "modality-ct-grpo-think-seed0"
+    run_study(study, whole, keep)
+    command = ["study", study_file, "--data", phantoms, "--out", out, "--keep", keep]
+    with alone(keep / "cells" / name):
+        assert run_study(study, out, keep) == {"elsewhere": [name]}
+        said = CliRunner().invoke(app, [*map(str, command)])
+    assert said.exit_code == 0 and f"with other processes: {name}. The last to end writes the report" in said.stdout
+    assert not (out / "report.html").exists() and len([*(out / "cells").glob("*.json")]) == 5
+    assert run_study(study, out, keep)["report"] == str(out / "report.html")
 
 
 def test_ctrl_c_leaves_whole_files_and_the_time_spent(

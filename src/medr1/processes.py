@@ -27,29 +27,51 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def num_launched() -> int:
+    """Processes that a launcher started together, this one among them; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+
+
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
     """Nobody else writes into a file or an existing folder of results until the block is left, or this process dies.
+
+    Raises:
+        MedR1Error: another process writes there, or nothing can be written there.
+    """
+    with if_free(out) as free:
+        if not free:
+            raise MedR1Error(f"{out}: another process is writing it; let it end, or give another --out")
+        yield
+
+
+@contextmanager
+def if_free(out: Path) -> Iterator[bool]:
+    """Whether nobody else writes there; if so, nobody does until the block is left, or this process dies.
 
     A lock of the system on a hidden file, which goes when the block is left; after a `kill -9` the file may stay, and
     holds nobody up. Of several processes of one run only the first takes it.
 
     Raises:
-        MedR1Error: another process writes there, or nothing can be written there.
+        MedR1Error: nothing can be written there.
     """
     if not is_first():
-        yield
+        yield True
         return
     path = out / ".lock" if out.is_dir() else out.with_name(f".{out.name}.lock")
     handle = _lock(path, out)
+    if handle is None:
+        yield False
+        return
     try:
-        yield
+        yield True
     finally:
         path.unlink(missing_ok=True)
         os.close(handle)
 
 
-def _lock(path: Path, out: Path) -> int:
+def _lock(path: Path, out: Path) -> int | None:
+    """A handle that holds the lock as long as it is open; None where another process has it."""
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,9 +80,9 @@ def _lock(path: Path, out: Path) -> int:
             raise MedR1Error(f"{out}: cannot be written ({error.strerror}); free space and run again") from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        except BlockingIOError:
             os.close(handle)
-            raise MedR1Error(f"{out}: another process is writing it; let it end, or give another --out") from error
+            return None
         except OSError:  # a file system that knows no locks
             return handle
         # Whoever had it may have removed the file between our two calls; then others would meet another one.

@@ -15,7 +15,7 @@ from medr1 import NOTICE
 from medr1.cli import ask, data, engines, evaluate, train
 from medr1.cli.options import Group, examples, help_when_alone
 from medr1.errors import MedR1Error
-from medr1.processes import Interrupts, say_stopped
+from medr1.processes import Interrupts, is_first, num_launched, say_stopped
 
 app = typer.Typer(
     cls=Group,
@@ -53,6 +53,14 @@ def medr1(
     ] = False,
 ) -> None:
     help_when_alone(context)
+    named, processes = context.invoked_subcommand, num_launched()
+    if named != "train" and processes > 1:
+        if not is_first():  # said once
+            raise typer.Exit(1)
+        raise MedR1Error(
+            f"medr1 {named} is for one process, and a launcher started {processes}; only `medr1 train` shares its work"
+            " among them. Start the others by themselves, `medr1 study` once a GPU"
+        )
 
 
 def main() -> None:

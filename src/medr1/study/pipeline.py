@@ -11,7 +11,6 @@ What lies in the folder is not done again, so that the same command goes on wher
 """
 
 import json
-import os
 import time
 from functools import partial
 from pathlib import Path
@@ -64,7 +63,7 @@ def run_recipe(
         steps, seconds (of all calls together), model, report.
 
     Raises:
-        MedR1Error: bad data, another recipe in the folder, several processes, or what the parts raise.
+        MedR1Error: bad data, another recipe in the folder, or what the parts raise.
     """
     if found := completed(config, out, limit=limit):
         return found
@@ -80,10 +79,6 @@ def run_recipe(
     from medr1.training.folder import finished
     from medr1.training.run import train
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise MedR1Error(
-            "medr1 run is for one process; launch `medr1 train` on several, then `medr1 eval` and `report`"
-        )
     began = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     train_records, held_out = load_parts(config.data, split_of(out / "train"))  # gone on with: by its own list

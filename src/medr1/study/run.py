@@ -13,6 +13,8 @@ the same questions in the same order; every trained model is asked again without
     medr1 study configs/study-tiny.toml --out runs/study --list
     medr1 study configs/study-tiny.toml --out runs/study --keep results/tiny    # see `medr1.study.keep`
 
+Started again beside itself, on another GPU or machine, it shares the cells, see `run_study`.
+
 What is done is decided by the folder alone:
 
     OUT/study.json           the resolved study and a digest of its data; another one is refused
@@ -52,7 +54,7 @@ from medr1.errors import MedR1Error
 from medr1.evaluation.controls import as_shown, text_only_prior
 from medr1.evaluation.run import evaluate
 from medr1.policy.vlm import load_vlm
-from medr1.processes import alone
+from medr1.processes import if_free
 from medr1.report.pages import package_versions
 from medr1.study.keep import keep_cell, kept_cell, kept_file, whole_rows
 from medr1.study.report import write_study_report
@@ -393,11 +395,15 @@ def cell_recipe(study: Study, cell: Cell) -> Config:
 def run_study(study: Study, out: Path, keep: Path | None = None) -> dict[str, Any]:
     """Run a study or go on with it; cells that are done are skipped without loading a model.
 
+    Several processes may run one study at once, in one `out` or each in its own with one `keep`: each takes the next cell
+    that nobody has, and the last to end writes the report.
+
     Args:
         keep: a folder where each finished cell is kept, see `medr1.study.keep`; those that are there are taken up.
 
     Returns:
-        What the report says of itself, see `medr1.study.report.write_study_report`.
+        What the report says of itself, see `medr1.study.report.write_study_report`; or {"elsewhere": names of the cells
+        that other processes are at}, where there is nothing left to take and no report yet.
 
     Raises:
         MedR1Error: bad data, another study or other data in `out` or `keep`, or what training and evaluation raise.
@@ -406,29 +412,31 @@ def run_study(study: Study, out: Path, keep: Path | None = None) -> dict[str, An
     plan = make_plan(study)
     if keep:
         write_atomic(keep / STUDY, _identity(plan, keep, "--keep"))
-    out.mkdir(parents=True, exist_ok=True)
-    with alone(out):
-        return _run(plan, out, keep)
-
-
-def _run(plan: Plan, out: Path, keep: Path | None) -> dict[str, Any]:
     write_atomic(out / STUDY, _identity(plan, out))
     (out / "evaluations").mkdir(exist_ok=True)
-    waiting = []
-    for cell in plan.cells:
-        if keep and _state(plan, cell, out) != "done" and (kept := _kept(plan, cell, keep)):
-            _take_up(plan, cell, out, kept)
-        if _state(plan, cell, out) == "done":
-            _finish(plan, cell, out, keep)  # a kill may have come between the last answer and this
-        else:
-            waiting.append(cell)
-    for number, cell in enumerate(waiting):
-        done = len(plan.cells) - len(waiting) + number
-        print(f"study: {done} of {len(plan.cells)} cells done{_remaining(plan, out)}; now {cell.name}", file=sys.stderr)
-        _run_cell(plan, cell, out)
-        _finish(plan, cell, out, keep)
+    waiting = plan.cells
+    while waiting:
+        taken = {cell for cell in waiting if _take(plan, cell, out, keep)}
+        waiting = [cell for cell in waiting if cell not in taken]
+        if waiting and not taken:
+            return {"elsewhere": [cell.name for cell in waiting]}
     write_atomic(out / "results.json", to_json(_results(plan, out), indent=1))
     return write_study_report(out)
+
+
+def _take(plan: Plan, cell: Cell, out: Path, keep: Path | None) -> bool:
+    """See to it that a cell is done and kept; False where another process is at it."""
+    (place := (keep or out) / "cells").mkdir(exist_ok=True)
+    with if_free(place / cell.name) as free:
+        if not free:
+            return False
+        if keep and _state(plan, cell, out) != "done" and (kept := _kept(plan, cell, keep)):
+            _take_up(plan, cell, out, kept)
+        if _state(plan, cell, out) != "done":
+            print(f"study: {_progress(plan, out, keep)}; now {cell.name}", file=sys.stderr)
+            _run_cell(plan, cell, out)
+        _finish(plan, cell, out, keep)  # also of what was done: a kill may have come between the last answer and this
+    return True
 
 
 def list_cells(study: Study, out: Path, keep: Path | None = None) -> list[dict[str, Any]]:
@@ -604,15 +612,16 @@ def _discard(study: Study, cell: Cell, out: Path) -> None:
             shutil.rmtree(folder)
 
 
-def _remaining(plan: Plan, out: Path) -> str:
-    """Estimate of the time left from the cells trained so far."""
+def _progress(plan: Plan, out: Path, keep: Path | None) -> str:
+    """How many cells are done, here or kept, and an estimate of the time that this process alone would take for the rest."""
+    seconds = {cell: count["seconds"] for cell in plan.cells if (count := _count(cell, out)).get("done")}
+    done = {cell for cell in plan.cells if cell in seconds or (keep and kept_file(keep, cell.name).exists())}
+    said = f"{len(done)} of {len(plan.cells)} cells done"
     trained = [cell for cell in plan.cells if cell.axis]
-    counts = [_count(cell, out) for cell in trained]
-    seconds = [count["seconds"] for count in counts if count.get("done")]
-    if not seconds:
-        return ""
-    left = timedelta(seconds=round(sum(seconds) / len(seconds) * (len(trained) - len(seconds))))
-    return f", about {left} left"
+    if not (known := [seconds[cell] for cell in trained if cell in seconds]):
+        return said
+    left = timedelta(seconds=round(sum(known) / len(known) * sum(cell not in done for cell in trained)))
+    return f"{said}, about {left} left"
 
 
 def _disk_bytes(places: Sequence[Path]) -> int:
