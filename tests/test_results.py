@@ -90,7 +90,7 @@ Cells = dict[tuple[str, str], list[dict]]
 def kept_cells(keep: Path) -> Cells:
     """What `medr1 study --keep` wrote."""
     cells: Cells = {}
-    for path in sorted((keep / "cells").iterdir()):
+    for path in sorted((keep / "cells").glob("*.json.gz")):
         for condition, columns in json.loads(gzip.decompress(path.read_bytes()))["evaluations"].items():
             rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
             cells[path.name.removesuffix(".json.gz"), condition] = rows
