@@ -148,6 +148,16 @@ def count_again(keep: Path, tables: Path, instead: dict[str, list[dict]] | None 
             if trained:
                 averages.append(fmean(accuracy(axis, home, way, tested) for home in trained))
         assert fmean(averages) == pytest.approx(float(row["accuracy"])), row
+    for row in csv.DictReader((tables / "whole.csv").open()):  # the plain mean of a matrix
+        way = re.sub("[^a-z]+", "-", row["after"].lower())
+        cells = [*csv.DictReader((tables / f"matrix-{row['axis'].replace('_', '-')}-{way}.csv").open())]
+        trained, untrained = (
+            fmean(float(cell["accuracy"]) for cell in cells if (cell["trained_on"] == "base") == base)
+            for base in (False, True)
+        )
+        assert trained == pytest.approx(float(row["accuracy"])), row
+        if row["before"].startswith("base"):
+            assert trained - untrained == pytest.approx(float(row["difference"])), row
 
 
 def test_whole_tables_are_counted_again() -> None:

@@ -1,6 +1,7 @@
 """The study: its file, its plan, and that killed and resumed it gives what it gives undisturbed."""
 
 import csv
+import itertools
 import json
 import re
 import shutil
@@ -348,7 +349,7 @@ def test_killed_twice_and_resumed_gives_the_same(whole: Path, study: Study, stud
 
 
 def test_two_processes_share_the_cells(whole: Path, study: Study, study_file: Path, phantoms: Path) -> None:
-    """The same command twice at once: each cell is made once, and the last to end writes what one would have written."""
+    """The same command twice at once: each cell is made once, and the last to end writes what one would have."""
     out = whole.parent / "shared"
     command = [sys.executable, "-m", "medr1", "study", str(study_file), "--data", str(phantoms), "--out", str(out)]
     both = [
@@ -358,7 +359,9 @@ def test_two_processes_share_the_cells(whole: Path, study: Study, study_file: Pa
     said = [process.communicate() for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     made = [re.findall("; now (\\S+)", errors) for _, errors in said]
-    assert all(made) and Counter(sum(made, [])) == Counter(path.stem for path in (whole / "cells").glob("*.json"))
+    assert all(made) and Counter(itertools.chain(*made)) == Counter(
+        path.stem for path in (whole / "cells").glob("*.json")
+    )
     assert any("report.html" in printed for printed, _ in said)
     assert not [*out.rglob(".*.lock")]
     assert content(study, out) == content(study, whole)

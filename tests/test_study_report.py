@@ -337,9 +337,16 @@ def test_numbers_against_their_slow_definition(tmp_path: Path):
         others = [accuracy(value, other) for value in values for other in values if other != value]
         assert line["own"]["accuracy"] == pytest.approx(sum(own) / 3)
         assert line["others"]["accuracy"] == pytest.approx(sum(others) / 6)
+        assert line["whole"]["accuracy"] == pytest.approx(sum(own + others) / 9)
         assert line["seeds"] == [0, 1]
         assert sum(line["seeds_own"]) / 2 == pytest.approx(sum(own) / 3)
         table = next(m for m in numbers["matrices"] if (m["axis"], m["label"]) == (axis, "GRPO think"))
+        bases = [cell["base"] for cell in table["rows"][0]["cells"]]
+        gain = next(
+            c["difference"] for c in numbers["whole"]
+            if (c["axis"], c["kind"], c["after"]) == (axis, "base", "GRPO think")
+        )  # fmt: skip
+        assert gain == pytest.approx(line["whole"]["accuracy"] - sum(bases) / 3)
         for row in table["rows"]:
             for cell in row["cells"]:
                 assert cell["accuracy"] == pytest.approx(accuracy(row["trained_on"], cell["tested_on"]))
@@ -551,7 +558,7 @@ def test_tables_for_citing(on_image: Path):
         base = next(csv.DictReader(file))
     assert base["model"] == "base think" and base["difference"] == ""  # undefined is empty, never 0
     names = {path.stem for path in (on_image / "tables").iterdir()}
-    assert {"averages", "comparisons", "controls", "option-order", "models", "runs"} < names
+    assert {"averages", "whole", "comparisons", "controls", "option-order", "models", "runs"} < names
     for name in names:
         latex = (on_image / f"tables/{name}.tex").read_text(encoding="utf-8")
         assert latex.isascii() and latex.count("\\begin") == latex.count("\\end") == 2

@@ -273,8 +273,8 @@ def study_command(
     if not only_list:
         result = run_study(loaded, out, keep)
         if elsewhere := result.get("elsewhere"):
-            told = f"nothing is left to take; with other processes: {', '.join(elsewhere)}. The last to end writes the report"
-            finish(result, as_json, said=[told])
+            told = f"nothing is left to take; with other processes: {', '.join(elsewhere)}. The last to end writes the"
+            finish(result, as_json, said=[f"{told} report"])
             return
         made = {"page": result["report"], "tables": out / "tables", "answers": out / "evaluations"}
         finish(result, as_json, made=made, then="open the page in a browser; it needs no network")

@@ -24,6 +24,8 @@ from medr1.study.numbers import CONTROLS, StudyResults
 
 MARKS = {"up": " *", "down": " *", "too few": " (too few)", "noise": ""}
 """How a text table marks a change's verdict."""
+SHOWN = ("averages", "whole", "controls", "option-order")
+"""Tables of the model card."""
 NOT_REPORTED = "not reported"
 
 
@@ -60,9 +62,10 @@ def write_exports(study: StudyResults, numbers: dict[str, Any], verdict: tuple[s
 
 
 def study_tables(study: StudyResults, numbers: dict[str, Any]) -> list[Table]:
-    """Every table: averages, comparisons, controls, option-order, models, runs, and a matrix for each line."""
+    """Every table: averages, whole, comparisons, controls, option-order, models, runs, and a matrix for each line."""
     return [
         _averages(numbers),
+        _whole(numbers),
         _comparisons(numbers),
         _controls(numbers),
         _option_order(numbers),
@@ -131,7 +134,7 @@ def model_card(study: StudyResults, numbers: dict[str, Any], verdict: tuple[str,
         recipe=recipe,
         notice=NOTICE,
         verdict=verdict[1],
-        tables=[to_markdown(table) for table in tables if table.name in ("averages", "controls", "option-order")],
+        tables=[to_markdown(table) for table in tables if table.name in SHOWN],
         methods=sorted({line.label for line in study.lines}),
         seeds=sorted({run["seed"] for run in results["runs"]}),
     )
@@ -220,6 +223,23 @@ def _averages(numbers: dict[str, Any]) -> Table:
 
 def _average(axis: str, label: str, side: str, cell: dict[str, Any], change: dict[str, Any] | None) -> dict[str, Any]:
     return {"axis": axis, "model": label, "tested_on": side, **_cell(cell), **_change_fields(change)}
+
+
+def _whole(numbers: dict[str, Any]) -> Table:
+    accuracy = {(line["axis"], line["label"]): line["whole"] for line in numbers["lines"]}
+    records, lines = [], []
+    for c in numbers["whole"]:
+        cell = accuracy[c["axis"], c["after"]]
+        about = {"axis": c["axis"], "after": c["after"], "before": c["before"], "models": c["models"]}
+        records.append({**about, **_cell(cell), **_change_fields(c)})
+        told = [_axis(c["axis"]), f"{c['after']} against {c['before']}", str(c["models"]), _percent(cell)]
+        lines.append([*told, _change(c), p_value(c["holm_p"])])
+    head = ["trained on one", "comparison", "models of each", "the first, %", "change in points", "p, Holm"]
+    caption = (
+        "Every model on everything that is tested, its own domain among it, averaged over the matrix as in the "
+        f"published study; paired changes over the models that both have. {NOTICE}"
+    )
+    return Table("whole", caption, records, head, lines)
 
 
 def _comparisons(numbers: dict[str, Any]) -> Table:

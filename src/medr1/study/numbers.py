@@ -1,11 +1,13 @@
 """What a study's rows say, as numbers: averages in and out of domain, matrices, comparisons, controls, option order.
 
 A `Line` is one way of training along one axis: a model a value of the axis (CT, MRI, …) and seed. Its answers are put
-together into two evaluations with one row a question, so that the statistics of
+together into evaluations with one row a question, so that the statistics of
 `medr1.evaluation.metrics` apply as they are:
 
 - own: each question answered by the model that was trained on its value;
-- others: each question answered by the models trained on other values, `correct` being the mean of these.
+- others: each question answered by the models trained on other values, `correct` being the mean of these;
+- whole: each question answered by all of them, likewise, so that the average over an axis is that of the whole matrix,
+  which is how the published study averages.
 
 Several seeds of one value are averaged first, so that a value with more of them counts no more. Intervals therefore
 count groups of questions, given the models that were trained; what each seed gave stands beside them. Averages over an
@@ -34,6 +36,7 @@ METHODS = {"sft": "SFT", "grpo": "GRPO", "looking": "GRPO, looking,"}
 """As labels begin."""
 CONTROLS = ("blank", "no_image", "shuffled", "shuffled_other")
 SIDES = ("own", "others")
+WHOLE = "whole"
 IDENTITY = ("method", "mode", "axis", "trained_on", "seed", "model")
 """What tells one model, asked in one mode, from any other."""
 
@@ -134,6 +137,10 @@ class StudyResults:
             self.of(line, condition, among), lambda entry, row: row[line.axis] not in (entry.trained_on, None)
         )
 
+    def whole(self, line: Line, condition: str = "image", among: Trained | None = None) -> list[Row]:
+        """One row a question: what all models answer, averaged over seeds and over the values trained on."""
+        return averaged(self.of(line, condition, among), lambda entry, row: row[line.axis] is not None)
+
     def same_model(self, entry: Entry, condition: str) -> Entry | None:
         """The evaluation of the same model in the same mode under another condition; None where it was not asked."""
         wanted = [condition, *(getattr(entry, name) for name in IDENTITY)]
@@ -147,6 +154,7 @@ def study_numbers(study: StudyResults) -> dict[str, Any]:
         lines: what `line_numbers` gives, in the order of the report, the costs of controls with what `metrics.judged`
             says of all of them together, and their `verdict`.
         comparisons: what `comparisons` gives.
+        whole: the same over the whole matrix, corrected by itself: it averages the same answers once more.
         matrices: what `matrix` gives for each line.
         bases: what `bases` gives.
         untrained: what `untrained` gives.
@@ -159,6 +167,7 @@ def study_numbers(study: StudyResults) -> dict[str, Any]:
     return {
         "lines": lines,
         "comparisons": comparisons(study),
+        "whole": comparisons(study, (WHOLE,)),
         "matrices": [matrix(study, line) for line in study.lines],
         "bases": bases(study),
         "untrained": untrained(study),
@@ -171,7 +180,7 @@ def line_numbers(study: StudyResults, line: Line) -> dict[str, Any]:
 
     Returns:
         axis, method, mode, label, seeds; values, those that it has models of, and num_values, those that any line has.
-        own, others, base: in the own domain, in the others, and of the untrained model in the own domain.
+        own, others, whole, base: in the own domain, in the others, in all; of the untrained model in the own domain.
         seeds_own: accuracy in the own domain, one a seed, over the values that have all of them: num_seeded of them.
         prior: average of the option-text prior learned on a value and tested on it.
         controls: condition to accuracy in the own domain, with `cost`: what the image adds on the same questions, see
@@ -204,6 +213,7 @@ def line_numbers(study: StudyResults, line: Line) -> dict[str, Any]:
         "num_seeded": len(seeded),
         "own": macro(own, line.axis),
         "others": macro(study.others(line), line.axis),
+        "whole": macro(study.whole(line), line.axis),
         "base": macro(asked_too(study.base(line.mode), own), line.axis),
         "seeds_own": [macro(rows, line.axis)["accuracy"] for rows in by_seed],
         "prior": _prior_average(
@@ -251,26 +261,27 @@ def _looked(
     return {name: {question: sum(v) / len(v) for question, v in of.items()} for name, of in found.items()}
 
 
-def comparisons(study: StudyResults) -> list[dict[str, Any]]:
+def comparisons(study: StudyResults, sides: Sequence[str] = SIDES) -> list[dict[str, Any]]:
     """The study's questions: each line against the base, GRPO against SFT, think against no-think, looking against
-    plain GRPO of the same mode; own and others. Two lines are compared over the models that both have.
+    plain GRPO of the same mode; on each side. Two lines are compared over the models that both have.
 
     Returns:
-        axis, side ("own" or "others"), kind ("base", "sft", "think", "looking", and "reliance": the last one's, of
-        accuracy with the own image less accuracy with another one of the modality, each question counting once), after,
-        before (labels), models (of each of the two), and what `metrics.judged` gives for the averages over the axis,
-        corrected over all comparisons, with its `verdict`.
+        axis, side ("own", "others" or "whole"), kind ("base", "sft", "think", "looking", and "reliance": the last one's
+        of accuracy with the own image less accuracy with another one of the modality, each question counting once),
+        after, before (labels), models (of each of the two), and what `metrics.judged` gives for the averages over the
+        axis, corrected over all comparisons, with its `verdict`.
     """
 
     @cache  # the same models are compared with several
     def rows(line: Line, side: str, among: frozenset[Any]) -> list[Row]:
-        return (study.own if side == "own" else study.others)(line, among=among)
+        answers = {"own": study.own, "others": study.others, WHOLE: study.whole}[side]
+        return answers(line, among=among)
 
     names, changes = [], []
     for axis in AXES:
         lines = [line for line in study.lines if line.axis == axis]
         groups = {row["id"]: row["group"] for entry in study.entries if entry.axis == axis for row in entry.rows}
-        for side in SIDES:
+        for side in sides:
             for kind, before, after in _pairs(lines):
                 among = frozenset(study.trained(after) & study.trained(before or after))
                 new = rows(after, side, among)

@@ -18,7 +18,6 @@ from typing import Any
 
 from medr1.config import Config, to_toml
 from medr1.data.records import write_atomic
-from medr1.errors import MedR1Error
 from medr1.training.folder import check_recipe
 
 CONTROLS = ("blank", "shuffled")

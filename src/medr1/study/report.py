@@ -81,6 +81,7 @@ def write_study_report(folder: Path) -> dict[str, Any]:
         story=story,
         plots=plots,
         compared={(c["axis"], c["side"], c["kind"], c["after"]): c for c in numbers["comparisons"]},
+        whole={(line["axis"], line["label"]): line["whole"] for line in numbers["lines"]},
         others=[c for c in numbers["comparisons"] if c["kind"] != "base"],
         faithfulness=[(f["cell"], faithfulness_section(f)) for f in study.results.get("faithfulness", ())],
         curves=curves,

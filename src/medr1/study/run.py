@@ -395,8 +395,8 @@ def cell_recipe(study: Study, cell: Cell) -> Config:
 def run_study(study: Study, out: Path, keep: Path | None = None) -> dict[str, Any]:
     """Run a study or go on with it; cells that are done are skipped without loading a model.
 
-    Several processes may run one study at once, in one `out` or each in its own with one `keep`: each takes the next cell
-    that nobody has, and the last to end writes the report.
+    Several processes may run one study at once, in one `out` or each in its own with one `keep`: each takes the next
+    cell that nobody has, and the last to end writes the report.
 
     Args:
         keep: a folder where each finished cell is kept, see `medr1.study.keep`; those that are there are taken up.
@@ -613,7 +613,7 @@ def _discard(study: Study, cell: Cell, out: Path) -> None:
 
 
 def _progress(plan: Plan, out: Path, keep: Path | None) -> str:
-    """How many cells are done, here or kept, and an estimate of the time that this process alone would take for the rest."""
+    """How many cells are done, here or kept, and an estimate of the time that the rest takes one process."""
     seconds = {cell: count["seconds"] for cell in plan.cells if (count := _count(cell, out)).get("done")}
     done = {cell for cell in plan.cells if cell in seconds or (keep and kept_file(keep, cell.name).exists())}
     said = f"{len(done)} of {len(plan.cells)} cells done"
