@@ -1,6 +1,7 @@
 """Evaluation with a real tiny model; kills, full disks and bad files with a stand-in for it."""
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -433,6 +434,24 @@ def test_a_lock_dies_with_its_process(tmp_path: Path):
         process.wait()
     with alone(tmp_path):
         assert (tmp_path / ".lock").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "gone"), OSError(116, "stale file handle")])
+def test_a_lock_whose_file_another_process_removes_is_taken_anew(
+    error: OSError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Between opening and locking it; on NFS its handle is then stale."""
+    told = [error]
+
+    def samestat(*stats: os.stat_result, known=os.path.samestat) -> bool:
+        if told:
+            raise told.pop()
+        return known(*stats)
+
+    monkeypatch.setattr(os.path, "samestat", samestat)
+    with alone(tmp_path):
+        assert not told and (tmp_path / ".lock").exists()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -85,8 +85,11 @@ def _lock(path: Path, out: Path) -> int | None:
             return None
         except OSError:  # a file system that knows no locks
             return handle
-        # Whoever had it may have removed the file between our two calls; then others would meet another one.
-        if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+        try:  # whoever had it may have removed the file between our two calls; then others would meet another one
+            same = os.path.samestat(os.fstat(handle), path.stat())
+        except OSError:  # there is none, or on NFS the handle has gone stale with it
+            same = False
+        if same:
             return handle
         os.close(handle)
 
