@@ -76,6 +76,9 @@ def test_completions_are_of_full_length_and_every_group_learns(phantoms: Path, t
     told = trainer.dry_run()
     assert [experience.rollout.mask_NT.shape for experience in seen] == [(6, 7)]
     assert bool(seen[0].rollout.mask_NT.all()) and bool((seen[0].advantages_BG.abs().sum(1) > 0).all())
+    for of_group in seen[0].rollout.completion_ids_NT.view(2, 3, 7):  # else they were computed as one
+        assert len(set(of_group[:, 0].tolist())) == 3
+    assert not set(seen[0].rollout.completion_ids_NT.flatten().tolist()) & set(trainer.vlm.banned_token_ids)
     assert 0 < told["peak_gb"] < told["memory_gb"] and told["prompts"] == 2
     assert not (tmp_path / "run" / "log.jsonl").exists()
     assert not trainer._bare_optimizer.state

@@ -13,6 +13,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -115,7 +116,8 @@ class GRPOTrainer(CollectingTrainer):
         return loss
 
     def rehearse(self, model: nn.Module, records: list[Record]) -> None:
-        """A step whose completions are as long as they may be, and whose groups all have a difference."""
+        """A step whose completions are as long as they may be and begin alike nowhere, and whose groups all have a
+        difference."""
         rollout, server = self.config.rollout, self.server
         settings: dict[str, Any] = {"num_completions": rollout.num_completions, "seed": 0}
         calls = iter((False, True))
@@ -131,7 +133,10 @@ class GRPOTrainer(CollectingTrainer):
                     with contextlib.suppress(_EnoughError):
                         sample(self.vlm, prompts, max_new_tokens=rollout.max_new_tokens, on_step=stop, **settings)
                 first = sample(self.vlm, prompts, max_new_tokens=1, keep_prefill=self.reads_prompts_once, **settings)
-        ids_NT = first.completion_ids_NT.expand(-1, rollout.max_new_tokens).contiguous()
+        barred = {*self.vlm.stop_token_ids, *self.vlm.banned_token_ids}
+        tokens = (token for token in range(len(self.vlm.tokenizer)) if token not in barred)
+        ids_G = torch.tensor([*islice(tokens, rollout.num_completions)], device=first.completion_ids_NT.device)
+        ids_NT = ids_G.repeat(len(records))[:, None].repeat(1, rollout.max_new_tokens)
         zeros_NT = first.logp_NT.new_zeros(ids_NT.shape)
         full = replace(
             first,
