@@ -1,5 +1,6 @@
 """The dry step: it takes what a run takes, changes nothing, and tells in one line what would fit."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from medr1.errors import MedR1Error
 from medr1.evaluation.run import weights_fingerprint
 from medr1.training import GRPOTrainer, SFTTrainer, dry
 from medr1.training.base import RecordTrainer
+from medr1.training.run import train
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,16 @@ def test_it_changes_nothing(overrides: dict[str, object], phantoms: Path, tmp_pa
             chosen = trainer.encode(asked[0]).attention_mask_BP.sum(1).tolist()
             assert sorted(chosen) == sorted(lengths)[-2:]
     assert found[0] == found[1]
+
+
+def test_a_training_leaves_nothing_behind(phantoms: Path, tmp_path: Path) -> None:
+    """Its model and optimizer would stay on the GPU beside the model that is loaded next."""
+    gc.disable()  # or chance would free them
+    try:
+        train(recipe(phantoms, **{"model.name": "tiny", "optimizer.steps": 1}), tmp_path / "run")
+        assert not [found for found in gc.get_objects() if issubclass(type(found), RecordTrainer)]
+    finally:
+        gc.enable()
 
 
 def test_completions_are_of_full_length_and_every_group_learns(phantoms: Path, tmp_path: Path) -> None:

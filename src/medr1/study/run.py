@@ -26,7 +26,6 @@ What is done is decided by the folder alone:
 """
 
 import difflib
-import gc
 import hashlib
 import importlib
 import json
@@ -533,7 +532,6 @@ def _answer(plan: Plan, cell: Cell, out: Path) -> None:
         return
     if cell.axis and not (run / "model").is_dir():
         train(cell_recipe(study, cell), run)
-        gc.collect()  # a Trainer is a cycle, and would keep its model and optimizer on the GPU
     vlm = load_vlm(cell.model or str(run / "model"), **study.recipe.model.loading)
     vlm.name = cell.model or cell.name  # rows shall not name this machine's folders
     settings |= {"batch_size": study.batch_size, "donors": plan.donors}

@@ -1,7 +1,9 @@
 """From a recipe to a trained model: data, model, trainer, and what a stranger needs to repeat it."""
 
+import ctypes
+import gc
 import json
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -49,7 +51,10 @@ def train(config: Config, out: Path, *, extend: bool = False) -> dict[str, Any]:
         }
         if is_first():
             write_atomic(out / RESULT, json.dumps(counts))
-    return {"model": str(out / MODEL), **counts, "last": trainer.state.log_history[-1]}
+    result = {"model": str(out / MODEL), **counts, "last": trainer.state.log_history[-1]}
+    del trainer
+    _give_back()
+    return result
 
 
 def dry_run(config: Config) -> dict[str, Any]:
@@ -58,6 +63,13 @@ def dry_run(config: Config) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
         out = gather(folder)[0]
         return agree(lambda: _prepare(config, Path(out), device, False)).dry_run()
+
+
+def _give_back() -> None:
+    """Free what a Trainer, which is a cycle, would keep on the GPU, and give the system what malloc would keep."""
+    gc.collect()
+    with suppress(AttributeError):  # a C library other than glibc; of 9 GB after a training of `small` it kept 7
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _prepare(config: Config, out: Path, device: Any, extend: bool) -> RecordTrainer:
