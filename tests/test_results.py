@@ -72,11 +72,16 @@ def test_table_of_the_base() -> None:
 
 
 @pytest.mark.parametrize("arm", ["base", "accuracy", "looking"])
-def test_figures_of_looking_on_real_images(arm: str) -> None:
-    folder = RESULTS.parent / "looking-real"
-    rows, figures = kept("rows.csv.gz", folder), json.loads((folder / "figures.json").read_text())[arm]
-    own, other = ({row["id"]: row for row in rows[f"MRI {arm}-0 {way}"]} for way in ("image", "shuffled"))
-    assert own.keys() == other.keys() and len(own) == 298
+@pytest.mark.parametrize(("name", "asked"), [("looking-real", 298), ("looking-real-50", 360)])
+def test_figures_of_looking_on_real_images(name: str, asked: int, arm: str) -> None:
+    folder = RESULTS.parent / name
+    rows, told = kept("rows.csv.gz", folder), json.loads((folder / "figures.json").read_text())
+    figures = told[arm]
+    own, other = (
+        {row["id"]: row for part in told["parts"] for row in rows[f"{part} {arm}-0 {way}"]}
+        for way in ("image", "shuffled")
+    )
+    assert own.keys() == other.keys() and len(own) == asked
     changed = fmean(own[name]["letter"] != other[name]["letter"] for name in own)
     accuracy, elsewhere = right([*own.values()]), right([*other.values()])
     for name, value in (("accuracy", accuracy), ("reliance", accuracy - elsewhere), ("image_sensitivity", changed)):
