@@ -108,22 +108,32 @@ class Comparison:
             "optimizer.warmup_steps": 3,
             "log.save_every": 25,
             # A term has the passes over both images in memory until its gradient is known: 15 GB, and 12 by halves.
-            "optimizer.prompts_per_forward": 4 if ARMS[arm].keys() & {"grpo.hold_to_chance", "grpo.perception"} else 0,
+            "optimizer.prompts_per_forward": 2 if ARMS[arm].keys() & {"grpo.hold_to_chance", "grpo.perception"} else 0,
         }
         return load_config(overrides=common | (small if self.real else phantoms) | ARMS[arm])
 
-    def questions(self, part: str) -> tuple[list[Record], list[Record]]:
-        """What is trained on, and what is asked: of phantoms what TESTED images ask, evenly over modalities."""
+    def questions(self, part: str) -> tuple[list[Record], list[Record], list[Record]]:
+        """What is trained on, what is asked, and whose images are shown instead.
+
+        Of phantoms what TESTED images ask, evenly over modalities. Of a data set all that is held out; where the base
+        has its rows already, what it was asked, which of kept cells of a study is less (results/looking_study.py).
+        """
         if self.real:
-            return load_parts(DataConfig(path=self.settings["data"], modalities=(part,)))
+            train, held_out = load_parts(DataConfig(path=self.settings["data"], modalities=(part,)))
+            base = self.folder(part, "base", 0)
+            if not (base / "done").exists():
+                return train, held_out, held_out
+            ids = {row["id"] for row in read_jsonl(base / "image.jsonl")}
+            return train, [record for record in held_out if record.id in ids], held_out
         train, test = (load_records(self.out / "data" / name) for name in ("train", "test"))
         images = sorted({record.images for record in test})
-        asked = set(images[:: max(1, len(images) // TESTED)])
-        return train, [record for record in test if record.images in asked]
+        shown = set(images[:: max(1, len(images) // TESTED)])
+        asked = [record for record in test if record.images in shown]
+        return train, asked, asked
 
     def pointed(self, part: str) -> dict[str, set[str]]:
         """Letters that the shortcut points at, of each question that is asked."""
-        train, test = self.questions(part)
+        train, test, _ = self.questions(part)
         if self.real:
             return dict(zip([record.id for record in test], most_often_right(train, test), strict=True))
         place = self.settings["shortcut_in"]
@@ -140,7 +150,7 @@ def ask(compared: Comparison, part: str, arm: str, seed: int) -> None:
     from medr1.training import GRPOTrainer
 
     torch.set_num_threads(1)
-    folder, (train, test) = compared.folder(part, arm, seed), compared.questions(part)
+    folder, (train, test, donors) = compared.folder(part, arm, seed), compared.questions(part)
     config, model = compared.recipe("accuracy" if arm == "base" else arm, seed), compared.base
     if arm != "base":
         model = str(folder / "train" / "model")
@@ -148,9 +158,9 @@ def ask(compared: Comparison, part: str, arm: str, seed: int) -> None:
             vlm = load_vlm(compared.base, **config.model.loading | {"dtype": "float32"})  # bfloat16 rounds updates away
             GRPOTrainer(vlm, config, train, test, folder / "train").run()
     vlm = load_vlm(model, **config.model.loading)
-    settings = {"mode": "think", "max_new_tokens": config.rollout.max_new_tokens, "batch_size": 40}
+    settings: dict[str, Any] = {"mode": "think", "max_new_tokens": config.rollout.max_new_tokens, "batch_size": 40}
     for condition in CONDITIONS:
-        rows = evaluate(vlm, test, out=folder / f"{condition}.jsonl", condition=condition, **settings)
+        rows = evaluate(vlm, test, out=folder / f"{condition}.jsonl", condition=condition, donors=donors, **settings)
         if condition == "image":
             reasoning = {row["id"]: kept_reasoning(row["reply"]) for row in rows}
     reader, out = load_vlm(compared.base, **config.model.loading), folder / "reader.jsonl"
@@ -243,6 +253,7 @@ def main(
     parts: Annotated[list[str], typer.Option(help="modalities, each trained on by itself; may be repeated")] = [],  # noqa: B006
     steps: Annotated[int, typer.Option(min=1)] = 240,
     seeds: Annotated[int, typer.Option(min=1)] = 3,
+    first_seed: Annotated[int, typer.Option(min=0)] = 0,
     arms: Annotated[list[str], typer.Option(help=f"of {', '.join(ARMS)}; may be repeated")] = ["accuracy", "looking"],  # noqa: B006
     processes: Annotated[int, typer.Option(min=1)] = 2,
     out: Annotated[Path, typer.Option(help="folder of the runs; an unfinished one is gone on with")] = Path(
@@ -267,7 +278,8 @@ def main(
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(settings, json.dumps(asked))
     compared, of = Comparison(out), parts or [PHANTOMS]
-    jobs = [(part, arm, seed) for seed in range(seeds) for part in of for arm in (*(() if seed else ["base"]), *arms)]
+    runs = range(first_seed, first_seed + seeds)
+    jobs = [(part, "base", 0) for part in of] + [(part, arm, seed) for seed in runs for part in of for arm in arms]
     with ThreadPoolExecutor(processes) as pool:
         list(pool.map(lambda one: job(compared, *one), jobs))
     groups = {record.id: record.group for part in of for record in compared.questions(part)[1]}
@@ -276,7 +288,7 @@ def main(
     cells = {
         arm: {
             name: cell(
-                [[found[part, arm, seed][name] for seed in range(seeds if arm != "base" else 1)] for part in of],
+                [[found[part, arm, seed][name] for seed in (runs if arm != "base" else [0])] for part in of],
                 groups,
                 DIFFERENCE if name in SIGNED else SHARE,
             )
@@ -284,10 +296,10 @@ def main(
         }
         for arm in ("base", *arms)
     }
-    result: dict[str, Any] = {"seeds": list(range(seeds)), **asked, **({"parts": of} if data else {})}
+    result: dict[str, Any] = {"seeds": list(runs), **asked, **({"parts": of} if data else {})}
     if "accuracy" in arms and data:
         result["over_accuracy"] = {
-            arm: {name: over_plain(found, groups, of, arm, seeds, name) for name in MEASURES}
+            arm: {name: over_plain(found, groups, of, arm, runs, name) for name in MEASURES}
             for arm in arms
             if arm != "accuracy"
         }
@@ -304,13 +316,12 @@ def over_plain(
     groups: Mapping[str, str],
     parts: Sequence[str],
     arm: str,
-    seeds: int,
+    seeds: Sequence[int],
     name: str,
 ) -> dict[str, Any]:
     """An arm's measure less plain GRPO's of the same seed, paired by question: see `cell`; and each run's by itself."""
     of_parts = [
-        [differences(found[part, arm, seed], found[part, "accuracy", seed], name) for seed in range(seeds)]
-        for part in parts
+        [differences(found[part, arm, seed], found[part, "accuracy", seed], name) for seed in seeds] for part in parts
     ]
     low, high = DIFFERENCE if name in SIGNED else SHARE
     span = (low - high, high - low)

@@ -1,6 +1,10 @@
 """`small`: SmolLM2's own function on text in a Qwen2-VL, and a build that stops and resumes."""
 
+import copy
+import hashlib
 import importlib.util
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from medr1.bases.small import build, language
-from medr1.bases.small.build import Builder, Stage, facts_of, rationale
+from medr1.bases.small import build, language, learned
+from medr1.bases.small.build import Builder, Stage, facts_of, rationale, restore
 from medr1.data.datasets import load_records
 from medr1.data.phantoms import write_phantoms
 from medr1.errors import MedR1Error
@@ -98,6 +102,57 @@ def test_a_stopped_build_ends_as_an_unbroken_one(little: Path, tmp_path: Path, m
         ).run()
     rows = evaluate(load_vlm(str(whole)), records[:4], mode="no-think", out=tmp_path / "rows.jsonl", max_new_tokens=4)
     assert len(rows) == 4
+
+
+def test_what_was_learned_makes_the_same_model_again(little: Path, tmp_path: Path) -> None:
+    plan = {name: Stage(steps=2, batch=2, learning_rate=1e-2) for name in build.STAGES}
+    built = Builder(load_records(little), tmp_path / "built", plan=plan).run()
+    shutil.copy(tmp_path / "built" / "learned.safetensors", tmp_path / "file")
+    again = restore(tmp_path / "file", tmp_path / "again")
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"):
+        assert (built / name).read_bytes() == (again / name).read_bytes()
+    (tmp_path / "torn").write_bytes((tmp_path / "file").read_bytes()[:-1])
+    with pytest.raises(MedR1Error, match="torn: "):
+        restore(tmp_path / "torn", tmp_path / "none")
+
+
+def test_rounding_keeps_what_was_learned(little: Path) -> None:
+    """A change of rank 3 comes back but for eight bits; vectors and added embeddings to the bit."""
+    tokenizer = AutoTokenizer.from_pretrained(str(TINY))
+    known, processor = len(tokenizer) - 7, language.build_processor(tokenizer)
+    before = language.give_eyes(build.load_language()[0], processor, seed=0)
+    after, begun = copy.deepcopy(before), copy.deepcopy(before)
+    torch.manual_seed(1)
+    for name, weight in after.named_parameters():
+        if weight.dim() < 2:
+            weight.data += torch.randn_like(weight)
+        elif ".visual." in name:
+            weight.data = torch.randn_like(weight)
+        else:
+            weight.data += 1e-3 * torch.randn(len(weight), 3) @ torch.randn(3, weight.shape[1])
+    packed = learned.pack(before, after, known)
+    made = copy.deepcopy(before)
+    learned.unpack(packed, made)
+    for (name, ours), theirs, start in zip(
+        made.named_parameters(), after.parameters(), begun.parameters(), strict=True
+    ):
+        if ours.dim() < 2:
+            assert torch.equal(ours, theirs), name
+        else:
+            change = theirs if ".visual." in name else theirs - start
+            assert (ours - theirs).norm() < 0.02 * change.norm(), name
+    assert torch.equal(made.model.language_model.embed_tokens.weight[known:], packed[learned.ADDED])
+    with pytest.raises(MedR1Error, match="not what `medr1 build small` learned"):
+        learned.unpack({name: tensor for name, tensor in packed.items() if ".layers.1." not in name}, begun)
+
+
+@carried
+def test_the_kept_base_is_the_one_that_kept_cells_rest_on(tmp_path: Path) -> None:
+    kept = Path(__file__).parents[1] / "results" / "small-whole"
+    folder = restore(kept / "learned.safetensors", tmp_path)
+    with (folder / "model.safetensors").open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").digest()
+    assert hashlib.sha256(digest).hexdigest() == json.loads((kept / "study.json").read_text())["base_sha256"]
 
 
 def test_facts_and_how_they_are_said(little: Path) -> None:

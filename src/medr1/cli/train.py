@@ -17,7 +17,6 @@ from medr1.cli.options import (
     WHAT,
     Command,
     ConfigOption,
-    DataOption,
     Group,
     JsonOption,
     Method,
@@ -431,10 +430,25 @@ def config_command(config: ConfigOption = None, preset: PresetOption = None, set
     typer.echo(to_toml(resolve(recipe_file(config, preset), {}, settings)), nl=False)
 
 
-@build_app.command("small", cls=Command, epilog=examples("medr1 build small --data DATA --out runs/small"))
+@build_app.command(
+    "small",
+    cls=Command,
+    epilog=examples(
+        "medr1 build small --data DATA --out runs/small",
+        "medr1 build small --learned results/small-whole/learned.safetensors --out runs/small",
+    ),
+)
 def build_small(
-    data: DataOption,
     out: Annotated[Path, typer.Option("--out", help="folder for the state, the learning curve and the model")],
+    data: RecipeDataOption = None,
+    learned: Annotated[
+        Path | None,
+        typer.Option(
+            "--learned",
+            help="instead: learned.safetensors of another build, whose model is made again in a minute, to the bit",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="of weights, batches and crops")] = 0,
     answering_steps: Annotated[
         int,
@@ -443,8 +457,13 @@ def build_small(
     as_json: JsonOption = False,
 ) -> None:
     """SmolLM2-135M given eyes, from the training part of a data set: half an hour on two cores; it resumes."""
-    from medr1.bases.small.build import build
+    from medr1.bases.small.build import build, restore
 
-    folder = build(load_config(overrides={"data.path": data}).data, out, seed=seed, answering_steps=answering_steps)
-    then = f"medr1 train --model {shown(folder)} --data {shown(data)} --out runs/first"
+    if learned is not None and data is None:
+        folder = restore(learned, out)
+    elif data is not None and learned is None:
+        folder = build(load_config(overrides={"data.path": data}).data, out, seed=seed, answering_steps=answering_steps)
+    else:
+        raise MedR1Error("give either --data, to build, or --learned, to make again what was built")
+    then = f"medr1 train --model {shown(folder)} --data {shown(data or 'DATA')} --out runs/first"
     finish({"model": str(folder)}, as_json, made={"model": folder}, then=then)

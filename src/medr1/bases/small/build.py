@@ -1,6 +1,7 @@
 """Build `small`: SmolLM2-135M-Instruct given eyes, on the training part of a data set.
 
     medr1 build small --data DATA --out runs/small        # half an hour on two cores; stops and resumes
+    medr1 build small --learned FILE --out runs/small     # the model of another build, to the bit: see `learned`
 
 Three stages. Seeing: the tower alone learns to name each image's facts (the right options of its questions) and to
 agree, place by place, with an ImageNet encoder (EfficientNet-lite0, Apache-2.0, from a PyPI package). A fact is named
@@ -25,8 +26,11 @@ import torch
 from numpy.random import Generator
 from PIL import Image
 from rich.progress import Progress
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from medr1.bases.small import learned
 from medr1.bases.small.language import build_processor, give_eyes, load_language
 from medr1.bases.tiny.build import reply_text
 from medr1.config import DataConfig
@@ -49,6 +53,7 @@ SAYS = {
 """How a fact is said in a rationale."""
 CAPTION_PROMPT = "Describe the medical image."
 SAVE_EVERY = 100
+LEARNED = "learned.safetensors"
 CAREFUL_SHARE = 0.5
 """Share of rationales that say every known fact; the others name the answer alone."""
 
@@ -134,7 +139,8 @@ class Builder:
 
     Args:
         records: what to train on.
-        out: gets state.pt, curve.jsonl and in the end the model folder `model` and the curve of each stage as SVG.
+        out: gets state.pt, curve.jsonl and in the end the curve of each stage as SVG, what was learned as
+            learned.safetensors and the model folder `model`.
         plan: sizes of each stage.
     """
 
@@ -200,10 +206,10 @@ class Builder:
             if points:
                 panel = curve_panel({key.replace("_", " "): points}, name, share=True)
                 write_atomic(self.out / f"curve-{name}.svg", standalone(panel))
-        folder = self.out / "model"
-        self.model.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
-        return folder
+        language, _ = load_language()
+        packed = learned.pack(give_eyes(language, self.processor, self.seed), self.model, language.config.vocab_size)
+        write_atomic(self.out / LEARNED, save(packed))
+        return restore(self.out / LEARNED, self.out)
 
     def _run_stage(self, number: int, name: str, first: int, optimizer_state: Any, progress: Progress) -> None:
         stage = self.plan[name]
@@ -331,6 +337,25 @@ class Builder:
 
 def _place(row: dict[str, Any]) -> tuple[int, int]:
     return STAGES.index(row["stage"]), row["step"]
+
+
+def restore(file: Path, out: Path) -> Path:
+    """The model that a build wrote as learned.safetensors; its folder.
+
+    Raises:
+        MedR1Error: the file is none, or the language weights are not installed or others.
+    """
+    language, tokenizer = load_language()
+    processor = build_processor(tokenizer)
+    model = give_eyes(language, processor, seed=0)
+    try:
+        learned.unpack(load_file(file), model)
+    except (OSError, SafetensorError, MedR1Error) as error:
+        raise MedR1Error(f"{file}: {error}") from error
+    folder = out / "model"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
 
 
 def build(data: DataConfig, out: Path, *, seed: int = 0, answering_steps: int = PLAN["answering"].steps) -> Path:
