@@ -112,28 +112,18 @@ class Comparison:
         }
         return load_config(overrides=common | (small if self.real else phantoms) | ARMS[arm])
 
-    def questions(self, part: str) -> tuple[list[Record], list[Record], list[Record]]:
-        """What is trained on, what is asked, and whose images are shown instead.
-
-        Of phantoms what TESTED images ask, evenly over modalities. Of a data set all that is held out; where the base
-        has its rows already, what it was asked, which of kept cells of a study is less (results/looking_study.py).
-        """
+    def questions(self, part: str) -> tuple[list[Record], list[Record]]:
+        """What is trained on, and what is asked: of phantoms what TESTED images ask, evenly over modalities."""
         if self.real:
-            train, held_out = load_parts(DataConfig(path=self.settings["data"], modalities=(part,)))
-            base = self.folder(part, "base", 0)
-            if not (base / "done").exists():
-                return train, held_out, held_out
-            ids = {row["id"] for row in read_jsonl(base / "image.jsonl")}
-            return train, [record for record in held_out if record.id in ids], held_out
+            return load_parts(DataConfig(path=self.settings["data"], modalities=(part,)))
         train, test = (load_records(self.out / "data" / name) for name in ("train", "test"))
         images = sorted({record.images for record in test})
-        shown = set(images[:: max(1, len(images) // TESTED)])
-        asked = [record for record in test if record.images in shown]
-        return train, asked, asked
+        asked = set(images[:: max(1, len(images) // TESTED)])
+        return train, [record for record in test if record.images in asked]
 
     def pointed(self, part: str) -> dict[str, set[str]]:
         """Letters that the shortcut points at, of each question that is asked."""
-        train, test, _ = self.questions(part)
+        train, test = self.questions(part)
         if self.real:
             return dict(zip([record.id for record in test], most_often_right(train, test), strict=True))
         place = self.settings["shortcut_in"]
@@ -150,7 +140,7 @@ def ask(compared: Comparison, part: str, arm: str, seed: int) -> None:
     from medr1.training import GRPOTrainer
 
     torch.set_num_threads(1)
-    folder, (train, test, donors) = compared.folder(part, arm, seed), compared.questions(part)
+    folder, (train, test) = compared.folder(part, arm, seed), compared.questions(part)
     config, model = compared.recipe("accuracy" if arm == "base" else arm, seed), compared.base
     if arm != "base":
         model = str(folder / "train" / "model")
@@ -158,9 +148,9 @@ def ask(compared: Comparison, part: str, arm: str, seed: int) -> None:
             vlm = load_vlm(compared.base, **config.model.loading | {"dtype": "float32"})  # bfloat16 rounds updates away
             GRPOTrainer(vlm, config, train, test, folder / "train").run()
     vlm = load_vlm(model, **config.model.loading)
-    settings: dict[str, Any] = {"mode": "think", "max_new_tokens": config.rollout.max_new_tokens, "batch_size": 40}
+    settings = {"mode": "think", "max_new_tokens": config.rollout.max_new_tokens, "batch_size": 40}
     for condition in CONDITIONS:
-        rows = evaluate(vlm, test, out=folder / f"{condition}.jsonl", condition=condition, donors=donors, **settings)
+        rows = evaluate(vlm, test, out=folder / f"{condition}.jsonl", condition=condition, **settings)
         if condition == "image":
             reasoning = {row["id"]: kept_reasoning(row["reply"]) for row in rows}
     reader, out = load_vlm(compared.base, **config.model.loading), folder / "reader.jsonl"

@@ -345,12 +345,17 @@ def restore(file: Path, out: Path) -> Path:
     Raises:
         MedR1Error: the file is none, or the language weights are not installed or others.
     """
+    try:
+        packed = load_file(file)
+    except (OSError, SafetensorError) as error:
+        why = "no such file" if isinstance(error, FileNotFoundError) else error
+        raise MedR1Error(f"{file}: {why}; give the {LEARNED} of a build") from error
     language, tokenizer = load_language()
     processor = build_processor(tokenizer)
     model = give_eyes(language, processor, seed=0)
     try:
-        learned.unpack(load_file(file), model)
-    except (OSError, SafetensorError, MedR1Error) as error:
+        learned.unpack(packed, model)
+    except MedR1Error as error:
         raise MedR1Error(f"{file}: {error}") from error
     folder = out / "model"
     model.save_pretrained(folder)
