@@ -15,6 +15,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "small"
 HOMES = ("MRI", "Ultrasound", "OCT")
 """What the study trains on."""
 Rows = dict[str, list[dict[str, str]]]
+ById = dict[str, dict[str, str]]
 
 
 def kept(name: str, folder: Path = RESULTS) -> Rows:
@@ -71,16 +72,26 @@ def test_table_of_the_base() -> None:
             assert (f"{len(asked):,}", f"{100 * right(asked):.1f} %") == (n, cell.split(" (")[0])
 
 
-@pytest.mark.parametrize("arm", ["base", "accuracy", "looking"])
-@pytest.mark.parametrize(("name", "asked"), [("looking-real", 298), ("looking-real-50", 360)])
-def test_figures_of_looking_on_real_images(name: str, asked: int, arm: str) -> None:
-    folder = RESULTS.parent / name
+COMPARISONS = {"looking-real": (298, 0), "looking-real-50": (360, 0), "looking-objectives": (298, 1)}
+"""Folders of comparisons on real images: questions, and the seed of the trainings."""
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_figures_of_looking_on_real_images(name: str) -> None:
+    folder, (asked, seed) = RESULTS.parent / name, COMPARISONS[name]
     rows, told = kept("rows.csv.gz", folder), json.loads((folder / "figures.json").read_text())
-    figures = told[arm]
-    own, other = (
-        {row["id"]: row for part in told["parts"] for row in rows[f"{part} {arm}-0 {way}"]}
-        for way in ("image", "shuffled")
-    )
+    arms = {evaluation.split()[1].rpartition("-")[0] for evaluation in rows}
+    assert arms == {"base", "accuracy", "looking", *told["over_accuracy"]} and told["seeds"] == [seed]
+    for arm in arms:
+        run = f"{arm}-{seed if arm != 'base' else 0}"
+        own, other = (
+            {row["id"]: row for part in told["parts"] for row in rows[f"{part} {run} {way}"]}
+            for way in ("image", "shuffled")
+        )
+        figures_are_those_of(told[arm], own, other, asked)
+
+
+def figures_are_those_of(figures: dict[str, list[float]], own: ById, other: ById, asked: int) -> None:
     assert own.keys() == other.keys() and len(own) == asked
     changed = fmean(own[name]["letter"] != other[name]["letter"] for name in own)
     accuracy, elsewhere = right([*own.values()]), right([*other.values()])
