@@ -1,5 +1,6 @@
 """Evaluation through a real HTTP server on this machine that answers by looking into the request, fails and dies."""
 
+import asyncio
 import base64
 import io
 import json
@@ -29,7 +30,8 @@ from medr1.errors import MedR1Error
 from medr1.evaluation.metrics import summarise
 from medr1.evaluation.remote import evaluate_remote, token_totals
 from medr1.evaluation.scoring import score
-from medr1.policy.client import NoCompletion, read_completion
+from medr1.policy.client import NoCompletion, at_once, read_completion, run_async
+from medr1.processes import heed_interrupts
 
 MODEL = "org/big@72b"
 Fault = tuple[int, Any, dict[str, str]]
@@ -626,6 +628,33 @@ def test_the_command(
     assert f"prompt tokens: {summary['prompt_tokens']}, completion tokens: 15" in said.err
     assert command("--model", "openai:big") == 1
     assert "medr1: --model openai:big: is not openai:MODEL@URL" in capsys.readouterr().err
+
+
+def test_ctrl_c_cancels_what_waits_and_is_raised_after_it():
+    """Not inside the task at work, from where the event loop's end shows tracebacks of the others."""
+    saw: list[str] = []
+
+    async def work() -> None:
+        try:
+            if len(saw) == 1:  # the first waits, as for a reply
+                os.kill(os.getpid(), signal.SIGINT)
+                saw.append("at work")
+            saw.append("waits")
+            await asyncio.sleep(120)
+        except BaseException as error:
+            saw.append(type(error).__name__)
+            raise
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        heed_interrupts()
+        ours = signal.getsignal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            run_async(at_once(work, 2))
+        assert signal.getsignal(signal.SIGINT) is ours
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert saw == ["waits", "at work", "waits", "CancelledError", "CancelledError"]
 
 
 def test_ctrl_c_leaves_whole_rows_and_the_same_command_goes_on(

@@ -7,7 +7,6 @@ says stands in the row beside the extractor's reading and is told apart from it:
 the one that names the reader has it. Its own words are read by the same extractor.
 """
 
-import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from medr1.data.records import write_jsonl
 from medr1.evaluation.metrics import accuracy_table, by_kind, untrained
 from medr1.evaluation.remote import Server, parse_name
 from medr1.evaluation.rows import Row, record_of
-from medr1.policy.client import NoCompletion, api_key, at_once
+from medr1.policy.client import NoCompletion, api_key, at_once, run_async
 
 UNSETTLED = ("unparsed", "ambiguous")
 """Outcomes that are read again."""
@@ -62,7 +61,7 @@ def read_again(name: str, rows: Sequence[Row], out: Path, *, concurrency: int = 
     if not pending:
         return kept
     try:
-        asyncio.run(_ask(server, kept, pending, out, concurrency))
+        run_async(_ask(server, kept, pending, out, concurrency))
     finally:
         write_jsonl(out, kept)
     return kept

@@ -34,6 +34,7 @@ from medr1.policy.client import (
     openai,
     read_completion,
     reason_of,
+    run_async,
 )
 
 MAX_RETRIES = 4
@@ -90,7 +91,7 @@ def evaluate_remote(
         donors=donors,
     ) as evaluation:
         server = Server(model, url, key, max_new_tokens)
-        asyncio.run(server.answer(evaluation, concurrency))
+        run_async(server.answer(evaluation, concurrency))
     return evaluation.result
 
 

@@ -6,6 +6,8 @@ import io
 import json
 import os
 import re
+import signal
+import threading
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +35,22 @@ async def at_once(work: Callable[[], Coroutine[Any, Any, None]], workers: int) -
         async with asyncio.TaskGroup() as group:
             for _ in range(workers):
                 group.create_task(work())
+
+
+def run_async(work: Coroutine[Any, Any, None]) -> None:
+    """`asyncio.run`, in which Ctrl-C cancels what is under way and is raised as KeyboardInterrupt when that has ended.
+
+    asyncio does so only where Python's own handler is in place. From `heed_interrupts`' KeyboardInterrupt would come up
+    inside whatever task is at work, and closing the event loop then shows the other tasks' tracebacks.
+    """
+    ours = signal.getsignal(signal.SIGINT)
+    if not callable(ours) or threading.current_thread() is not threading.main_thread():  # ignored, or not ours to set
+        return asyncio.run(work)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        asyncio.run(work)
+    finally:
+        signal.signal(signal.SIGINT, ours)
 
 
 def api_key() -> str:
