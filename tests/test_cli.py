@@ -385,6 +385,20 @@ def test_ctrl_c_within_imports_is_one_line(seen: str, tmp_path: Path) -> None:
     assert said == ["medr1: stopped; the same command goes on from what is saved\n"]
 
 
+def test_ctrl_c_after_the_last_line_says_nothing_more() -> None:
+    program = """
+import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from medr1.processes import heed_interrupts, say_stopped
+heed_interrupts()
+say_stopped()
+os.kill(os.getpid(), signal.SIGINT)
+"""
+    said = subprocess.run([sys.executable, "-c", program], cwd=ROOT / "src", stderr=subprocess.PIPE, text=True)
+    assert said.returncode == 130
+    assert said.stderr == "medr1: stopped; the same command goes on from what is saved\n"
+
+
 def test_ctrl_c_while_training_on_a_terminal(phantoms: Path, tmp_path: Path) -> None:
     """The last line stands alone, and the terminal's cursor is back."""
     screen, terminal = pty.openpty()

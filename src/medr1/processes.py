@@ -148,9 +148,10 @@ def num_cores() -> int:
 
 
 class Interrupts:
-    """Whether Ctrl-C was pressed, for `heed_interrupts` and the command line."""
+    """Whether Ctrl-C was pressed and whether the user was told, for `heed_interrupts` and the command line."""
 
     pressed = False
+    told = False
 
 
 def heed_interrupts() -> None:
@@ -162,6 +163,8 @@ def heed_interrupts() -> None:
     """
 
     def on_interrupt(number: int, frame: Any) -> None:
+        if Interrupts.told:  # and Python is closing down
+            os._exit(130)
         again, Interrupts.pressed = Interrupts.pressed, True
         while frame is not None and not again:
             again = frame.f_code.co_filename.startswith("<frozen importlib")
@@ -177,6 +180,7 @@ def heed_interrupts() -> None:
 
 def say_stopped() -> None:
     """The one line after Ctrl-C, on a line of its own below what the terminal echoed, with the cursor shown again."""
+    Interrupts.told = True
     if is_first():
         below = "\x1b[?25h\n" if sys.stderr.isatty() else ""
         sys.stderr.write(f"{below}medr1: stopped; the same command goes on from what is saved\n")
