@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import medr1.data.parts as parts
 from medr1.data.datasets import load_records
 from medr1.data.phantoms import (
     LOCATIONS,
@@ -127,3 +128,18 @@ def test_a_shortcut_that_never_fails_leaves_the_images_as_they_are(tmp_path: Pat
     assert {pointed_at(record.options, place) == record.gold for record in records} == {True}
     asked = {path.relative_to(tmp_path / "train") for record in records for path in record.images}
     assert len(asked) > 8 and all((tmp_path / "plain" / path).exists() for path in asked)
+
+
+def test_a_drawing_that_is_stopped_leaves_nothing_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEDR1_CACHE", str(tmp_path / "cache"))
+
+    def stopped(folder: Path, num_images: int, seed: int) -> Path:
+        write_phantoms(folder, num_images=num_images, seed=seed)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "write_phantoms", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            parts.phantom_folder(4)
+    assert not any((tmp_path / "cache").iterdir())
+    assert digest(parts.phantom_folder(4)) == digest(write_phantoms(tmp_path / "again", num_images=4, seed=0))

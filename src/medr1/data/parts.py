@@ -4,12 +4,11 @@ The split comes before the filters. So a model trained on one modality and an ev
 which images are held out.
 """
 
-import os
-import shutil
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
@@ -183,12 +182,13 @@ def phantom_folder(num_images: int, seed: int = 0) -> Path:
     cache = cache_folder()
     folder = cache / f"phantoms2-{num_images}-seed{seed}"  # the second layout of this folder: with regions.csv
     if not folder.is_dir():
-        drawing = cache / f".{folder.name}.{os.getpid()}"
         try:
-            write_phantoms(drawing, num_images=num_images, seed=seed)
-            drawing.rename(folder)
+            cache.mkdir(parents=True, exist_ok=True)
+            # A name of chance: process numbers are the same in many containers that share a cache.
+            with TemporaryDirectory(dir=cache, prefix=f".{folder.name}.") as aside:
+                write_phantoms(drawing := Path(aside) / folder.name, num_images=num_images, seed=seed)
+                drawing.rename(folder)
         except OSError as error:
-            shutil.rmtree(drawing, ignore_errors=True)
             if not folder.is_dir():  # another process may have drawn it meanwhile
                 raise MedR1Error(
                     f"{folder}: cannot be written ({error.strerror}); free space or set MEDR1_CACHE"
