@@ -1,6 +1,6 @@
 """Keep the replies of a comparison on a data set: every run that is done of a folder of `benchmarks/looking.py --data`.
 
-    python results/looking_real.py runs/looking-real-100 results/looking-real
+    python results/looking_real.py runs/looking-pairs results/looking-pairs
 
 The figures beside them (figures.json) are the JSON line that the benchmark ends with.
 """

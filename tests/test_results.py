@@ -72,7 +72,12 @@ def test_table_of_the_base() -> None:
             assert (f"{len(asked):,}", f"{100 * right(asked):.1f} %") == (n, cell.split(" (")[0])
 
 
-COMPARISONS = {"looking-real": (298, [0]), "looking-real-50": (360, [0]), "looking-objectives": (298, [1])}
+COMPARISONS = {
+    "looking-real": (298, [0]),
+    "looking-real-50": (360, [0]),
+    "looking-objectives": (298, [1]),
+    "looking-pairs": (955, [0, 1]),
+}
 """Folders of comparisons on real images: questions, and the seeds of the trainings."""
 
 
