@@ -31,7 +31,7 @@ from medr1.evaluation.metrics import summarise
 from medr1.evaluation.remote import evaluate_remote, token_totals
 from medr1.evaluation.scoring import score
 from medr1.policy.client import NoCompletion, at_once, read_completion, run_async
-from medr1.processes import heed_interrupts
+from medr1.processes import Interrupts, heed_interrupts
 
 MODEL = "org/big@72b"
 Fault = tuple[int, Any, dict[str, str]]
@@ -630,8 +630,11 @@ def test_the_command(
     assert "medr1: --model openai:big: is not openai:MODEL@URL" in capsys.readouterr().err
 
 
-def test_ctrl_c_cancels_what_waits_and_is_raised_after_it():
-    """Not inside the task at work, from where the event loop's end shows tracebacks of the others."""
+def test_ctrl_c_cancels_what_waits_and_is_raised_after_it(monkeypatch: pytest.MonkeyPatch):
+    """Not inside the task at work, from where the event loop's end shows tracebacks of the others. That it was pressed
+    is known to the command line, which thus knows what an error is that a library makes of it, and a second one.
+    """
+    monkeypatch.setattr(Interrupts, "pressed", False)
     saw: list[str] = []
 
     async def work() -> None:
@@ -651,7 +654,7 @@ def test_ctrl_c_cancels_what_waits_and_is_raised_after_it():
         ours = signal.getsignal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             run_async(at_once(work, 2))
-        assert signal.getsignal(signal.SIGINT) is ours
+        assert signal.getsignal(signal.SIGINT) is ours and Interrupts.pressed
     finally:
         signal.signal(signal.SIGINT, before)
     assert saw == ["waits", "at work", "waits", "CancelledError", "CancelledError"]

@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from medr1.errors import MedR1Error, first_alone
+from medr1.processes import Interrupts
 
 try:
     import openai
@@ -41,14 +42,28 @@ def run_async(work: Coroutine[Any, Any, None]) -> None:
     """`asyncio.run`, in which Ctrl-C cancels what is under way and is raised as KeyboardInterrupt when that has ended.
 
     asyncio does so only where Python's own handler is in place. From `heed_interrupts`' KeyboardInterrupt would come up
-    inside whatever task is at work, and closing the event loop then shows the other tasks' tracebacks.
+    inside whatever task is at work, and closing the event loop then shows the other tasks' tracebacks. It
+    learns of the first Ctrl-C all the same, and the second is its own.
     """
     ours = signal.getsignal(signal.SIGINT)
     if not callable(ours) or threading.current_thread() is not threading.main_thread():  # ignored, or not ours to set
         return asyncio.run(work)
+
+    async def heeded() -> None:
+        cancel = signal.getsignal(signal.SIGINT)
+        assert callable(cancel)  # asyncio's
+
+        def on_interrupt(number: int, frame: Any) -> None:
+            signal.signal(signal.SIGINT, ours)
+            Interrupts.pressed = True
+            cancel(number, frame)
+
+        signal.signal(signal.SIGINT, on_interrupt)
+        await work
+
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        asyncio.run(work)
+        asyncio.run(heeded())
     finally:
         signal.signal(signal.SIGINT, ours)
 
