@@ -2,11 +2,13 @@
 
 import hashlib
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,6 +168,13 @@ def test_what_cannot_be_read_or_decoded(folder: Path) -> None:
     found = contents_of([folder / "torn.png", *odd])
     assert list(found) == [folder / "torn.png"]
     assert found[folder / "torn.png"].pixels is None
+
+
+def test_other_decoders_may_give_other_pixels() -> None:
+    """So whatever the extra that reads medical images brings is part of what decoded pixels are kept under."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    names = {re.split("[<>=]", wanted)[0] for wanted in project["optional-dependencies"]["images"]}
+    assert names <= set(contents.DECODERS)
 
 
 def test_a_selector_picks_other_pixels_of_the_same_bytes(folder: Path) -> None:

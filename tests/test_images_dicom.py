@@ -196,6 +196,21 @@ def test_12_bit_jpeg() -> None:
     assert np.corrcoef(lossy.ravel(), other.ravel())[0, 1] > 0.95  # two lossy codings of one picture
 
 
+def test_12_bit_jpeg_of_signed_pixels(tmp_path: Path) -> None:
+    """-1000 is coded as 4096 - 1000 = 3096."""
+    import imagecodecs
+
+    values = np.repeat([[-1000] * 8 + [1000] * 8], 16, 0).astype(np.int16)
+    coded = imagecodecs.jpeg8_encode((values & 4095).astype(np.uint16), level=100, bitspersample=12)
+    dataset = pydicom.dcmread(dicom(tmp_path / "a.dcm", values, bits=12))
+    dataset.file_meta.TransferSyntaxUID = uid.JPEGExtended12Bit
+    dataset.PixelData = encapsulate([coded])
+    dataset["PixelData"].is_undefined_length = True
+    dataset.save_as(tmp_path / "a.dcm")
+    shown = grey(f"{tmp_path / 'a.dcm'}#window=0,4000")  # ((x + 0.5) / 3999 + 0.5) * 255 = 63.8 and 191.3
+    assert np.abs(shown.astype(int) - np.where(values < 0, 64, 191)).max() <= 1
+
+
 # ---- synthetic files against the plain definition
 
 
@@ -296,6 +311,42 @@ def test_no_window_full_range_or_percentiles(tmp_path: Path) -> None:
     ready = {"Modality": "MG", "PresentationIntentType": "FOR PRESENTATION", "PhotometricInterpretation": "MONOCHROME1"}
     path = dicom(tmp_path / "e.dcm", twelve, bits=12, **ready, PresentationLUTShape="INVERSE")
     assert grey(path).tolist() == [[255, 193, 130, 0]]  # 255 - (0, 62.27, 124.54, 255), inverted once, not twice
+
+
+def test_a_rescale_that_changes_nothing_changes_nothing(tmp_path: Path) -> None:
+    eight = np.arange(100, 130, dtype=np.uint8).reshape(5, 6)
+    reading = read_image(dicom(tmp_path / "a.dcm", eight, bits=8, RescaleSlope=1, RescaleIntercept=0))
+    assert (np.asarray(reading.image)[..., 0] == eight).all()
+    assert reading.decisions["window"] == "none in the file; all 8 bits, 0 to 255"
+    other = read_image(dicom(tmp_path / "b.dcm", eight, bits=8, RescaleSlope=2, RescaleIntercept=0))
+    assert "percentiles" in other.decisions["window"]
+
+
+@pytest.mark.parametrize(("kind", "code", "padding"), [("i2", "US", 63536), ("u2", "SS", -2000)])
+def test_padding_has_the_sign_of_the_pixels(tmp_path: Path, kind: str, code: str, padding: int) -> None:
+    """63536 and -2000 are the same 16 bits."""
+    values = np.tile(np.arange(24, 64), (40, 1)).astype(np.int16)
+    values[:20] = -2000
+    path = dicom(tmp_path / "a.dcm", values.astype(kind))
+    dataset = pydicom.dcmread(path)
+    dataset.add_new("PixelPaddingValue", code, padding)
+    dataset.save_as(path)
+    assert "; 24 to 63 (percentiles" in read_image(path).decisions["window"]
+
+
+def test_a_table_that_begins_below_zero_though_no_pixel_does(tmp_path: Path) -> None:
+    """Stored without a sign, in Hounsfield units by the intercept; in implicit VR the table's -1024 reads as 64512."""
+    stored = np.array([[0, 1, 2, 3]], dtype=np.uint16)
+    table = lut([0, 85, 170, 255], 0, 8)
+    table.LUTDescriptor = [4, 64512, 8]
+    for syntax in (uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian):
+        rescale = {"RescaleSlope": 1, "RescaleIntercept": -1024}
+        path = dicom(tmp_path / "a.dcm", stored, syntax=syntax, VOILUTSequence=Sequence([table]), **rescale)
+        assert grey(path).tolist() == [[0, 85, 170, 255]]
+    high = lut([0, 255], 40000, 8)  # values from 0 on, though stored ones have a sign: 40000 is meant
+    lifted = {"RescaleSlope": 1, "RescaleIntercept": 32768, "VOILUTSequence": Sequence([high])}
+    path = dicom(tmp_path / "b.dcm", np.array([[7231, 7233]], dtype=np.int16), **lifted)
+    assert grey(path).tolist() == [[0, 255]]
 
 
 def test_several_windows_and_luts(tmp_path: Path) -> None:
@@ -452,6 +503,60 @@ def test_headers_that_lie(tmp_path: Path) -> None:
     for length in (140, 200, len(whole) - 60):
         (tmp_path / "f.dcm").write_bytes(whole[:length])
         error_of(tmp_path / "f.dcm")
+
+
+def test_colours_that_are_not_halved(tmp_path: Path) -> None:
+    """YBR_FULL_422 has two colours for four samples of brightness: 4 x 4 pixels take 32 bytes and not 48."""
+    colours = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    for syntax in (uid.ExplicitVRLittleEndian, uid.DeflatedExplicitVRLittleEndian):
+        path = dicom(tmp_path / "a.dcm", colours, bits=8, syntax=syntax, PhotometricInterpretation="YBR_FULL_422")
+        assert "PixelData holds 48 bytes where its header tells of 32: its colours are whole" in error_of(path)
+
+
+@pytest.mark.parametrize("syntax", [uid.ExplicitVRLittleEndian, uid.DeflatedExplicitVRLittleEndian])
+def test_more_pixels_than_the_header_says_are_told(tmp_path: Path, syntax: str) -> None:
+    frames = np.arange(100, 196, dtype=np.uint8).reshape(6, 4, 4)
+
+    def told(pixels: np.ndarray, **elements: Any) -> list[str]:
+        return read_image(dicom(tmp_path / "a.dcm", pixels, bits=8, syntax=syntax, **elements)).decisions["warnings"]
+
+    longer = "PixelData is longer than its header says: {} bytes where its header tells of 16, so this may be wrong, or"
+    assert told(frames) == []
+    (warning,) = told(frames, NumberOfFrames=1)
+    assert warning.startswith(longer.format(96))
+    (warning,) = told(frames[0].astype(np.uint16), BitsAllocated=8)
+    assert warning.startswith(longer.format(32))
+    assert told(frames[0, :3, :1]) == []  # 3 bytes, padded to 4
+
+
+@pytest.mark.parametrize("with_table", [True, False])
+@pytest.mark.parametrize("syntax", [uid.JPEGBaseline8Bit, uid.JPEG2000Lossless, uid.RLELossless])
+def test_more_compressed_frames_than_the_header_says_are_told(tmp_path: Path, syntax: str, with_table: bool) -> None:
+    from PIL import Image
+
+    frames = np.arange(4 * 256).reshape(4, 16, 16).astype(np.uint8)
+    dataset = pydicom.dcmread(dicom(tmp_path / "a.dcm", frames, bits=8))
+    if syntax == uid.RLELossless:
+        dataset.compress(syntax)
+        coded = list(pydicom.encaps.generate_frames(dataset.PixelData, number_of_frames=4))
+    else:
+        files = [io.BytesIO() for _ in frames]
+        kind, options = ("JPEG", {}) if syntax == uid.JPEGBaseline8Bit else ("JPEG2000", {"no_jp2": True})
+        for frame, file in zip(frames, files, strict=True):
+            Image.fromarray(frame).save(file, kind, **options)
+        coded = [file.getvalue() for file in files]
+    dataset.file_meta.TransferSyntaxUID = syntax
+    for number, expected in ((4, []), (1, ["it holds more frames than its header says: 4 where that tells of 1"])):
+        dataset.NumberOfFrames = number
+        dataset.PixelData = encapsulate(coded, has_bot=with_table)
+        dataset["PixelData"].is_undefined_length = True
+        dataset.save_as(tmp_path / "a.dcm")
+        assert read_image(f"{tmp_path / 'a.dcm'}#frame=1").decisions["warnings"] == expected
+    dataset.PixelData = encapsulate(coded[:1], fragments_per_frame=3, has_bot=with_table)  # one frame in three parts
+    dataset["PixelData"].is_undefined_length = True
+    if syntax != uid.RLELossless:
+        dataset.save_as(tmp_path / "a.dcm")
+        assert read_image(tmp_path / "a.dcm").decisions["warnings"] == []
 
 
 NATIVE = (uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian, uid.DeflatedExplicitVRLittleEndian)
@@ -618,6 +723,23 @@ def test_a_palette_of_12_bits_in_entries_of_16(tmp_path: Path) -> None:
         )
         assert reading.image.getpixel((3, 0)) == (shown,) * 3
         assert ("taken as 12 bits" in str(reading.decisions["warnings"])) == warned
+
+
+def test_12_bits_that_the_header_calls_16(tmp_path: Path) -> None:
+    """As colours they are taken for what they are; as grey values for display they are nearly black, and told."""
+    colours = np.array([[[0, 2048, 4095], [4095, 0, 0]]], dtype=np.uint16)
+    reading = read_image(dicom(tmp_path / "a.dcm", colours))
+    assert np.asarray(reading.image).tolist() == [[[0, 128, 255], [255, 0, 0]]]
+    assert reading.decisions["warnings"] == ["no colour is above 4095: taken as 12 bits in words of 16"]
+    values = np.array([[0, 4095]], dtype=np.uint16)
+    ready = {"PresentationIntentType": "FOR PRESENTATION"}
+    table = {"VOILUTSequence": Sequence([lut([0, 4095], 4094, 16)])}
+    for elements in (ready, table):  # 4095 / 65535 * 255 = 15.93
+        (told,) = read_image(dicom(tmp_path / "b.dcm", values, **elements)).decisions["warnings"]
+        assert told == "nearly black: nothing in it is brighter than 16 of 255"
+        inverted = dicom(tmp_path / "c.dcm", values, PhotometricInterpretation="MONOCHROME1", **elements)
+        (told,) = read_image(inverted).decisions["warnings"]
+        assert told == "nearly white: nothing in it is darker than 239 of 255"
 
 
 def test_compressed_pixels_that_lie_about_their_size(tmp_path: Path) -> None:

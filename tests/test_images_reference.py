@@ -24,6 +24,9 @@ from medr1.data.parts import leave_out_unreadable
 from medr1.data.records import Record, read_jsonl
 from medr1.data.splits import split_by_group
 from medr1.errors import MedR1Error
+from medr1.evaluation.run import evaluate
+from medr1.policy.vlm import load_vlm
+from medr1.report.checks.images import image_findings, look_at
 
 
 def picture(path: Path, value: int = 200, size: tuple[int, int] = (10, 6)) -> Path:
@@ -198,6 +201,27 @@ def test_unreadable_images_are_left_out_and_listed(tmp_path: Path, capsys: pytes
     assert not listing.exists()  # of the present run there is nothing to list
     with pytest.raises(MedR1Error, match="of all 1 records an image cannot be read"):
         leave_out_unreadable(records[1:2], tmp_path / "run")
+
+
+def test_warnings_are_counted_by_data_check_and_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are no reason to stop, and none to say nothing."""
+    for number, values in enumerate(([[0, 200]], [[0, 3]], [[0, 5]], [[9, 9]])):
+        Image.fromarray(np.array(values, dtype=np.uint8)).save(tmp_path / f"{number}.png")
+    records = [record(number, tmp_path / f"{number}.png") for number in range(4)]
+    pictures = look_at([one.images[0] for one in records])
+    assert image_findings(pictures, records, None, tmp_path)["warnings"] == [
+        {"warning": "nearly black", "num": 2, "first": "1.png"},
+        {"warning": "all of it is one colour", "num": 1, "first": "3.png"},
+    ]
+    capsys.readouterr()
+    for _ in range(2):  # once, however many evaluations read them
+        evaluate(load_vlm("tiny"), records, mode="no-think", out=tmp_path / "rows.jsonl", max_new_tokens=1)
+    told = capsys.readouterr().err.replace("\n", "")
+    line = (
+        f"3 of 4 images are read with a warning: nearly black (2, first {tmp_path / '1.png'}); "
+        f"all of it is one colour (1, first {tmp_path / '3.png'})"
+    )
+    assert told.count(line) == 1
 
 
 def test_eval_and_train_go_on_without_unreadable_images(

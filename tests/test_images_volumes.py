@@ -105,6 +105,27 @@ def test_scale_spacing_and_undefined_voxels(tmp_path: Path) -> None:
     assert grey(f"{tmp_path / 'c.nii'}#slice=2&window=0,20").tolist() == [[217, 191], [166, 140]]
 
 
+def test_the_affine_matrix_says_how_large_voxels_are(tmp_path: Path) -> None:
+    """Not the pixdim beside it, which says nothing of which way the axes run."""
+    stretched, square = np.diag([1.0, 3.0, 1.0, 1.0]), np.eye(4)
+    for shape in ((10, 10, 4), (10, 10, 4, 2)):
+        path = nifti(tmp_path / "a.nii", np.random.default_rng(0).integers(0, 99, shape).astype(np.int16), stretched)
+        assert read_image(path).decisions["warnings"] == []
+        content = bytearray(path.read_bytes())
+        struct.pack_into("<3f", content, 80, 1, 1, 1)  # pixdim[1:4]
+        path.write_bytes(content)
+        reading = read_image(path)
+        assert reading.image.size == (10, 30)
+        assert reading.decisions["warnings"] == [
+            "its affine matrix and its pixdim tell of voxels of different sides: the matrix is taken"
+        ]
+        struct.pack_into("<hh", content, 252, 0, 0)  # qform_code and sform_code: pixdim is all there is
+        path.write_bytes(content)
+        assert load_image(path).size == (10, 10)
+    flat = nifti(tmp_path / "b.nii", np.arange(100, dtype=np.int16).reshape(10, 10), square)
+    assert read_image(flat).decisions["warnings"] == []
+
+
 def test_several_volumes_expansion_and_real_files() -> None:
     reading = read_image(NIBABEL / "functional.nii")
     assert reading.decisions["volume"] == "1 of 20" and reading.image.size == (17, 21)
@@ -310,6 +331,18 @@ def test_a_slide_without_small_levels_is_not_read_whole(tmp_path: Path) -> None:
     assert reading.image.size == (1024, 1024) and (np.asarray(reading.image) == 90).all()
     assert load_image(f"{pages}#level=1&x=5120&y=0&size=9000x20").size == (2560, 20)
     assert "has too many pixels for this kind of TIFF" in error_of(f"{pages}#level=0&size=10")
+
+
+@pytest.mark.parametrize("colour", ["miniswhite", "palette"])
+def test_a_slide_of_strips_in_other_colours_is_refused(tmp_path: Path, colour: str) -> None:
+    """OpenSlide, which knows them, wants tiles."""
+    big = np.lib.stride_tricks.as_strided(np.zeros(1, dtype=np.uint8), (10240, 10240), (0, 0))
+    table = {"colormap": np.zeros((3, 256), dtype=np.uint16)} if colour == "palette" else {}
+    options: dict[str, Any] = {"photometric": colour, "compression": "deflate", "rowsperstrip": 1024, **table}
+    with tifffile.TiffWriter(tmp_path / "a.ome.tif") as file:
+        file.write(big, subifds=1, **options)
+        file.write(np.full((1024, 1024), 90, dtype=np.uint8), subfiletype=1, **options)
+    assert f"colours of kind {colour.upper()} are not supported" in error_of(tmp_path / "a.ome.tif")
 
 
 def test_a_slide_in_dicom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -549,6 +582,32 @@ def test_orientation_is_kept_on_every_way(tmp_path: Path, orientation: int, suff
     shown = np.asarray(reading.image)[..., 0].astype(float)
     assert shown.shape == upright.shape
     assert np.abs(shown - upright)[4::8, 4::8].max() < 12
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "jpg", "16.png"])
+def test_a_broken_orientation_tag_is_no_broken_picture(tmp_path: Path, suffix: str) -> None:
+    path, broken = tmp_path / f"a.{suffix}", b"Exif\0\0II*\0\x08"  # it ends within the place of its first list
+    if suffix == "16.png":
+        content = imagecodecs.png_encode(np.full((4, 6, 3), 70 * 257, dtype=np.uint16))
+        chunk = b"eXIf" + broken.removeprefix(b"Exif\0\0")
+        chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        path.write_bytes(content[:33] + chunk + content[33:])
+    else:
+        Image.new("RGB", (6, 4), (70, 70, 70)).save(path, exif=broken)
+    image = load_image(path)
+    assert image.size == (6, 4) and abs(image.getpixel((3, 2))[0] - 70) <= 2
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16"])
+def test_channels_that_are_not_shown_are_told(tmp_path: Path, kind: str) -> None:
+    """Of a grey picture with further channels that the file does not say anything of."""
+    values = np.arange(48, dtype=kind).reshape(4, 4, 3)
+    tifffile.imwrite(
+        tmp_path / "a.tif", values, photometric="minisblack", planarconfig="contig", extrasamples=["unspecified"] * 2
+    )
+    reading = read_image(tmp_path / "a.tif")
+    assert reading.decisions["warnings"] == ["not all channels are shown: of 3 the first 1"]
+    assert (np.diff(np.asarray(reading.image)[..., 0].ravel().astype(int)) > 0).all()
 
 
 def test_12_bits_in_words_of_16_are_seen(shared: Path, tmp_path: Path) -> None:

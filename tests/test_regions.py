@@ -7,8 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
-from medr1.data.regions import overlap, overlap_chance, pointing, read_regions, region_cells
+from medr1.cli import app
+from medr1.data.phantoms import write_phantoms
+from medr1.data.records import Record
+from medr1.data.regions import num_unmatched, overlap, overlap_chance, pointing, read_regions, region_cells
 from medr1.errors import MedR1Error
 
 grids = st.tuples(st.integers(1, 6), st.integers(1, 6))
@@ -29,6 +33,10 @@ def test_cells_of_a_region() -> None:
     assert cells((1, 1, 9, 9), (2, 2, 8, 8)) == [(0, 0)], "what two boxes share counts once"
     with pytest.raises(ValueError, match="no pixel of the 40 x 20 image"):
         cells((50, 2, 60, 8))
+    assert cells((30, 10, 40, 20)) == [(1, 3)]
+    for box in ((30, 10, 41, 20), (30, 10, 40, 20.5)):  # of the file before it was turned, or shrunk
+        with pytest.raises(ValueError, match=r"its box to 4[01], 20(\.5)? reaches beyond the 40 x 20 image"):
+            cells((1, 1, 4, 4), box)
 
 
 @given(
@@ -43,7 +51,8 @@ def test_the_most_covered_cell_is_always_one(
     left: float, top: float, across: float, down: float, size: tuple[int, int], grid: tuple[int, int]
 ) -> None:
     width, height = size
-    box = (left * width, top * height, left * width + across * width + 1, top * height + down * height + 1)
+    right, bottom = left * width + across * width + 1, top * height + down * height + 1
+    box = (left * width, top * height, min(right, width), min(bottom, height))
     inside = region_cells([box], size, grid)
     assert inside.shape == grid and inside.any()
     if across == down == 1 and left == top == 0:
@@ -92,6 +101,36 @@ def test_lines_are_read_and_bad_ones_named(tmp_path: Path) -> None:
         file.write_text(f"image_path,left,top,right,bottom\n{line}\n")
         with pytest.raises(MedR1Error, match=r"regions\.csv: line 2 is no box"):
             read_regions(tmp_path)
+    file.write_text("left,top,right,bottom,image_path\n1,2,3,4\n")
+    with pytest.raises(MedR1Error, match=r"regions\.csv: line 2 lacks an image path"):
+        read_regions(tmp_path)
+    file.write_bytes("image_path,left,top,right,bottom\nbösartig.png,1,2,3,4\n".encode("cp1252"))
+    with pytest.raises(MedR1Error, match=r"regions\.csv: not UTF-8 text"):
+        read_regions(tmp_path)
+    file.write_text("image_path,left,top,right,bottom\n a.png ,1,2,3,4\na.png,5,6,7,8\nb.png,1,2,3,4\n", "utf-16")
+    regions = read_regions(tmp_path)
+    assert regions == {tmp_path / "a.png": [(1, 2, 3, 4), (5, 6, 7, 8)], tmp_path / "b.png": [(1, 2, 3, 4)]}
+    fields = {"question": "?", "options": (), "answer": "x", "modality": None, "question_type": None, "source": "s"}
+    record = Record(id="1", images=(tmp_path / "b.png",), group="1", **fields)
+    assert (num_unmatched(regions, [record], []), num_unmatched({}, [record])) == (2, 0)
     file.write_text("image_path,x0\na,1\n")
     with pytest.raises(MedR1Error, match="first line lacks bottom, left, right, top"):
         read_regions(tmp_path)
+
+
+def test_boxes_are_read_before_a_model_and_those_of_no_question_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_model(*_: object, **__: object) -> None:
+        raise MedR1Error("the model is loaded")
+
+    monkeypatch.setattr("medr1.policy.vlm.load_vlm", no_model)
+    data = write_phantoms(tmp_path / "data", num_images=16, seed=0)
+    command = ["explain", "--data", str(data), "--out", str(tmp_path / "out")]
+    with (data / "regions.csv").open("a") as file:
+        file.write("Images/other.png,1,2,3,4\n")
+    ended = CliRunner().invoke(app, command)
+    assert str(ended.exception) == "the model is loaded"
+    assert "1 of 17 boxes are of an image that none of these questions shows" in " ".join(ended.output.split())
+    (data / "regions.csv").write_bytes(b"\xff")
+    assert "regions.csv: not UTF-8 text" in str(CliRunner().invoke(app, command).exception)

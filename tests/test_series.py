@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from medr1.ask.ask import DICOM_MODALITIES, caption
-from medr1.data.images import expand_reference, read_image
+from medr1.data.datasets import load_records
+from medr1.data.images import content_digest, contents_of, expand_reference, read_image
 from medr1.data.records import MODALITIES
+from medr1.data.splits import joined, split_by_group
 from medr1.errors import MedR1Error
 
 pydicom = pytest.importorskip("pydicom", reason="needs the extra medr1[images]")
@@ -122,6 +124,53 @@ def test_slices_that_cannot_be_read_are_counted_and_listed(tmp_path: Path) -> No
         (tmp_path / f"{number}.dcm").unlink()
     with pytest.raises(MedR1Error, match=r"holds no DICOM image that can be read \(4 cannot\)"):
         read_image(tmp_path)
+
+
+def test_slices_without_a_series_are_told_and_those_of_two_patients_kept_apart(tmp_path: Path) -> None:
+    for number in range(3):
+        write_slice(tmp_path / f"a{number}.dcm", 20, SeriesInstanceUID="", PatientID="P1", InstanceNumber=number)
+    write_slice(tmp_path / "b.dcm", 90, SeriesInstanceUID="", PatientID="P2", InstanceNumber=1)
+    reading = read_image(tmp_path)
+    assert reading.decisions["slice"] == "2 of 3"
+    assert "its folder holds 2 series; this is of the largest, not of the other 1" in reading.decisions["warnings"]
+    unnamed = "no header says which series a slice is of: they are taken as one"
+    assert unnamed in reading.decisions["warnings"] and "P1" not in str(reading.decisions)
+    (tmp_path / "named").mkdir()
+    write_slice(tmp_path / "named" / "a.dcm", 20)
+    write_slice(tmp_path / "named" / "b.dcm", 30)
+    assert unnamed not in read_image(tmp_path / "named").decisions["warnings"]
+
+
+def test_a_folder_in_a_table_is_the_files_of_its_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that who was imaged, and which pictures are the same, is known of a slice whatever names it."""
+    monkeypatch.setenv("MEDR1_CACHE", str(tmp_path / "cache"))
+    data, rows = tmp_path / "data", ["image,question,option_a,option_b,answer"]
+    for patient in range(12):
+        for place in range(3):
+            position = {"ImageOrientationPatient": DIRECTIONS, "ImagePositionPatient": [0, 0, place]}
+            whose = {"PatientID": f"P{patient}", "StudyInstanceUID": f"1.2.{patient + 1}"}
+            write_slice(data / f"p{patient}" / f"{2 - place}.dcm", 20 + patient, **position, **whose)
+        rows += [f"p{patient}/0.dcm,Which?,a,b,A", f"p{patient}#slice=2,Which one?,a,b,B", f"p{patient},What?,a,b,A"]
+    (data / "table.csv").write_text("\n".join([*rows, "p0#slices=3&window=brain,All?,a,b,A"]))
+    records = load_records(data)
+    assert records[0].images == (data / "p0" / "0.dcm",)
+    assert records[1].images == records[2].images == (data / "p0" / "1.dcm",)  # the second, and the middle one
+    assert records[-1].images == tuple(Path(f"{data}/p0/{number}.dcm#window=brain") for number in (2, 1, 0))
+    assert len(contents_of(image for record in records for image in record.images)) == 2 * 12 + 3
+    train, test = split_by_group(joined(records), 0.4, seed=0)
+    sides = [{image.parent for record in part for image in record.images} for part in (train, test)]
+    assert all(sides) and sides[0].isdisjoint(sides[1])
+
+    (data / "p0" / "3.dcm").symlink_to(tmp_path / "secret.dcm")
+    write_slice(tmp_path / "secret.dcm", 90, ImageOrientationPatient=DIRECTIONS, ImagePositionPatient=[0, 0, 9],
+                PatientID="P0", StudyInstanceUID="1.2.1")  # fmt: skip
+    (data / "empty").mkdir()
+    refused: list[str] = []
+    (data / "table.csv").write_text("\n".join([*rows, "p0#slice=4,Out?,a,b,A", "empty,None?,a,b,A"]))
+    assert len(load_records(data, refused=refused)) == 36
+    assert "leads out of the data folder" in refused[0] and "holds no DICOM image" in refused[1]
+    with pytest.raises(MedR1Error, match=r"p1#slice=2: is a folder; name the file of one of its slices"):
+        content_digest(f"{data / 'p1'}#slice=2")
 
 
 def test_a_changed_folder_is_read_anew(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from targets import DATA_NAMES, IMAGE_NAMES, SELECTORS
 
 def image() -> Iterator[bytes]:
     files = {"x.png": [], "x.tif": [], "x.jpg": [], "x.dcm": list(_dicom()), "x.nii": [_nifti()]}
-    files["x.nii.gz"] = [gzip.compress(_nifti())]
+    files["x.nii.gz"] = [gzip.compress(_nifti(), mtime=0)]
     grey = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
     for picture in (grey, grey.convert("RGB"), grey.convert("I;16"), grey.convert("RGBA"), grey.convert("CMYK")):
         for name, kind in (("x.png", "PNG"), ("x.tif", "TIFF"), ("x.jpg", "JPEG"), ("x", "WEBP"), ("x", "BMP"),
@@ -53,7 +53,7 @@ def _dicom() -> Iterator[bytes]:
         dataset.file_meta = FileMetaDataset()
         dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian if syntax == RLELossless else syntax
         if syntax == RLELossless:
-            dataset.compress(RLELossless, encoding_plugin="pydicom")
+            dataset.compress(RLELossless, encoding_plugin="pydicom", generate_instance_uid=False)
         file = io.BytesIO()
         dataset.save_as(file, enforce_file_format=True)
         yield file.getvalue()

@@ -1,18 +1,22 @@
 """Does a map point where the finding is? Boxes that a data set states, and two measures against them.
 
 A data folder may hold `regions.csv`, one box a line: image_path (as in the questions), left, top, right, bottom in
-pixels of the image file. Several lines of one image are one region together. The phantoms' folder has it.
+pixels of the image as medr1 reads it (turned upright, pixels made square, of a slide the overview): for most files its
+own. Several lines of one image are one region together. The phantoms' folder has it.
 """
 
 import csv
 import io
 import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from medr1.data.datasets.tables import is_missing, read_text
+from medr1.data.records import Record
 from medr1.errors import MedR1Error
 
 REGIONS = "regions.csv"
@@ -29,12 +33,12 @@ def read_regions(folder: Path) -> dict[Path, list[Box]]:
     """Boxes (left, top, right, bottom) by image path; empty where the folder has no regions.csv.
 
     Raises:
-        MedR1Error: a column is missing, or a line is no box.
+        MedR1Error: the file is no text, a column is missing, or a line is no box or names no image.
     """
     path = folder / REGIONS
     if not path.is_file():
         return {}
-    reader = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""))
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
     if missing := set(REGION_COLUMNS) - set(reader.fieldnames or ()):
         raise MedR1Error(f"{path}: the first line lacks {', '.join(sorted(missing))}; name {', '.join(REGION_COLUMNS)}")
     boxes: dict[Path, list[Box]] = {}
@@ -45,8 +49,16 @@ def read_regions(folder: Path) -> dict[Path, list[Box]]:
             left, top, right, bottom = 0, 0, 0, 0
         if not (0 <= left < right < math.inf and 0 <= top < bottom < math.inf):
             raise MedR1Error(f"{path}: line {reader.line_num} is no box; write 0 <= left < right and 0 <= top < bottom")
-        boxes.setdefault(folder / row["image_path"], []).append((left, top, right, bottom))
+        if is_missing(row["image_path"]):
+            raise MedR1Error(f"{path}: line {reader.line_num} lacks an image path; fill it in")
+        boxes.setdefault(folder / row["image_path"].strip(), []).append((left, top, right, bottom))
     return boxes
+
+
+def num_unmatched(regions: Mapping[Path, list[Box]], *parts: Iterable[Record]) -> int:
+    """Number of boxes whose image no record of these parts shows."""
+    shown = {image for records in parts for record in records for image in record.images}
+    return sum(len(boxes) for image, boxes in regions.items() if image not in shown)
 
 
 def region_cells(boxes: list[Box], size: tuple[int, int], grid: tuple[int, int]) -> Cells:
@@ -56,10 +68,10 @@ def region_cells(boxes: list[Box], size: tuple[int, int], grid: tuple[int, int])
     rim touches does not count.
 
     Args:
-        size: width and height of the image file, in pixels.
+        size: width and height of the image as it is read, in pixels.
 
     Raises:
-        ValueError: no pixel of the image lies in the boxes.
+        ValueError: no pixel of the image lies in the boxes, or one reaches beyond the image.
     """
     width, height = size
     rows, columns = grid
@@ -72,6 +84,8 @@ def region_cells(boxes: list[Box], size: tuple[int, int], grid: tuple[int, int])
     np.add.at(covered, (row_H[:, None], column_W), inside_HW)
     if not covered.any():
         raise ValueError(f"no pixel of the {width} x {height} image lies in its region")
+    if beyond := [box for box in boxes if box[2] > width or box[3] > height]:
+        raise ValueError(f"its box to {beyond[0][2]:g}, {beyond[0][3]:g} reaches beyond the {width} x {height} image")
     return covered >= covered.max() / 2
 
 

@@ -89,13 +89,21 @@ def _pointing(pointing: dict[str, Any] | None) -> list[tuple[str, str]]:
         f"In {with_span(about['hit']['value'], about['hit']['ci95'])} of {about['n']} maps the hottest cell "
         f"lies in the region that the question is about, {times:.1f} times as often as a random cell"
     )
-    rivals = {"a random cell": "over_chance", "another image's map": "over_other", "shuffled weights": "over_shuffled"}
-    beaten = [name for name, key in rivals.items() if _above(about[key])]
-    lost = [name for name in rivals if name not in beaten]
+    others, alone = "another image's map", ""
+    if (num_others := about["over_other"]["n"]) < about["n"]:
+        others += f" ({num_others} maps have one of the same grid)"
+        alone = "" if num_others else "; no other map of the same grid is there to compare with"
+    over = {
+        "a random cell": about["over_chance"],
+        others: about["over_other"],
+        "shuffled weights": about["over_shuffled"],
+    }
+    beaten = [name for name, gain in over.items() if _above(gain)]
+    lost = [name for name, gain in over.items() if name not in beaten and gain["n"]]
     if not lost:
-        return [("good", f"{hits}; beyond the noise it beats {', '.join(beaten[:-1])} and {beaten[-1]}.")]
+        return [("good", f"{hits}; beyond the noise it beats {', '.join(beaten[:-1])} and {beaten[-1]}{alone}.")]
     few = " in so few maps" if about["n"] < MIN_N else ""
-    return [("open" if beaten or few else "bad", f"{hits}; it is not clearly above {' or '.join(lost)}{few}.")]
+    return [("open" if beaten or few else "bad", f"{hits}; it is not clearly above {' or '.join(lost)}{few}{alone}.")]
 
 
 def _weights(numbers: dict[str, Any]) -> list[tuple[str, str]]:

@@ -37,7 +37,10 @@ from medr1.processes import is_first
 FILE = "contents-1.sqlite"
 """In the cache; the number is that of its tables."""
 TABLES = ("files (path BLOB PRIMARY KEY, stamp TEXT, digest TEXT)", "contents (name TEXT PRIMARY KEY, value TEXT)")
-DECODERS = ("pillow", "numpy", "pydicom", "pylibjpeg", "nibabel", "tifffile", "openslide-python")
+DECODERS = (
+    *("pillow", "numpy", "pydicom", "pylibjpeg", "pylibjpeg-openjpeg", "pylibjpeg-rle", "python-gdcm", "imagecodecs"),
+    *("nibabel", "tifffile", "openslide-python", "openslide-bin"),
+)
 AT_ONCE = 256
 """Images between two commits: what an interrupted run has hashed is kept."""
 TOGETHER = 4096

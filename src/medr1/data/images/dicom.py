@@ -4,6 +4,7 @@ Of the header only the elements below are read, and of these nothing but numbers
 pydicom's warnings, log lines and exceptions quote values, perhaps a patient's: they are never passed on.
 """
 
+import hashlib
 import logging
 import re
 import struct
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -27,6 +28,7 @@ from medr1.data.images.display import (
     UNDEFINED,
     Grey,
     Values,
+    bits_in_use,
     by_table,
     eight_bit_colours,
     finite_values,
@@ -96,7 +98,7 @@ def read_dicom(reference: Reference) -> tuple[Image.Image, dict[str, Any]]:
         frame = reference.whole("frame", frames // 2 + 1, 1, frames) - 1
         show = _Display(reference, header, frame)
         show.warnings += [f"its header lacks {name}: taken as {value}" for name, value in assumed.items()]
-        stored = _stored(reference, header, frame, frames, pixels, assumed)
+        stored = _stored(reference, header, frame, frames, pixels, assumed, show.warnings)
         is_grey = header.PhotometricInterpretation in ("MONOCHROME1", "MONOCHROME2")
         values, decisions = show.grey(stored) if is_grey else show.colour(stored)
         image, aspect = show.square(Image.fromarray(values).convert("RGB"))
@@ -137,9 +139,12 @@ def identifiers(path: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class SliceHeader:
-    """Where an image belongs. The series is only to be compared, never told."""
+    """Where an image belongs. Series and owner are only to be compared, never told."""
 
     series: str
+    """SeriesInstanceUID, empty where absent."""
+    owner: str
+    """SHA-256 (hex) of StudyInstanceUID and PatientID."""
     number: int | None
     """InstanceNumber."""
     normal: tuple[float, ...] | None
@@ -158,8 +163,9 @@ def slice_header(path: Path) -> SliceHeader | None:
     reference = Reference(path)
     extra("pydicom", reference)
     tags = ["SeriesInstanceUID", "InstanceNumber", "ImagePositionPatient", "ImageOrientationPatient", "Rows"]
+    whose = ["StudyInstanceUID", "PatientID"]
     with _nothing_told(reference):
-        header = _header(reference, [*tags, "SOPClassUID"])
+        header = _header(reference, [*tags, *whose, "SOPClassUID"])
         if not header.get("Rows"):
             kind = _kind_name(header)
             if kind is None or "Image Storage" in kind:
@@ -172,7 +178,8 @@ def slice_header(path: Path) -> SliceHeader | None:
             normal = tuple(float(one) + 0.0 for one in np.round(across, 3))
             along = round(float(across @ np.array(position, dtype=float)), 3)
         series = str(header.get("SeriesInstanceUID") or "")
-        return SliceHeader(series, None if number in (None, "") else int(number), normal, along)
+        owner = hashlib.sha256(" ".join(str(header.get(keyword) or "") for keyword in whose).encode()).hexdigest()
+        return SliceHeader(series, owner, None if number in (None, "") else int(number), normal, along)
 
 
 def _kind_name(header: Any) -> str | None:
@@ -374,9 +381,18 @@ def _refuse_untrue(reference: Reference, header: Any) -> None:
 
 
 def _stored(
-    reference: Reference, header: Any, frame: int, frames: int, pixels: _PixelElement, assumed: dict[str, Any]
+    reference: Reference,
+    header: Any,
+    frame: int,
+    frames: int,
+    pixels: _PixelElement,
+    assumed: dict[str, Any],
+    warned: list[str],
 ) -> Any:
-    """Pixels of one frame as they are stored, colour as RGB: (rows, columns) or (rows, columns, 3), any number type."""
+    """Pixels of one frame as they are stored, colour as RGB: (rows, columns) or (rows, columns, 3), any number type.
+
+    More pixels than the header tells of are a warning.
+    """
     import pydicom
     from pydicom import uid
     from pydicom.encaps import get_frame
@@ -385,26 +401,55 @@ def _stored(
 
     syntax, path = header.file_meta.TransferSyntaxUID, reference.path
     told = {re.sub(r"(?<=.)(?=[A-Z])", "_", keyword).lower(): value for keyword, value in assumed.items()}
-    if syntax == uid.DeflatedExplicitVRLittleEndian:
-        return pixel_array(pydicom.dcmread(path), index=frame, **told)
     if not syntax.is_encapsulated:
-        expected = get_expected_length(header)
-        if pixels.start + 8 + expected > path.stat().st_size:
+        expected, is_deflated = get_expected_length(header), syntax == uid.DeflatedExplicitVRLittleEndian
+        if not is_deflated and pixels.start + 8 + expected > path.stat().st_size:
             raise _undecodable(reference, "it is cut off: its header tells of more pixels")
-        if pixels.length is not None and pixels.length < expected:
-            raise _undecodable(reference, f"PixelData holds {pixels.length} bytes where its header tells of {expected}")
+        if pixels.length is not None:
+            held = f"{pixels.length} bytes where its header tells of {expected}"
+            if pixels.length < expected:
+                raise _undecodable(reference, f"PixelData holds {held}")
+            if header.PhotometricInterpretation == "YBR_FULL_422" and pixels.length >= expected // 2 * 3:
+                raise _undecodable(reference, f"PixelData holds {held}: its colours are whole and no YBR_FULL_422")
+            if pixels.length > expected + expected % 2:
+                warned.append(f"PixelData is longer than its header says: {held}, so this may be wrong, or a part")
+        if is_deflated:
+            return pixel_array(pydicom.dcmread(path), index=frame, **told)
         return pixel_array(path, index=frame, transfer_syntax_uid=syntax, **told)
     if pixels.length is not None:
         raise _undecodable(reference, "its PixelData is not compressed, as its header says that it is")
     with path.open("rb") as file:
+        file.seek(pixels.start + 12)
+        if (coded_frames := _num_coded(file)) > frames:
+            warned.append(f"it holds more frames than its header says: {coded_frames} where that tells of {frames}")
         file.seek(pixels.start + 12)
         coded = get_frame(file, frame, number_of_frames=frames)
     said = declared(coded)
     if said and (said.rows, said.columns) != (header.Rows, header.Columns):
         raise _undecodable(reference, "its header and its compressed pixels differ in size")
     if syntax == uid.JPEGExtended12Bit and header.BitsStored > 8:  # no plugin of a free licence decodes it
-        return extra("imagecodecs", reference).jpeg8_decode(coded)
+        values = extra("imagecodecs", reference).jpeg8_decode(coded)
+        if header.PixelRepresentation == 1 and values.dtype == np.uint16:
+            unused = 16 - header.BitsStored
+            values = (values << unused).view(np.int16) >> unused  # the sign of what is stored, drawn out to 16 bits
+        return values
     return pixel_array(path, index=frame, **told)
+
+
+def _num_coded(file: BinaryIO) -> int:
+    """Frames in compressed pixels, from where their offset table begins: its entries, else fragments that begin an
+    image, as JPEG of any kind and RLE do; 0 where nothing tells.
+    """
+    from pydicom.encaps import parse_basic_offsets, parse_fragments
+
+    if offsets := parse_basic_offsets(file):
+        return len(offsets)
+    heads = []
+    for start in parse_fragments(file)[1]:
+        file.seek(start + 8)
+        heads.append(file.read(8))
+    # RLE: the first segment lies behind a header of 64 bytes (PS3.5 G.5).
+    return sum(head.startswith((b"\xff\xd8\xff", b"\xff\x4f\xff\x51")) or head[4:] == b"\x40\0\0\0" for head in heads)
 
 
 class _Display:
@@ -449,6 +494,8 @@ class _Display:
         if kind not in ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"):
             raise _undecodable(self.reference, "its kind of colour is not known here")
         bits = self.header.BitsStored
+        if stored.dtype == np.uint16 and bits == 16 and (bits := bits_in_use(stored)) < 16:
+            self.warnings.append(f"no colour is above {2**bits - 1}: taken as {bits} bits in words of 16")
         return stretched(stored, 0, 2**bits - 1), {"scale": f"0 to {2**bits - 1}"}
 
     def grey(self, stored: Any) -> tuple[Grey, dict[str, Any]]:
@@ -474,13 +521,19 @@ class _Display:
     def _modality(self) -> tuple[str, Callable[[Any], Values]]:
         """From stored values to the modality's own, such as Hounsfield units."""
         if lut := self.get("ModalityLUTSequence"):
-            table, first, _ = _lookup_table(lut[0], self.header)
+            table, first, _ = _lookup_table(lut[0], self.header, self.header.get("PixelRepresentation") == 1)
             return "lookup table of the modality", lambda stored: _looked_up(stored, table, first)
         if not self.numbers("RescaleSlope") and not self.numbers("RescaleIntercept"):
             return "none", np.asarray
-        (slope, *_), (intercept, *_) = self.numbers("RescaleSlope") or [1.0], self.numbers("RescaleIntercept") or [0.0]
+        slope, intercept = self._rescale
         unit = " (Hounsfield units)" if self.in_hounsfield else ""
         return f"slope {slope:g}, intercept {intercept:g}{unit}", lambda stored: stored * slope + intercept
+
+    @property
+    def _rescale(self) -> tuple[float, float]:
+        """Slope and intercept, 1 and 0 where the file has none."""
+        (slope, *_), (intercept, *_) = self.numbers("RescaleSlope") or [1.0], self.numbers("RescaleIntercept") or [0.0]
+        return slope, intercept
 
     @property
     def in_hounsfield(self) -> bool:
@@ -495,7 +548,9 @@ class _Display:
             if self.reference.selector["window"] in CT_WINDOWS and not self.in_hounsfield:
                 raise self.reference.wrong("window", "CENTRE,WIDTH, since these are not Hounsfield units of a CT")
             return words, lambda values: windowed(values, center, width)
-        own = self._own_windows()
+        is_whole = stored.dtype.kind in "iu"
+        ends = to_values(self._ends()) if is_whole else np.zeros(1)
+        own = self._own_windows(is_signed=ends.min() < 0)
         if "window" in self.reference.selector and not own:
             raise self.reference.wrong(
                 "window", "CENTRE,WIDTH, since the file has no window of its own that can be used"
@@ -504,21 +559,29 @@ class _Display:
             number = self.reference.whole("window", 1, 1, len(own))
             words, function = own[number - 1]
             return f"{words}, {number} of {len(own)} in the file", function
-        is_whole = stored.dtype.kind in "iu" and not self.get("ModalityLUTSequence")
-        bits, is_signed = self.header.get("BitsStored"), self.header.get("PixelRepresentation") == 1
+        bits = self.header.get("BitsStored")
         is_ready = self.header.get("PresentationIntentType") == "FOR PRESENTATION"
-        if is_whole and (is_ready or (bits <= 8 and self.get("RescaleSlope") is None)):
-            ends = np.array([-(2 ** (bits - 1)), 2 ** (bits - 1) - 1] if is_signed else [0, 2**bits - 1])
-            low, high = (float(value) for value in sorted(to_values(ends)))
+        if is_whole and not self.get("ModalityLUTSequence") and (is_ready or (bits <= 8 and self._rescale == (1, 0))):
+            low, high = (float(value) for value in sorted(ends))
             return f"none in the file; all {bits} bits, {low:g} to {high:g}", lambda v: stretched(v, low, high)
         low, high, words = robust_range(finite_values(self.reference, to_values(self._without_padding(stored))))
         return f"none in the file; {words}", lambda values: stretched(values, low, high)
 
-    def _own_windows(self) -> list[tuple[str, Callable[[Values], Grey]]]:
-        """The file's VOI LUTs, then its windows that can be computed; the others become a warning."""
+    def _ends(self) -> Values:
+        """The smallest and the largest whole number that can be stored."""
+        bits = self.header.BitsStored
+        is_signed = self.header.get("PixelRepresentation") == 1
+        return np.array([-(2 ** (bits - 1)), 2 ** (bits - 1) - 1] if is_signed else [0, 2**bits - 1])
+
+    def _own_windows(self, *, is_signed: bool) -> list[tuple[str, Callable[[Values], Grey]]]:
+        """The file's VOI LUTs, then its windows that can be computed; the others become a warning.
+
+        Args:
+            is_signed: whether values of the modality can be below 0.
+        """
         windows: list[tuple[str, Callable[[Values], Grey]]] = []
         for item in self.get("VOILUTSequence") or []:
-            table, first, bits = _lookup_table(item, self.header)
+            table, first, bits = _lookup_table(item, self.header, is_signed)
             windows.append(("VOI LUT", partial(_through_voi_lut, table=table, first=first, bits=bits)))
         function = str(self.get("VOILUTFunction") or "LINEAR")
         for center, width in zip(self.numbers("WindowCenter"), self.numbers("WindowWidth"), strict=False):
@@ -534,6 +597,10 @@ class _Display:
     def _without_padding(self, stored: Any) -> Any:
         """Pixels that are none of the padding, or all where nothing is left."""
         ends = [*self.numbers("PixelPaddingValue"), *self.numbers("PixelPaddingRangeLimit")]
+        if stored.dtype.kind in "iu":  # the elements may be written with another sign than the pixels have
+            whole = 2**self.header.BitsAllocated
+            lowest = whole // 2 if stored.dtype.kind == "i" else 0
+            ends = [(end + lowest) % whole - lowest for end in ends]
         kept = stored[(stored < min(ends)) | (stored > max(ends))] if ends else stored
         return kept if kept.size else stored
 
@@ -570,8 +637,12 @@ class _Display:
         return [f"text may be burnt into the pixels ({', '.join(signs)}): look, and blacken it with redact="]
 
 
-def _lookup_table(item: Any, header: Any) -> tuple[Values, int, int]:
-    """Entries of a modality or VOI LUT, the stored value of the first, and bits an entry (PS3.3 C.11.1.1)."""
+def _lookup_table(item: Any, header: Any, is_signed: bool) -> tuple[Values, int, int]:
+    """Entries of a modality or VOI LUT, the value of the first, and bits an entry (PS3.3 C.11.1.1, C.11.2.1.1).
+
+    Args:
+        is_signed: whether values that are looked up can be below 0.
+    """
     num_entries, first, bits = (int(value) for value in item.LUTDescriptor)
     num_entries = num_entries or 1 << 16
     data = item.LUTData
@@ -581,7 +652,7 @@ def _lookup_table(item: Any, header: Any) -> tuple[Values, int, int]:
     table = np.atleast_1d(np.asarray(data, dtype=np.int64))[:num_entries]
     if len(table) < num_entries:
         raise AttributeError(f"of {num_entries} entries {len(table)} are there", name="LUTData")
-    if header.get("PixelRepresentation") == 1 and first >= 1 << 15:
+    if is_signed and first >= 1 << 15:
         first -= 1 << 16  # signed, though the element may be read as unsigned
     return table, first, bits
 

@@ -46,11 +46,16 @@ def read_nifti(reference: Reference) -> tuple[Image.Image, dict[str, Any]]:
     reference.allow("NIfTI volume", "axis", "slice", "window")
     given = given_window(reference, numbered=False)
     with _volume(reference) as volume:
+        from nibabel.affines import voxel_sizes
+
         shape = _shape(volume)
         native, flipped = _native_axes(reference, volume)
         name, axis = _axis(reference, shape, native)
-        zooms = [*map(float, volume.header.get_zooms()), 1.0]  # the side of a flat image's one layer is never asked
-        sides = [zooms[one] for one in native]
+        # The affine matrix also says which way the axes run; pixdim beside it may tell of other sides.
+        voxel = voxel_sizes(volume.affine)
+        sides = [float(voxel[one]) for one in native]
+        pixdim = np.array(volume.header.get_zooms()[:3])
+        agree = bool((np.isclose(voxel[: len(pixdim)], pixdim, rtol=0.01) | (pixdim == 0)).all())
         total = shape[native[axis]]
         place = reference.whole("slice", total // 2 + 1, 1, total) - 1
         index: list[Any] = [slice(None)] * 3 + [0] * (volume.ndim - 3)
@@ -86,6 +91,8 @@ def read_nifti(reference: Reference) -> tuple[Image.Image, dict[str, Any]]:
             shown = stretched(turned, low, high)
     if not placed:
         warnings.append("the header states no orientation: left and right may be exchanged")
+    if not agree:
+        warnings.append("its affine matrix and its pixdim tell of voxels of different sides: the matrix is taken")
     if num_volumes > 1:
         decisions["volume"] = f"1 of {num_volumes}"
     image = Image.fromarray(shown).convert("RGB")

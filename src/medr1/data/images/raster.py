@@ -138,7 +138,7 @@ def _by_pillow(reference: Reference) -> tuple[Image.Image, dict[str, Any]]:
             rgb, said = _array_to_rgb(reference, words.reshape(image.height, image.width, 3))
             return rgb, decisions | said
         image.load()
-        orientation = image.getexif().get(_TAG_ORIENTATION, 1)  # also the chunk that stands after the pixels
+        orientation = _orientation(image)
         rgb, said = _to_rgb(reference, image)
     return _upright(rgb, orientation, decisions | said)
 
@@ -181,7 +181,7 @@ def _by_imagecodecs(reference: Reference, first: Exception | None) -> tuple[Imag
         else:
             kind, values = "JPEG2000", imagecodecs.jpeg2k_decode(content)
         # Of a JPEG that Pillow refuses the orientation is not known.
-        orientation = 1 if first else _orientation(reference.path)
+        orientation = 1 if first else _orientation_of(reference.path)
         transparency = "straight" if values.shape[2:] in ((2,), (4,)) else ""
         rgb, said = _array_to_rgb(reference, values, transparency, depth=code.bits if code else None)
     except MedR1Error:
@@ -191,16 +191,26 @@ def _by_imagecodecs(reference: Reference, first: Exception | None) -> tuple[Imag
     return _upright(rgb, orientation, {"kind": "picture", "format": kind} | said)
 
 
-def _orientation(path: Path) -> int:
+def _orientation_of(path: Path) -> object:
     with Image.open(path, formats=FORMATS) as image:
         image.load()
+        return _orientation(image)
+
+
+def _orientation(image: Image.Image) -> object:
+    """The number under the orientation tag, also of a chunk after the pixels, which must be loaded; 1 where it is
+    broken: that is no fault of the picture.
+    """
+    try:
         return image.getexif().get(_TAG_ORIENTATION, 1)
+    except Exception:  # of many kinds, at bad bytes
+        return 1
 
 
 def _by_tifffile(reference: Reference, first: Exception) -> tuple[Image.Image, dict[str, Any]]:
     """Samples of more than 8 bits, with a sign or as floats, and other TIFFs that Pillow refuses with `first`."""
     tifffile: Any = extra("tifffile", reference)
-    fewer: list[str] = []
+    said_before: list[str] = []
     try:
         with tifffile.TiffFile(reference.path) as file:
             number = reference.whole("frame", 1, 1, len(file.pages))
@@ -212,9 +222,9 @@ def _by_tifffile(reference: Reference, first: Exception) -> tuple[Image.Image, d
             frames, colour = len(file.pages), page.photometric.name
             orientation = page.tags.valueof(_TAG_ORIENTATION, 1)
             if colour == "PALETTE":
-                table, fewer = eight_bit_colours(page.colormap)
+                table, said_before = eight_bit_colours(page.colormap)
                 values, colour = table.T[values], "RGB"
-            values, transparency = _samples(values, page.axes, colour, page.extrasamples)
+            values, transparency = _samples(values, page.axes, colour, page.extrasamples, said_before)
         rgb, said = _array_to_rgb(reference, values, transparency, white_is_zero=colour == "MINISWHITE")
     except MedR1Error:
         raise
@@ -222,7 +232,7 @@ def _by_tifffile(reference: Reference, first: Exception) -> tuple[Image.Image, d
         # What Pillow missed says more than tifffile's complaint about the same bytes, but for what we sent here.
         why = error if isinstance(first, ValueError) else first
         raise undecodable(reference, why) from error
-    said["warnings"] += fewer
+    said["warnings"] += said_before
     return _upright(rgb, orientation, {"kind": "picture", "format": "TIFF", "frame": f"{number} of {frames}"} | said)
 
 
@@ -230,12 +240,13 @@ _NUM_COLOURS = {"MINISBLACK": 1, "MINISWHITE": 1, "RGB": 3, "YCBCR": 3, "SEPARAT
 """Samples a pixel without alpha, by the TIFF's photometric interpretation."""
 
 
-def _samples(values: Values, axes: str, colour: str, beside: tuple[int, ...]) -> tuple[Values, str]:
+def _samples(values: Values, axes: str, colour: str, beside: tuple[int, ...], warned: list[str]) -> tuple[Values, str]:
     """Values as (height, width) or (height, width, samples), and what is transparent: "", "straight", "multiplied".
 
     Args:
         axes: tifffile's letters for the axes of `values`.
         beside: what the samples after the colour's are (TIFF 6.0, ExtraSamples: 1 multiplied alpha, 2 straight).
+        warned: gets a line where some are not shown.
     """
     if axes == "SYX":  # colours one after the other
         values, axes = np.moveaxis(values, 0, -1), "YXS"
@@ -245,11 +256,15 @@ def _samples(values: Values, axes: str, colour: str, beside: tuple[int, ...]) ->
     num_samples = values.shape[2] if axes == "YXS" else 1
     if num_samples < count or (colour == "SEPARATED" and values.dtype.kind != "u"):
         raise ValueError(f"{num_samples} samples of type {values.dtype} for colours of kind {colour}")
+    has_alpha = beside and num_samples > count and colour != "SEPARATED"
+    transparency = {1: "multiplied", 2: "straight"}.get(beside[0], "") if has_alpha else ""
+    shown = count + bool(transparency)
+    if num_samples > shown:
+        warned.append(f"not all channels are shown: of {num_samples} the first {shown}")
     if colour == "SEPARATED":
         eight = (values[..., :4] >> 8 * (values.dtype.itemsize - 1)).astype(np.uint8)
         return np.asarray(Image.fromarray(eight, "CMYK").convert("RGB")), ""
-    transparency = {1: "multiplied", 2: "straight"}.get(beside[0], "") if beside and num_samples > count else ""
-    kept = values if axes == "YX" else values[..., : count + bool(transparency)]
+    kept = values if axes == "YX" else values[..., :shown]
     return kept[..., 0] if kept.shape[2:] == (1,) else kept, transparency
 
 

@@ -9,6 +9,8 @@ Content decides, not a file's name. Nothing that identifies a patient is ever re
 """
 
 import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,8 +23,10 @@ from medr1.data.images.raster import num_pages, read_raster
 from medr1.data.images.reference import Reference
 from medr1.errors import MedR1Error
 
-NEARLY_BLACK = 16
-"""Brightest value, of 255, below which a picture is hardly one: labels of a mask, or 12-bit values read as of 16."""
+NEARLY_BLACK = 17
+"""Brightest value, of 255, below which a picture is hardly one: labels of a mask, or 12-bit values read as of 16, which
+reach 4095 / 65535 * 255 = 15.9. Of an inverted one all is as near to white.
+"""
 
 
 @dataclass(frozen=True)
@@ -90,15 +94,26 @@ def _looks_empty(image: Image.Image) -> list[str]:
     ends = cast(tuple[tuple[int, int], ...], image.getextrema())
     if all(low == high for low, high in ends):
         return ["all of it is one colour"]
-    brightest = max(high for _, high in ends)
+    darkest, brightest = min(low for low, _ in ends), max(high for _, high in ends)
     if brightest < NEARLY_BLACK:
         return [f"nearly black: nothing in it is brighter than {brightest} of 255"]
+    if darkest > 255 - NEARLY_BLACK:
+        return [f"nearly white: nothing in it is darker than {darkest} of 255"]
     return []
 
 
 def load_image(reference: Path | str) -> Image.Image:
     """The image of `read_image`: RGB, 8 bits a channel."""
     return read_image(reference).image
+
+
+def by_warning(warned: Mapping[Path, Sequence[str]]) -> dict[str, list[Path]]:
+    """Images by what was warned of, without what follows a colon and is of one image alone; the most frequent first."""
+    images: dict[str, list[Path]] = defaultdict(list)
+    for image, said in warned.items():
+        for warning in dict.fromkeys(one.partition(": ")[0] for one in said):
+            images[warning].append(image)
+    return dict(sorted(images.items(), key=lambda item: -len(item[1])))
 
 
 def expand_reference(reference: Path | str) -> list[Path]:
@@ -134,6 +149,21 @@ def expand_reference(reference: Path | str) -> list[Path]:
     number = parsed.whole(key, 1, 1, total)
     places = [(2 * place + 1) * total // (2 * number) + 1 for place in range(number)]
     return [Path(str(Reference(parsed.path, others | {one: str(place)}))) for place in places]
+
+
+def file_reference(reference: Path | str) -> Path:
+    """The reference; of a folder the one of the file of the slice that it stands for: bytes, patient and copies are
+    known by file.
+
+    Raises:
+        MedR1Error: the folder holds no DICOM image, or there is no such slice.
+    """
+    parsed = Reference.parse(reference)
+    if not parsed.path.is_dir():
+        return Path(reference)
+    from medr1.data.images.series import pick
+
+    return Path(str(pick(parsed)[0]))
 
 
 def _existing(reference: Path | str) -> Reference:

@@ -76,8 +76,14 @@ def file_of(reference: Path | str) -> Path:
 
 
 def content_digest(reference: Path | str) -> str:
-    """SHA-256 (hex) of the file's bytes, and of the selector where there is one. The file's name is not in it."""
+    """SHA-256 (hex) of the file's bytes, and of the selector where there is one. The file's name is not in it.
+
+    Raises:
+        MedR1Error: it is a folder.
+    """
     parsed = Reference.parse(reference)
+    if parsed.path.is_dir():
+        raise MedR1Error(f"{parsed}: is a folder; name the file of one of its slices")
     with parsed.path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if not parsed.selector:

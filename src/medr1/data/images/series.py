@@ -31,6 +31,8 @@ class Series:
     files: tuple[Path, ...]
     order: str
     """What they were ordered by, in words."""
+    is_named: bool
+    """Whether their headers name it; else it is all slices of a study without one."""
 
 
 class Sorted(NamedTuple):
@@ -48,7 +50,7 @@ def in_series(paths: Iterable[Path]) -> Sorted:
     Raises:
         MedR1Error: a file may not be read, or pydicom is not installed.
     """
-    found: dict[str, list[tuple[Path, SliceHeader]]] = defaultdict(list)
+    found: dict[tuple[str, str], list[tuple[Path, SliceHeader]]] = defaultdict(list)
     unreadable: list[Path] = []
     for path in paths:
         extra("pydicom", Reference(path))
@@ -60,7 +62,7 @@ def in_series(paths: Iterable[Path]) -> Sorted:
             unreadable.append(path)
             continue
         if header:
-            found[header.series].append((path, header))
+            found[header.series, header.owner].append((path, header))
         elif path.suffix.lower() in SUFFIXES and not is_dicom(path):
             unreadable.append(path)
     return Sorted(sorted(map(_ordered, found.values()), key=lambda series: -len(series.files)), unreadable)
@@ -89,6 +91,8 @@ def pick(reference: Reference) -> tuple[Reference, str, list[str], list[str]]:
         warnings.append(f"{files} of its folder cannot be read and {'are' if len(unreadable) > 1 else 'is'} left out")
     if total > 1 and series.order != "position":
         warnings.append(f"no header says where in the body the slices lie: they are in the order of {series.order}")
+    if total > 1 and not series.is_named:
+        warnings.append("no header says which series a slice is of: they are taken as one")
     left_out = [str(path.relative_to(reference.path)) for path in unreadable]
     return Reference(series.files[place - 1], kept), f"{place} of {total}", warnings, left_out
 
@@ -134,4 +138,4 @@ def _ordered(slices: list[tuple[Path, SliceHeader]]) -> Series:
         order, key = "their numbers", lambda one: (one[1].number, one[0].name)
     else:
         order, key = "their file names", lambda one: one[0].name
-    return Series(tuple(path for path, _ in sorted(slices, key=key)), order)
+    return Series(tuple(path for path, _ in sorted(slices, key=key)), order, bool(headers[0].series))

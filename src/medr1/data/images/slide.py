@@ -60,7 +60,12 @@ def _by_tifffile(reference: Reference) -> tuple[Image.Image, dict[str, Any]]:
         level, (x, y), (width, height) = _region(reference, sizes)
         if math.prod(sizes[level]) > MAX_PIXELS or math.prod(pages[level].shape) > 4 * MAX_PIXELS:
             raise ValueError(f"level {level} of its {len(sizes)} has too many pixels for this kind of TIFF")
-        values = pages[level].asarray()
+        page: Any = pages[level]
+        kind, compression = page.photometric.name, page.compression.name
+        # The YCbCr of a JPEG comes out as RGB; further kinds would come out in other colours than are meant.
+        if kind not in ("MINISBLACK", "RGB") and (kind, compression) != ("YCBCR", "JPEG"):
+            raise ValueError(f"colours of kind {kind} are not supported in this kind of TIFF")
+        values = page.asarray()
     if values.dtype != np.uint8 or values.shape[2:] not in ((), (3,)):
         raise ValueError(f"pixels of type {values.dtype} and shape {values.shape}")
     left, top = (edge * sizes[level][0] // sizes[0][0] for edge in (x, y))
