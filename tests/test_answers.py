@@ -2,6 +2,7 @@
 
 import random
 import re
+from itertools import permutations
 
 import pytest
 from hypothesis import given, settings
@@ -337,6 +338,17 @@ def test_the_words_of_a_longer_option_apart() -> None:
         assert extract_answer("Lung", options).letter == "AB"[options.index("Lung")]
         assert extract_answer("The finding is lung cancer.", options).letter == "AB"[options.index("Lung cancer")]
         assert extract_answer("The lung, not lung cancer", options).letter in ("AB"[options.index("Lung")], None)
+
+
+@pytest.mark.parametrize("name", ["Hepatitis", "Vitamin", "Type", "Grade", "Group", "Influenza"])
+def test_a_letter_with_an_option_that_ends_in_another_letter(name: str) -> None:
+    """In the asked format, whatever letter the option has and ends in."""
+    for ends in permutations("ABC"):
+        options = tuple(f"{name} {end}" for end in ends)
+        for letter, option in zip("ABC", options, strict=True):
+            for form in ("<answer>{}) {}</answer>", "{}. {}", "The answer is {}, {}."):
+                assert extract_answer(form.format(letter, option), options).letter == letter, (form, options)
+            assert extract_answer(option, options).letter == letter
 
 
 def test_a_lone_letter_is_what_the_whole_reading_makes_of_it(monkeypatch: pytest.MonkeyPatch) -> None:

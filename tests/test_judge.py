@@ -89,6 +89,14 @@ def test_replies_are_judged_by_their_answers(server: JudgeServer, tmp_path: Path
     assert {"id", "question", "right", "answer", "said"} <= rows[0].keys()
 
 
+def test_a_sign_that_tells_answers_apart_asks_for_a_verdict_of_its_own(tmp_path: Path) -> None:
+    judge = Judge("openai:m@http://localhost:1", tmp_path)
+    keys = [
+        judge._key(LUNG, answer) for answer in ("<5 mm", "< 5 mm.", ">5 mm", "ER+", "ER-", "Hepatitis A", "hepatitis")
+    ]
+    assert keys[0] == keys[1] and len(set(keys)) == 6
+
+
 def test_a_server_that_fails_is_asked_again_and_loses_nothing(
     server: JudgeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -247,6 +247,12 @@ REPEATED = [
     "\\text{",
     "I choose ",
     "is it? ",
+    "besides A ",
+    "besides A. ",
+    "absence of ",
+    "I cannot say ",
+    "if A ",
+    "A or E ",
 ]
 
 

@@ -21,10 +21,10 @@ from typing import Literal
 
 from medr1.data.option_texts import CJK, OptionTexts, option_texts
 from medr1.data.prompts import check_mode
-from medr1.data.records import LETTERS, Record, normalise_answer, normalise_option
+from medr1.data.records import LETTERS, Record, normalise_answer, normalise_option, words_and_signs
 from medr1.data.sentences import BOX, END_BOX, read, refuses
 
-EXTRACTOR_VERSION = 2
+EXTRACTOR_VERSION = 3
 """Goes up whenever a reply may be read differently; stored beside every score."""
 
 SHORT = 12
@@ -86,7 +86,7 @@ def _read(text: str, options: Sequence[str]) -> Answer:
     same = texts.plain.get(normalise_option(text), texts.plain.get(normalise_option(text.strip(" .\n\"'"))))
     if same and (len(text.strip()) > 1 or text.strip().upper() not in texts.letters):
         return Answer("letter", min(same))
-    said, meaning = read(_BOXED.sub(f" {BOX}\\1{END_BOX} ", text), texts)
+    said, meaning, lettered = read(_BOXED.sub(f" {BOX}\\1{END_BOX} ", text), texts)
     if said == "unparsed" and (words := _first_yes_or_no(text)):
         word = min(words)
         meaning = texts.plain.get(word) or texts.plain.get(f"{word}.", frozenset())
@@ -94,20 +94,23 @@ def _read(text: str, options: Sequence[str]) -> Answer:
     if said != "letter":
         return Answer(said)
     letter = min(meaning)
-    return Answer("ambiguous") if _says_more(text, options, letter) else Answer("letter", letter)
+    return Answer("ambiguous") if not lettered and _says_more(text, options, letter) else Answer("letter", letter)
 
 
 def _says_more(text: str, options: Sequence[str], letter: str) -> bool:
     """Whether a short text has all words of a longer option that holds the chosen one, but apart: "cancer of the lung"
     of "Lung" and "Lung cancer". Where they stand together, they have been read.
     """
-    said = normalise_answer(text)
-    words = set(said.split())
-    if len(words) > SHORT:
+    said = _words(text)
+    if len(set(said.split())) > SHORT:
         return False
-    chosen = set(normalise_answer(options[LETTERS.index(letter)]).split())
-    longer = (normalise_answer(option) for option in options)
-    return any(chosen < set(option.split()) <= words and option not in said for option in longer)
+    chosen = set(_words(options[LETTERS.index(letter)]).split())
+    longer = map(_words, options)
+    return any(chosen < set(option.split()) <= set(said.split()) and option not in said for option in longer)
+
+
+def _words(text: str) -> str:
+    return " ".join(words_and_signs(text.casefold()))  # "a" too, which is no article in "Hepatitis A"
 
 
 _LONE = re.compile(r"(?<![^\W_])[A-Za-z](?![^\W_])|[^\x00-\x7f]")
@@ -281,14 +284,16 @@ _YES_NO = {
     "no": ("nein", "non", "não", "нет", "否", "不是", "いいえ", "아니요", "아니오"),
 }
 _YES = re.compile(r"(?<![\w/-])yes(?![\w/]|-\w)", re.IGNORECASE)
-_NO = re.compile(r"(?<![\w/-])no(?![\w/]|-\w)(?!\s+(?:doubt|question|wonder)\b)", re.IGNORECASE)
+_NO = re.compile(r"(?<![\w/-])no(?![\w/]|-\w)(?!\s+(?:doubt|question|wonder)\b|\.\s*\d)", re.IGNORECASE)
 _FIRST_WORD = re.compile(
     rf"\W*(?:答案|答え|正解|정답)?[是は은:\s]*(是的?|不是|否|はい|いいえ|(?:네|예|아니요|아니오)(?![가-힣])|[^\W\d_{CJK}]+)"
 )
-_CLAUSE_END = re.compile(r"[;!?。！？；\n]|\.(?!\d)|,?\s*\b(?:because|since)\b", re.IGNORECASE)
+_CLAUSE_END = re.compile(  # no full stop of "H. pylori" or "approx. 5 cm"
+    r"[;!?。！？；\n]|(?<!\bapprox)\.(?!\d)(?!(?<=\b[A-Z]\.)\s(?-i:[a-z]))|,?\s*\b(?:because|since)\b", re.IGNORECASE
+)
 _DECLARATION = re.compile(
     r"\b(?:answer|option|choice)(?:\s+(?:to|for)(?:\s+[\w'’]+){1,4}?)?"
-    r"\s*(?:\b(?:is|would\s+be|should\s+be|must\s+be)\b|[:=→‐-―-])[:=→‐-―\s-]*"
+    r"\s*(?:\b(?:is|would\s+be|should\s+be|must\s+be)\b|[:=→‐-―-])(?:[:=→\s]|[‐-―-](?!\d))*"
     r"(?:\s*(?:[:=]|\b(?:(?:most\s+)?likely|probably|clearly|definitely|therefore|thus)\b)){0,4}"
     r"|\b(?:antwort\s+(?:ist|lautet)|réponse\s+est|respuesta\s+(?:correcta\s+)?es|resposta\s+(?:correta\s+)?é)\b\s*:?"
     r"|\b(?:antwort|réponse|respuesta|resposta|ответ)\s*:"

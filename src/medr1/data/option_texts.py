@@ -112,6 +112,8 @@ def tokens_of(text: str, signs: bool) -> list[Token]:
             continue
         if match["number"] and not apart:
             start, value, apart = _compared(tokens, words, start, value)
+        if tokens and tokens[-1].value == "no" and re.match(r",|\s[-–—]\s", text[tokens[-1].end : start]):
+            apart = True  # "No, effusion" is not "No effusion"
         tokens.append(Token(value, start, match.end(), apart))
         words.append(match[0].casefold())
         apart, rank = False, value in _RANKS
@@ -264,7 +266,14 @@ def _stands_alone(text: str, start: int, end: int, starts: set[int], ends: set[i
     joined_after = re.fullmatch(r"[-‐‑/][^\W_]", after) and end + 1 not in starts
     glued = re.match(_LATIN, after) and re.search(rf"{_LATIN}$", text[start:end])
     more = re.match(r"\+(?!\w)", after) and text[end - 1] not in "+-"
-    return not (joined_before or joined_after or more or (glued and end not in starts and not text[end - 1].isdigit()))
+    negated = before.endswith("不")  # 不正常
+    return not (
+        joined_before
+        or joined_after
+        or more
+        or negated
+        or (glued and end not in starts and not text[end - 1].isdigit())
+    )
 
 
 def _is_number(value: str) -> bool:

@@ -34,6 +34,7 @@ CUES: Lines = {  # what an answer is called: with a verb or a colon after it, it
 CUES_TO: Lines = {  # what may stand between that and its verb
     "{x} shows less. {p} this question is {y}.": (
         "the answer to | the correct answer to | the best answer to | my answer to | the answer for"
+        " | the answer to whether"
     ),
     "{x} shows less. The {p} this question is {y}.": "answer to | answer for | choice for | response to",
 }
@@ -43,7 +44,7 @@ DECLARES: Lines = {
         " | i'd pick | i would select | i'd select | i will choose | i'll choose | i go with | i would go with"
         " | i'd go with | i will go with | i'll go with | i'm going with | i am going with | i go for"
         " | i'd go for | i vote for | i opt for | i would opt for | i settle on | i'll take | i would say"
-        " | i'd say | i would answer | i prefer | i would prefer | will go with | pick | choose | select"
+        " | i'd say | i would answer | will go with | pick | choose | select"
         " | go with | let's go with | my money is on | i favor | i favour | i lean towards | i lean toward"
         " | i'm leaning towards | i am leaning towards"
     ),
@@ -57,33 +58,45 @@ DECLARES: Lines = {
     "{x}は少ない。{p}{y}です。": "答えは | 正解は | 正答は | 回答は | 解答は",
     "{x} 적다. {p} {y}입니다.": "정답은 | 답은 | 답안은",
 }
+PREFERS: Lines = {  # declares too; what "to" compares with it is not meant
+    "{p} {y} to {x}": "i prefer | i would prefer",
+}
 STATES: Lines = {  # says what is there, with less weight than a declared answer
     "{x} shows less. {p} {y}.": (
         "it is | it's | this is | that is | these are | there is | there's | there is also | there's also"
         " | there are | i think | i think it is"
         " | i think it's | i believe | i believe it is | i suspect | i guess | i count | i see | consistent with"
         " | compatible with | suggestive of | typical of | typical for | characteristic of | diagnostic of"
-        " | suggests | indicates | implies | points to | corresponds to | looks like | most likely | likely"
+        " | suggest | indicate | suggesting | indicating | which suggests | which indicates | corresponds to"
+        " | looks like | most likely | likely"
         " | probably | most probably | presumably | certainly | clearly | definitely | it must be | must be"
         " | it should be | which is | namely | ie | leaving | leaves | diagnosis is | the image is"
         " | the image shows | the scan shows | the picture shows | modality is | it looks like | it seems to be"
-        " | it appears to be | undoubtedly | obviously | evidently | left with | the findings favor | favors"
-        " | favours | point to | point towards"
-        " | points towards"
+        " | it appears to be | undoubtedly | obviously | evidently | left with | the findings favor | point to"
+        " | point towards"
     ),
     "{x} zeigt weniger. {p} {y}.": "es ist | das ist | es handelt sich um | wahrscheinlich | vermutlich",
     "{x} montre moins. {p} {y}.": "c'est | il s'agit de | je pense que c'est | je crois que c'est | probablement",
     "{x} muestra menos. {p} {y}.": "creo que es | pienso que es | se trata de | probablemente | parece ser",
     "{x} mostra menos. {p} {y}.": "acho que é | creio que é | trata-se de | provavelmente",
     "{x} меньше. {p} {y}.": "это | думаю , что | я думаю , что это | вероятно | скорее всего",
-    "{x}较少。{p}{y}。": "是 | 这是 | 应该是 | 我认为是 | 显示 | 提示 | 为",
+    "{x}较少。{p}{y}。": "是 | 这是 | 应该是 | 我认为是 | 显示 | 提示 | 为 | 考虑 | 考虑为",
     "{x}は少ない。{p}{y}です。": "これは | おそらく",
     "{x} 적다. {p} {y}입니다.": "이것은 | 아마도",
+}
+INFERS: Lines = {  # the same, of what is absent too
+    "The absence of bright bone {p} {y}.": (
+        "suggests | indicates | implies | points to | points towards | favors | favours"
+    ),
 }
 CONCLUDES: Lines = {
     "{x} shows less. {p}, {y}.": (
         "so | therefore | thus | hence | consequently | accordingly | in conclusion | in summary | overall"
         " | to conclude | to sum up | ergo | this leaves | finally | ultimately"
+    ),
+    "I cannot tell, but {p}, {y}.": (
+        "if i had to guess | if i had to choose | if i had to pick | if i must choose | if i must guess"
+        " | if i were to guess | if i were to choose | if forced to choose | if forced to guess | if pressed"
     ),
     "{x} zeigt weniger. {p} {y}.": "daher | deshalb | folglich | somit",
     "{x} montre moins. {p} {y}.": "donc | par conséquent | ainsi",
@@ -99,7 +112,7 @@ FINAL: Lines = {
 }
 ACCEPTS: Lines = {
     "{y} is {p}. {x} shows less.": (
-        "correct | right | true | best | the answer | the correct answer | the right answer | the best answer"
+        "correct | true | best | the answer | the correct answer | the right answer | the best answer"
         " | my answer | the correct option | the right option | the best option | the correct choice"
         " | the right choice | my choice | the best choice | the correct one | the right one | the best fit"
         " | the best match | the most likely | most likely | the most likely diagnosis | the most likely answer"
@@ -120,6 +133,9 @@ ACCEPTS: Lines = {
     "{y}が{p}。{x}は少ない。": "正解 | 正しい | 正解です | 正しいです | 適切",
     "{y}가 {p}. {x} 적다.": "정답입니다 | 정답이다 | 맞습니다 | 옳습니다 | 정답",
 }
+RIGHT: Lines = {  # accepts as ACCEPTS do, where it is no side
+    "{y} is {p}. {x} shows less.": "right",
+}
 REJECTS: Lines = {  # of what stands before
     "{x} is {p}. It is {y}.": (
         "wrong | incorrect | false | not seen | not visible | negative | unlikely | improbable | implausible"
@@ -131,14 +147,15 @@ REJECTS: Lines = {  # of what stands before
         " | a poor fit | a poor match | a distractor | a trap"
         " | distractor | trap | a red herring | the wrong answer | the wrong choice"
         " | the wrong option | an incorrect answer | an incorrect option | the least likely | least likely"
-        " | the least probable | the worst"
+        " | the least probable | the worst | one of the options | one of the possibilities"
+        " | one of several possibilities"
     ),
     "{x} is {p} {y}.": (
         "less likely than | less probable than | less typical than | worse than | less consistent than"
     ),
     "- {x}: {p}\n- {y}: ✓": "✗ | ✘ | ❌ | ✖",
     "{x} ist {p}. Es ist {y}.": "falsch | ausgeschlossen | unwahrscheinlich",
-    "{x} {p}. Es ist {y}.": "trifft nicht zu | stimmt nicht | kommt nicht in frage | scheidet aus",
+    "{x} {p}. Es ist {y}.": "trifft nicht zu | stimmt nicht | kommt nicht in frage | scheidet aus | fehlt | fehlen",
     "{x} est {p}. C'est {y}.": "faux | fausse | incorrecte | exclu | exclue | improbable | peu probable",
     "{x} es {p}; {y} es correcta.": "incorrecta | incorrecto | falsa | falso | errónea | descartada | improbable",
     "{x} é {p}; {y} é correta.": "incorreta | incorreto | errada | errado | descartada | improvável",
@@ -150,32 +167,35 @@ REJECTS: Lines = {  # of what stands before
     "{x}{p}、{y}です。": (
         "ではなく | ではない | ではありません | じゃない | でなく | は誤り | は見られません"
         " | は見られない | は認めません | は認められません | は認められない | はありません | は間違い"
-        " | は除外 | 以外"
+        " | は除外 | 以外 | はない | なし | の所見はない | の所見はありません | の所見なし"
     ),
     "{x}{p} {y}입니다.": "가 아니라 | 이 아니라 | 가 아니고 | 이 아니고 | 는 틀렸고 | 은 틀렸고",
     "{x}{p}. {y}입니다.": (
         "가 아닙니다 | 이 아닙니다 | 는 아닙니다 | 은 아닙니다 | 제외 | 는 보이지 않습니다 | 은 보이지 않습니다"
         " | 이 보이지 않습니다 | 가 보이지 않습니다 | 는 없습니다 | 은 없습니다 | 이 없습니다 | 가 없습니다"
+        " | 없음 | 소견 없음 | 소견은 없습니다 | 소견이 없습니다"
     ),
 }
 DENIES: Lines = {  # what follows
     "It is {p} {x}; it is {y}.": (
-        "not | no | never | neither | nor | without | rather than | instead of | other than | anything but"
+        "not | no | none | nothing | hardly | never | neither | nor | without | rather than | instead of | other than"
+        " | anything but"
         " | no sign of | no evidence of | unlike | as opposed to | nothing like | far from | inconsistent with"
-        " | not consistent with | absence of | the absence of"
+        " | not consistent with"
     ),
     "The image {p} {x}. It is {y}.": (
         "is negative for | is free of | lacks | rules out | excludes | fails to show | fails to demonstrate"
     ),
     "{p} {x}. It is {y}.": (
         "unlikely to be | unlikely that it's | unlikely that it is | insufficient evidence for | little evidence for"
-        " | negative for | free of | clear of | lack of | no signs of | no features of | no indication of"
+        " | negative for | free of | clear of | no signs of | no features of | no indication of"
         " | nothing to suggest | nothing suggests | nothing to support | nothing points to | no reason to suspect"
         " | wrong to choose | wrong to pick | a mistake to choose | refuse to choose | refuse to pick"
         " | if it were | if it was | if this were | if this was | had it been | had this been | were this | were it"
-        " | if the answer was | if the answer were | if the diagnosis were"
+        " | if the answer was | if the answer were | if the diagnosis were | cannot identify any | can't identify any"
+        " | unable to identify any | am unable to identify any | am not able to identify any"
     ),
-    "{p} it is {x}. It is {y}.": "i doubt | i doubt that | i don't think | i do not think | i don't believe",
+    "{p} it is {x}. It is {y}.": "whether | i doubt | i doubt that | i don't think | i do not think | i don't believe",
     "{y} {p} {x}.": "beats | outweighs | trumps | is better than | makes more sense than | is more likely than",
     "{p} {x}, {y} explains it.": "contrary to | in contrast to | in contrast with | different from",
     "I {p} {x} to {y}.": (
@@ -187,9 +207,10 @@ DENIES: Lines = {  # what follows
         "exclude | reject | rule out | eliminate | dismiss | discard | ignore | cross out | cross off | strike"
         " | strike out | set aside"
     ),
-    "{p} {x}, it is {y}.": "excluding | ruling out | eliminating | rejecting | apart from | aside from",
+    "{p} {x}, it is {y}.": "excluding | ruling out | eliminating | rejecting",
     "{p} {x}.": (
-        "everything but | all but | anything except | everything except | all except | except for | except | besides"
+        "everything but | all but | anything except | everything except | all except | except"
+        " | everything apart from | all apart from | everything except for | all except for"
     ),
     "This argues {p} {x}. It is {y}.": "against",
     "{p}: {x}. Correct: {y}.": (
@@ -199,14 +220,20 @@ DENIES: Lines = {  # what follows
     "{p} {x}. Es ist {y}.": "weder | ausser | außer | ohne",
     "{p} {x}, mais {y}.": (
         "pas | ni | aucun | aucune | plutôt que | au lieu de | sans | sauf | ce n'est pas | n'est pas"
+        " | absence de | absence d'"
     ),
-    "{p} {x} sino {y}.": "no | ni | no es | en lugar de | en vez de | excepto | ningún | ninguna | tampoco",
-    "{p} {x}, mas {y}.": "não | nem | não é | em vez de | exceto | nenhum | nenhuma",
+    "{p} {x} sino {y}.": "no | ni | no es | en lugar de | en vez de | excepto | ningún | ninguna | tampoco"
+    " | sin | ausencia de",
+    "{p} {x}, mas {y}.": "não | nem | não é | em vez de | exceto | nenhum | nenhuma | sem | ausência de",
     "{p} {x}, а {y}.": "не | ни | нет | вместо | кроме | это не",
     "{p}{x}，而是{y}。": (
         "不应选 | 不该选 | 不能选 | 未见 | 未发现 | 未显示 | 没有发现 | 不是 | 并非 | 不选 | 并不是 | 非"
+        " | 不考虑 | 不支持 | 不提示"
     ),
     "{p}{x}，选{y}。": "排除 | 可以排除 | 除了 | 没有 | 无",
+}
+ABSENT: Lines = {  # the same, unless it is what something is inferred from
+    "It shows {p} {x}; it is {y}.": "absence of | the absence of | lack of | the lack of",
 }
 FAILS: Lines = {  # of what stands before, and what follows
     "{x} {p} fit. It is {y}.": (
@@ -218,7 +245,7 @@ FAILS: Lines = {  # of what stands before, and what follows
 FAIL: Lines = {  # the same, of several
     "{x} {p} fit. It is {y}.": "do not | don't | are not | aren't | were not | weren't | have not | haven't",
 }
-ASSURES: Lines = {  # no denial, although it sounds like one
+ASSURES: Lines = {  # no denial, reason or choice, although it sounds like one
     "{p} it is {y}.": (
         "no doubt | there is no doubt that | there is no doubt | there's no doubt | i have no doubt"
         " | without doubt | without a doubt | without any doubt | beyond doubt | doubtless | no question"
@@ -232,6 +259,9 @@ ASSURES: Lines = {  # no denial, although it sounds like one
     "It {p} the {y}.": "cannot be anything other than | can't be anything other than",
     "I {p}: {y}": "choose between them | choose from them | have to choose one of them | pick one of these",
     "{p} {y}.": "not only | not just",
+    "There is no finding {p} {x}; it is {y}.": "such as",
+    "{p} shows {y}.": "pas stain | pas staining | sem image | sem images",
+    "The image is a {y}. {x} is {p}.": "more accurate",
 }
 HEDGES: Lines = {
     "{p} {x}, but the answer is {y}.": (
@@ -260,6 +290,12 @@ HEDGES: Lines = {
     "{p}{x}、しかし答えは{y}です。": "もしかすると | ひょっとすると",
     "{p} {x}, 하지만 정답은 {y}입니다.": "아마 | 어쩌면",
 }
+BESIDES: Lines = {  # says that it is there too, with what the sentence says else
+    "The image is clean {p} {y}.": "apart from | aside from | except for | besides | in addition to",
+}
+IFS: Lines = {  # a refusal that goes on "if …" still refuses
+    "I cannot see the image. {p} it is dark, choose {x}.": "if",
+}
 MIGHT: Lines = {
     "It {p} {x}, but the answer is {y}.": (
         "might be | may be | could be | can be | could also be | might | could | may"
@@ -280,7 +316,7 @@ RETRACTS: Lines = {  # takes back what was said before it
     "La respuesta es {x}. {p}: {y}": "corrección | me corrijo | quise decir",
     "A resposta é {x}. {p}: {y}": "correção | corrijo-me | quis dizer",
     "Ответ: {x}. {p}: {y}": "поправка | исправляюсь | точнее",
-    "答案是{x}。{p}：{y}": "更正 | 我错了 | 说错了",
+    "答案是{x}。{p}：{y}": "更正 | 我错了 | 说错了 | 改为 | 改选",
     "答えは{x}です。{p}：{y}": "訂正 | 間違えました",
     "정답은 {x}입니다. {p}: {y}": "정정 | 정정합니다",
 }
@@ -290,9 +326,9 @@ DOUBTS: Lines = {  # may take back what was said before it, if something is said
         " | sorry | no wait | upon closer look | upon closer inspection | on closer inspection | looking closer"
         " | looking again | but wait | let me reconsider | let me think again | let me double check"
         " | let me double-check | let me re-examine | let me check again | let me look again | upon reflection"
-        " | upon further reflection | in fact | thinking again | i changed my mind | i change my mind | well"
+        " | upon further reflection | in fact | thinking again | i changed my mind | i change my mind"
     ),
-    "The answer is {x}. {p} the answer is {y}.": "no , | no . | no : | no ! | no ; | no - | no – | no —",
+    "The answer is {x}. {p} the answer is {y}.": "well , | no , | no . | no : | no ! | no ; | no - | no – | no —",
     "Die Antwort ist {x}. {p} die Antwort ist {y}.": "moment | warte | halt | nein , | doch , | eigentlich",
     "La réponse est {x}. {p} la réponse est {y}.": "attendez | en fait | non , | pardon",
     "La respuesta es {x}. {p} la respuesta es {y}.": "espera | en realidad | perdón | no , ",
@@ -307,7 +343,7 @@ CONTRASTS: Lines = {  # begins a clause that a denial does not reach
     "It is not {x}, {p} it is {y}.": "although | though | whereas | on the other hand | rather",
     "Nicht {x}, {p} {y}.": "sondern | aber | jedoch",
     "Pas {x}, {p} {y}.": "mais | cependant",
-    "No es {x}, {p} {y}.": "sino | pero | sino que",
+    "No es {x}, {p} {y}.": "sino | pero | sino que | sin embargo",
     "Não é {x}, {p} {y}.": "mas | mas sim | porém",
     "Не {x}, {p} {y}.": "а | но | однако",
     "不是{x}，{p}{y}。": "而是 | 但 | 但是 | 而",
@@ -316,6 +352,7 @@ CONTRASTS: Lines = {  # begins a clause that a denial does not reach
 }
 REASONS: Lines = {
     "{y}, {p} {x} shows less.": "because | since | as the | as it | as this | as there | as we | as",
+    "{y}. {p} {x} shows less.": "besides , | apart from that , | aside from that , | in addition to that ,",
     "{y} {p} the dark rim.": "due to | because of | given | based on | owing to",
     "{y}, {p} {x} zeigt weniger.": "weil | denn",
     "{y}, {p} {x} montre moins.": "car | parce que | puisque",
@@ -352,10 +389,16 @@ REFUSES: Lines = {
     "{p} this.": (
         "unable to determine | unable to tell | unable to identify | unable to answer | unable to diagnose"
         " | unable to help | unable to assist | unable to view | unable to interpret | unable to provide"
-        " | not able to determine"
+        " | not able to determine | not able to diagnose | not able to identify | not able to provide"
+        " | not able to interpret | not able to answer | not able to help | not able to assist | not able to tell"
+        " | cannot give medical advice | can't give medical advice"
     ),
-    "There is {p}.": "not enough information | insufficient information | no image",
+    "There is {p}.": "not enough information | insufficient information | no image | image not provided",
     "{p}, this is for a doctor.": "as an ai | i'm sorry , but i can't | i am sorry , but i cannot | i'm just an ai",
+    "{p}, the image is dark.": (
+        "no idea | no clue | no answer | no clear answer | no right answer | no comment | no opinion"
+        " | no information available | no way to tell | no way to know | no one can tell | no diagnosis possible"
+    ),
     "{p}.": (
         "das kann ich nicht beurteilen | ich kann nicht | ich weiss nicht | ich weiß nicht | nicht bestimmbar"
         " | je ne peux pas | je ne sais pas | impossible à déterminer | no puedo | no sé | no se puede determinar"
@@ -372,7 +415,7 @@ ALL_OF_THEM: Lines = {
     "{p}": "all of the above | all of these | all of them | all the above | both of them",
 }
 AND: Lines = {
-    "{y} {p} {y}": "and | as well as | und | sowie | et | ainsi que | и | & | plus",
+    "{y} {p} {y}": "and | and also | as well as | und | sowie | et | ainsi que | и | & | plus",
     "{y}{p}{y}": "も | 和 | 与 | と | 및 | 와 | 과 | 、",
 }
 WITH: Lines = {  # joins two options, where nothing more is said of the second
@@ -386,6 +429,8 @@ OR: Lines = {
 }
 OVER: Lines = {
     "I choose {y} {p} {x}": "over",
+}
+TO: Lines = {
     "I prefer {y} {p} {x}": "to",
 }
 NAMES: Lines = {  # a letter after them is a part of a name
@@ -445,7 +490,8 @@ TABLES: dict[str, Lines] = {
     "N": DENIES, "X": FAILS, "Y": FAIL, "w": ASSURES, "H": HEDGES, "h": MIGHT, "R": RETRACTS, "r": DOUBTS,
     "b": CONTRASTS, "B": REASONS, "F": REFUSES, "U": NONE_OF_THEM, "A": ALL_OF_THEM, "J": AND, "O": OR, "z": OVER,
     "V": NAMES, "v": NAMES_AFTER, "P": VERBS, "Q": IS, "E": ARE, "a": ARTICLES, "p": PRONOUNS,
-    "e": NO_CUES, "M": WITH,
+    "e": NO_CUES, "M": WITH, "d": PREFERS, "g": RIGHT, "i": IFS, "o": TO, "m": INFERS,
+    "s": ABSENT, "x": BESIDES,
 }  # fmt: skip
 """By the character that a phrase becomes. Where a phrase stands in two tables, the first of them counts."""
 

@@ -71,6 +71,14 @@ def _characters(
     return "".join(found), meanings, "".join(glyphs)
 
 
+_MEANT = re.compile(  # what a phrase becomes by what stands about it
+    r"(?P<N>(?<=d[LTlqt])o(?=K?[LTlqt])|s(?![^.,;:!?\n]{1,30}(?<!a)m))"  # "I prefer A to B"; "absence of A"
+    r"|(?P<r>(?<=N[LTlqt])o(?=K?[LTlqt]))"  # "I change from A to B"
+    r"|(?P<O>(?<=[LTlqt])o(?=[Ka]?[LTlqt]))"  # "A to B"
+    r"|(?P<w>[os]|(?<=a)g|g(?=[woWTqt])|(?:(?<=[.\n,;(\"])|^)g(?=:)"  # "on the right", "right lung", "right: …"
+    r"|(?<=[wWQPX])r(?=[wWQPX.;!?\n)]|$))"  # "is actually visible", "must wait."
+    r"|(?P<D>d)|(?P<G>g)|(?P<I>m)"
+)
 _COMPOSED = [  # (pattern, what its first character becomes; the others go away)
     (r"L?ZK[\")]*[Q:\-]", "N"),  # "the wrong answer is", "a wrong answer is"
     (r"(?:(?<=[.\n;,])|^)[aw]?ZK?Q", "N"),
@@ -87,28 +95,34 @@ _COMPOSED = [  # (pattern, what its first character becomes; the others go away)
     (r"QN", "X"),
     (r"EN", "Y"),
 ]
-_COMPOSE = re.compile("|".join(f"({pattern})" for pattern, _ in _COMPOSED))
+_NO = re.compile(
+    r"(?:(?<=[LTlqt][:\-?])|(?<=[LTlqt][)\"][:\-?]))(?:r|N(?=[,;.\n]|$))"
+    r"|(?:(?<=\n[LTlqt]\.)|(?<=^[LTlqt]\.))r(?=\n|$)"
+)
+_COMPOSE = [(re.compile(pattern), character) for pattern, character in _COMPOSED]
 
 # -- letters or words ----------------------------------------------------------------------------------------
 
 _AFTER = (
     r"[\"]*(?:[.,:;!?()\->*\n]|/(?=L(?:[.,:;!?()\-/\"JO\n]|$))|$|[PQEXZYNBbSJOhRrczGKvL](?<![GKvL])"
-    r"|G(?=c|Q?(?:[.!\n]|$)))"
+    r"|G(?=c|,L|Q?(?:[.!\n]|$)))"
 )
 _IS_LETTER = re.compile(
     r"(?<=[(\"])L(?=[)\"])"
     r"|(?<=K)L|(?<=K\()L|(?<=K\")L"
-    rf"|(?<![Vnt])(?<!V:)L(?!v)(?!\.w)(?={_AFTER})"
+    rf"|(?<![Vnt])(?<!V:)(?<!VL[/JO])L(?!v)(?!\.w)(?={_AFTER})"
     r"|(?<=c)(?<!Vc)L(?=c|[.,;!?]|$)"
     r"|(?:(?<=[.\n])|^)L(?=ww?L(?:[.,;!?\n]|$))"
     r"|L(?=Kc|IG|n[).]|[LT]|I(?:[.!\n]|$)|q[.\")]*$)"
+    r"|(?<![Vnt])L(?=[/>JOM]L)|(?<!VL[/>JOM])(?<=[LTq][/>JOM])L"
 )
 _IS_SMALL_LETTER = re.compile(
     r"(?<=[(\"])l(?=[)\"])"
-    r"|(?<=K)l(?=[.,:;!?)\"\-\nBbQPXh]|$)|(?<=D)l(?=[.,;:!?)\"\n\-Bb]|$)|(?<=D[I:(\"K\n])l(?=[.,;:!?)\"\n\-Bb]|$)"
+    r"|(?<=K)l(?=[.,:;!?)\"\-\nBbQPXh]|$)|(?<=D)l(?=[.,;:!?)\"\n\-Bb]|[/JO]l|$)|(?<=D[I:(\"K\n])l(?=[.,;:!?)\"\n\-Bb]|$)"
     r"|(?:(?<=[.\n])|^)l(?=[QBX])|(?:(?<=\n)|^)l\)(?=[QBP])|(?<=[IS])l(?=[.,;:!?)\n]|$)"
     r"|(?:(?<=[.\n!?:>])|^)[\"(\-]*l(?=[).\":!]*(?:\n|$))"
     r"|(?:(?<=[.\n!?>])|^)[\"(\-]*l(?=[).:\-\"]+[\"(]*[Tqt])"
+    r"|(?<=Dl[/JO])l|(?<=Dl,[JO])l|(?<=Dl,)l(?=[.,;:!?)\"\n\-Bb]|$)"
 )
 _IS_WEAK_TEXT = re.compile(
     r"(?<=[DI])t|(?<=[DI][:\"(Iac\n])t"
@@ -122,24 +136,31 @@ _IS_WEAK_TEXT = re.compile(
 
 _CLAUSE_ENDS = r"(?=[.,;!?\n()\-BbSRr\"]|$)"
 _UNIT = re.compile(rf"L[)\"]*(?:[.:,\-/]|\n)?[\"(]*[IaK]{{0,2}}[\"(]*T{_CLAUSE_ENDS}|[LT]")
-_JOINED = re.compile(r"[)\"]*(?:[/>]|[,(]?[JO][aK]?|[,;:\-M]|\.?(?=\n)\n[-(]?|)[\"(]*[aK]?")
-_ALWAYS = re.compile(r"[)\"]*(?:[/>]|[,(]?O[aK]?|)[\"(]*[aK]?")
-_GOES_ON = re.compile(r"[)\"]*(?:[,;.!?\n/>JO)]|$)")
+_JOINED = re.compile(r"[)\"]*(?:[/>]|[,(]?[JO][aKI]?|[,;:\-M]|\.?\n[-(]?|\.|)[\"(]*[aK]?")
+_ALWAYS = re.compile(r"[)\"]*(?:[/>]|[,(]?O[aKI]?|)[\"(]*[aK]?")
+_GOES_ON = re.compile(r"[)\"]*(?:[,;.!?\n/>BJO)]|$)")
 _VERB_FOLLOWS = re.compile(r"[)\"]*[PQXhZ]")
+_OF_BOTH = re.compile(r"[)\"]*(?:[PQ][awp]{0,2}G|h)")
+_BEGINS = re.compile(r"(?:[.:!?\n]|^)[\"(]*W?[aK]?[\"(]*$")
 _ACCEPTED = re.compile(
-    r"[)\"]*(?:[PQI][awp]{0,2}|[EY]a?|c{1,2}|[:\-(,]|K|)G(?![wW])|c{1,2}K(?=[.,!\n]|$)|[)\"]*QI(?=[.,;!?\nBb]|$)"
+    r"[)\"]*\.G(?=[.!\n]|$)"
+    r"|[)\"]*(?:[PQI][awp]{0,2}|[EY]a?|c{1,2}|[:\-(,]|K|)G(?![wWi])|c{1,2}K(?=[.,!\n]|$)|[)\"]*QI(?=[.,;!?\nBb]|$)"
 )
 _REJECTED = re.compile(
-    r"[)\"]*[:\-(?]*[wWcKPQEIaphb]{0,4}(?:(Y|E[wa]{0,2}Z)|[XZ])|[)\"]*(?:[:\-]+N|\(N\)|N(?=[.;\n]|$))"
+    r"[)\"]*\.Z(?=[.!\n]|$)"
+    r"|[)\"]*[:\-(?]*[wWcKPQEIaphb]{0,4}(?:(Y|E[wa]{0,2}Z)|[XZ])|[)\"]*(?:[:\-]+N|\(N\)|N(?=[.;\n]|$))"
 )
 _HEDGED = re.compile(r"[)\"]*[wQPp]{0,2}[hH]")
 _FILL = r"[:\"(\-IaSKQpcr\n]{0,8}"
 _DECLARING = re.compile(rf"D{_FILL}([Hh]?){_FILL}(?:[wWn]{{0,2}}(?=T))?(?=[LT])")
 _STATING = re.compile(r"[IS][,:\"(aKpIcQ]{0,6}(?:[wWn]{0,2}(?=T)|(?=L))")
+_TOLD = re.compile(r"[PQ]a?$")
 _FINAL = re.compile(r"[Sf][,:\"aGwWI]{0,4}$")
 _HEAD = re.compile(r"[\"(\-*,:.]*[aKIS,]*[\"(]*(?=[LT])")
 _HEAD_GOES_ON = re.compile(r"[)\"]*(?:[.,;:\-(\n!?]|$|[Bb])")
-_LABEL = re.compile(r"(?:(?<=[.\n;,!?])|^)[\"(\-*]*([LT])(?:[)\"]*[:)\-]|(?=L))")
+_LABEL = re.compile(
+    r"(?:(?<=[.\n;,!?])|^)[\"(\-*]*([LT])(?:[)\"]*[:)\-]|(?=L))|(?:(?<=\n)|^)[\"(\-*]*([LT])[)\"]*\.(?=.)"
+)
 _LABELS = re.compile(r"[)\"]*[.:)\-][\"]*")
 _LINE = re.compile(r"[\"(\-#.*:]*[aKI]?[\"(]*")
 _LINE_ENDS = re.compile(r"[\").:,!;*c]*$")
@@ -157,6 +178,17 @@ class _Mention:
     hedged: bool = False
 
 
+class _Reading(NamedTuple):
+    said: Said = "unparsed"
+    meaning: Meaning = frozenset()
+    weight: int = -1
+    """Of the mentions that it rests on; -1 without one."""
+    start: int = -1
+    """Where the first of these stands."""
+    lettered: bool = False
+    """Whether one of these is a letter, not an option's text alone."""
+
+
 class _Unit(NamedTuple):
     start: int
     end: int
@@ -170,26 +202,28 @@ class _Text:
     mentions: list[_Mention] = field(default_factory=list)
 
 
-def read(text: str, texts: OptionTexts) -> tuple[Said, Meaning]:
-    """What a cleaned text without tags says, and the letters that it names where it says "letter"."""
+def read(text: str, texts: OptionTexts) -> tuple[Said, Meaning, bool]:
+    """What a cleaned text without tags says; the letters that it names where it says "letter", and whether it does so
+    by a letter, not by an option's text alone."""
     masked, marks = texts.mask(text)
     characters, meanings, glyphs = _characters(masked, marks, texts.letters)
     raw = characters
     characters, meanings, glyphs = _composed(characters, meanings, glyphs)
     characters = _resolved(characters, glyphs)
     read_text = _weighed(characters, meanings)
-    said, meaning = _decided(read_text, texts)
+    said, meaning, weight, start, lettered = _decided(read_text, texts)
+    refused = characters.find("F")
+    # What a refusal supposes is no answer, nor an option's text that it only mentions ("the organ is the spleen" is).
+    told = lettered or bool(_TOLD.search(characters, max(0, start - 2), max(0, start)))
+    if refused >= 0 and (weight < 0 or (weight + told < 2 and refused < start)):
+        return "refusal", meaning, lettered
     if said == "unparsed" and not _has_meaning(read_text):
-        if "F" in raw:
-            return "refusal", meaning
         first = re.match(r"[\"(\-]*L[).:)]", raw)
         if "U" in raw or (first and meanings and not meanings[first.end() - 2]):
-            return "invalid", meaning
-    if said == "unparsed" and "F" in raw:
-        return "refusal", meaning
+            return "invalid", meaning, lettered
     if said == "unparsed" and "A" in raw:
-        return "ambiguous", meaning
-    return said, meaning
+        return "ambiguous", meaning, lettered
+    return said, meaning, lettered
 
 
 def refuses(text: str) -> bool:
@@ -203,9 +237,10 @@ def _has_meaning(text: _Text) -> bool:
 
 def _composed(characters: str, meanings: list[Meaning | None], glyphs: str) -> tuple[str, list[Meaning | None], str]:
     """Phrases that belong together as one character."""
-    for pattern, character in _COMPOSED:
+    characters = _MEANT.sub(lambda match: match.lastgroup or "", characters)
+    for pattern, character in _COMPOSE:
         pieces, kept, shown, done = [], [], [], 0
-        for match in re.finditer(pattern, characters):
+        for match in pattern.finditer(characters):
             pieces += [characters[done : match.start()], character]
             kept += [*meanings[done : match.start()], None]
             shown += [glyphs[done : match.start()], character]
@@ -214,12 +249,10 @@ def _composed(characters: str, meanings: list[Meaning | None], glyphs: str) -> t
             characters = "".join([*pieces, characters[done:]])
             meanings = [*kept, *meanings[done:]]
             glyphs = "".join([*shown, glyphs[done:]])
-    # "A: no, …" and "A? No." reject A; elsewhere "no," may take back what was said before.
-    characters = re.sub(r"(?<=[LTlqt][:\-?])r|(?<=[LTlqt][)\"][:\-?])r", "Z", characters)
+    # "A: no, …", "A: none", "A? No." and the line "A. No." reject A; elsewhere "no," may take back what stands before.
+    characters = _NO.sub("Z", characters)
     characters = re.sub(r"(?<![LTlqt])M|M(?!a?[LTlqt])", "w", characters)
-    # "from A to B" takes A back
-    characters = re.sub(r"(?<=N[LTlqt])z(?=K?[LTlqt])", "r", characters)
-    # "over" and "to" compare two options
+    # "over" compares two options
     characters = re.sub(r"(?<=[DGK][LTlqt])z(?=K?[LTlqt])", "N", characters)
     return characters, meanings, glyphs
 
@@ -259,7 +292,7 @@ def _weighed(characters: str, meanings: list[Meaning | None]) -> _Text:
     declared = {match.end(): match for match in _DECLARING.finditer(characters)}
     stated = {match.end() for match in _STATING.finditer(characters)}
     denied, hedged, refused = _scopes(characters)
-    labelled = {meanings[match.start(1)] for match in _LABEL.finditer(characters)}
+    labelled = {meanings[max(match.start(1), match.start(2))] for match in _LABEL.finditer(characters)}
     mentions = []
     for group in lists:
         weight, final, unsure = 1, False, False
@@ -267,18 +300,20 @@ def _weighed(characters: str, meanings: list[Meaning | None]) -> _Text:
         if declaring := declared.get(start):
             weight, unsure = 3, bool(declaring[1])
             final = bool(_FINAL.search(characters[max(0, declaring.start() - 6) : declaring.start()]))
-        elif start in stated:
+        elif start in stated or "I" in characters[start : group[0].end]:
             weight = 2
         closing = _REJECTED.match(characters, end)
         whole = len(group) > 2 or (closing and closing[1]) or "O" in characters[start:end]
         accepted = not closing and _ACCEPTED.match(characters, end)
         doubted = _HEDGED.match(characters, end)
+        known = any(unit.meaning for unit in group)
         for unit in group:
             last = unit is group[-1]
-            mention = _Mention(unit.start, unit.end, unit.meaning, weight, final)
+            # A letter beyond the options beside one of them ("N/A") is a conflict, as of a letter with another's text.
+            mention = _Mention(unit.start, unit.end if unit.meaning or not known else end, unit.meaning, weight, final)
             mention.denied = unit.start in denied or bool(closing and (last or whole)) or unit.start in refused
-            mention.hedged = unsure or unit.start in hedged or bool(doubted and last)
-            if accepted and (last or "E" in accepted[0] or re.search("[JO]", characters[start:end])):
+            mention.hedged = unsure or unit.start in hedged or bool(doubted)
+            if accepted:
                 mention.weight = 3
             mentions.append(mention)
     for tag, word in pairwise(mentions):  # "B. Pneumothorax is wrong"
@@ -286,6 +321,13 @@ def _weighed(characters: str, meanings: list[Meaning | None]) -> _Text:
             tag.denied = True
     text = _Text(characters, meanings, mentions)
     by_start = {mention.start: mention for mention in mentions}
+    for sentence in re.finditer(r"[^.;!?\n]+", characters):
+        if "x" not in sentence[0]:
+            continue
+        both = [one for place in range(*sentence.span()) if (one := by_start.get(place)) and not one.denied]
+        weight = max((one.weight for one in both), default=0)
+        for one in both:  # "besides A there is B"
+            one.weight = weight
     _weigh_lines(characters, lists, by_start)
     if len(labelled) < 2:
         _weigh_heads(characters, lists, by_start)
@@ -311,8 +353,12 @@ def _parted(characters: str, before: _Unit, unit: _Unit, following: list[_Unit])
         return True
     if _ALWAYS.fullmatch(between):
         return False
-    if "J" in between:
-        return bool(_VERB_FOLLOWS.match(characters, unit.end))
+    begins = between in (".", "J") and _BEGINS.search(characters, max(0, before.start - 4), before.start)
+    if between == "." and not begins:
+        return True
+    if "J" in between:  # "A and B is right" is of both, "the answer is A and B is wrong" of one
+        both = begins and _OF_BOTH.match(characters, unit.end)
+        return bool(_VERB_FOLLOWS.match(characters, unit.end)) and not both
     adjacent = bool(following) and following[0].start == unit.end
     return not (_GOES_ON.match(characters, unit.end) or adjacent)
 
@@ -324,7 +370,7 @@ def _scopes(characters: str) -> tuple[set[int], set[int], set[int]]:
     hedged: set[int] = set()
     refused: set[int] = set()
     deny = hedge = 0
-    refuse = listed = False
+    refuse = listed = supposed = False
     clause: list[int] = []
     sentence: list[int] = []
     for place, character in enumerate(characters):
@@ -333,24 +379,26 @@ def _scopes(characters: str) -> tuple[set[int], set[int], set[int]]:
             sentence.append(place)
             if deny:
                 denied.add(place)
-            if hedge:
+            if hedge or supposed:
                 hedged.add(place)
             if refuse:
                 refused.add(place)
         elif character in "NXY":
-            deny, listed = 8, False
+            deny, listed = 20, False
         elif character in "Hh":
             hedge = 6
         elif character == "F":
             refuse = True
             refused.update(clause)
-        elif character in ".;!?\nBbSRr":
+        elif character == "i":
+            supposed = "F" in characters
+        elif character in ".;!?\n>BbSRr":
             if character == "?":  # a question says nothing yet
                 hedged.update(sentence)
             if character in ".;!?\nRr":
                 sentence = []
             deny = hedge = 0
-            refuse = False
+            refuse = supposed = False
             clause = []
         elif character == ":":
             if characters[place - 1 : place] not in ("N", "X", "H"):
@@ -382,8 +430,8 @@ def _weigh_lines(characters: str, lists: list[list[_Unit]], by_start: dict[int, 
 
 
 def _weigh_heads(characters: str, lists: list[list[_Unit]], by_start: dict[int, _Mention]) -> None:
-    """What a text, or what follows a retraction, begins with."""
-    starts = {0, *(match.end() for match in re.finditer(r"[Rr]", characters))}
+    """What a text, or what follows a retraction or a refusal, begins with."""
+    starts = {0, *(match.end() for match in re.finditer(r"[Rr]|F[^Fb.;!?\n]*[b.;!?\n]", characters))}
     heads = {match.end() for start in starts if (match := _HEAD.match(characters, start))}
     for number, group in enumerate(lists):
         following = lists[number + 1 : number + 2]
@@ -406,7 +454,7 @@ def _other_in_sentence(characters: str, group: list[_Unit], other: list[_Unit], 
 # -- decision ------------------------------------------------------------------------------------------------
 
 
-def _decided(text: _Text, texts: OptionTexts) -> tuple[Said, Meaning]:
+def _decided(text: _Text, texts: OptionTexts) -> _Reading:
     """The reading of what follows the last retraction; where that says nothing, and may not have been one, of what
     stands before it too."""
     cuts = [match.start() for match in re.finditer(r"[Rr]", text.characters)]
@@ -420,20 +468,24 @@ def _decided(text: _Text, texts: OptionTexts) -> tuple[Said, Meaning]:
         first = last
         while first and mentions[first - 1].start >= start:
             first -= 1
-        said, meaning, weight = _agreed(mentions[first:last], text.characters[start:stop], start, texts)
-        if said != "unparsed":
+        found = _agreed(mentions[first:last], text.characters[start:stop], start, texts)
+        doubt = text.characters[start : start + 1] == "r"
+        if found.said == "letter" and found.weight < 2:
             earlier = _agreed(mentions[:first], text.characters[:start], 0, texts)
-            if weight < 2 and earlier[2] == 3 and earlier[0] == "letter" and said == "letter" and earlier[1] != meaning:
-                return "ambiguous", meaning
-            return said, meaning
-        if place and text.characters[start] == "R":
+            stronger = earlier.said == "letter" and earlier.weight >= (2 if doubt else 3)
+            if stronger and earlier.meaning != found.meaning:
+                asked = doubt and text.characters[start - 1] == "?"  # "Is bone bright? No." takes nothing back
+                return earlier if asked else found._replace(said="ambiguous")
+        if found.said != "unparsed":
+            return found
+        if place and not doubt:
             break
         place, last, stop = place - 1, first, start  # a doubt that nothing readable follows
-    return "unparsed", frozenset()
+    return _Reading()
 
 
-def _agreed(mentions: list[_Mention], characters: str, offset: int, texts: OptionTexts) -> tuple[Said, Meaning, int]:
-    """What mentions of most weight agree on, and that weight."""
+def _agreed(mentions: list[_Mention], characters: str, offset: int, texts: OptionTexts) -> _Reading:
+    """What mentions of most weight agree on."""
     kept = [mention for mention in mentions if not mention.denied]
     for mention in kept:
         if mention.hedged:
@@ -449,23 +501,25 @@ def _agreed(mentions: list[_Mention], characters: str, offset: int, texts: Optio
             said = [mention for mention in said if mention.final]
         if not any(mention.meaning for mention in said):
             conflict = any(mention.end - mention.start > 1 for mention in said)
-            return "ambiguous" if conflict else "invalid", frozenset(), weight
+            return _Reading("ambiguous" if conflict else "invalid", weight=weight)
         common = frozenset.intersection(*(mention.meaning for mention in said))
+        start = min(one.start for one in said)
+        lettered = any("L" in characters[one.start - offset : one.end - offset] for one in said)
         if not common or not any(common <= same for same in texts.plain.values()):
-            return "ambiguous", common, weight
-        if weight == 2 and _contradicted(kept, max(one.end for one in said), characters, offset, common):
-            return "ambiguous", common, weight
-        return "letter", common, weight
-    return "unparsed", frozenset(), -1
+            return _Reading("ambiguous", common, weight, start, lettered)
+        if weight > 1 and _contradicted(kept, max(one.end for one in said), weight, characters, offset, common):
+            return _Reading("ambiguous", common, weight, start, lettered)
+        return _Reading("letter", common, weight, start, lettered)
+    return _Reading()
 
 
-def _contradicted(kept: list[_Mention], end: int, characters: str, offset: int, common: Meaning) -> bool:
-    """Whether "but" and another option follow in the same sentence."""
+def _contradicted(kept: list[_Mention], end: int, weight: int, characters: str, offset: int, common: Meaning) -> bool:
+    """Whether "but" and another option of about the same weight follow in the same sentence."""
     rest = characters[end - offset :]
     sentence = re.match(r"[^.;!?\n]*", rest)
     stop = end + (sentence.end() if sentence else 0)
     contrast = characters.find("b", end - offset, stop - offset)
     return contrast >= 0 and any(
-        contrast + offset < one.start < stop and not one.hedged and one.meaning and not one.meaning & common
+        contrast + offset < one.start < stop and one.weight >= weight - 1 and one.meaning and not one.meaning & common
         for one in kept
     )
