@@ -303,6 +303,76 @@ def test_words() -> None:
     assert copies("abcd", [1, 2, 1, 3]) == [["a", "c"]]
 
 
+def test_signs_are_parts_of_answers() -> None:
+    """ER+ and ER- are two answers and no spelling of one, and who gives both about a picture contradicts himself."""
+    signs = ["ER+", "ER-", "ER−", "<5 cm", ">5 cm", "≥3", "≤3", "-5", "5"]
+    assert len({*map(plain, signs)}) == 8 and plain("T2-weighted, grade-3.") == "t2 weighted grade 3"
+    different = [
+        record(0, options=("ER+", "ER-")),
+        record(1, options=(">5 cm", "<5 cm")),
+        record(2, options=("-5", "5")),
+    ]
+    assert options(different)["variants"] == []
+    assert options([*different, record(3, options=("er +", "x"))])["variants"] == [{"ER+": 1, "er +": 1}]
+    opened = [record(0, options=(), answer="ER+"), record(1, options=(), answer="ER-")]
+    assert answers(opened)["open, a text"]["distinct"] == 2
+    content = dict.fromkeys((Path("0.png"), Path("1.png")), "same")
+    assert questions([opened], content)["conflicting"] == [["q0", "q1"]]
+
+
+def own(folder: Path, name: str, rows: list[dict[str, Any]]) -> Path:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(json.dumps(rows), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("names", [("train.json", "test.json"), ("train/rows.json", "test/rows.json")])
+def test_parts_whose_rows_have_ids(tmp_path: Path, names: tuple[str, str]) -> None:
+    """Half of the test questions show an image of train; ids with "/" are of no other file."""
+    asked = [{"question": f"What is {n}?", "answer": "x", "image": f"{n}.png"} for n in range(8)]
+    train, test = asked[:6], [{**row, "question": "Where?"} for row in asked[4:8]]
+    for name, rows in zip(names, (train, test), strict=True):
+        own(tmp_path, name, [row | {"id": f"{name[:2]}{n}/{n}"} for n, row in enumerate(rows)])
+    published, _ = check_data(tmp_path)["parts"]
+    assert (published["train"], published["test"], published["image_in_train"]) == (6, 4, 2)
+
+
+def test_a_question_asked_again_is_found_whatever_ids_and_files_are_called(tmp_path: Path) -> None:
+    rows = [{"question": "What is it?", "answer": "x", "image": "a.png", "id": f"patient{n}/1"} for n in range(2)]
+    own(tmp_path, "one.json", rows)
+    own(tmp_path, "two.json", [rows[0] | {"id": "again", "answer": "y"}])
+    found = check_data(tmp_path)["questions"]
+    assert found["repeated"]["listed"] == found["conflicting"]["listed"] == [["patient0/1", "patient1/1", "again"]]
+
+
+def test_a_patient_of_several_studies_is_one_group(tmp_path: Path) -> None:
+    """The same pixels in two studies of one patient are not across groups, and of two patients they are."""
+    groups = {"a": ["p1", "study 1"], "b": ["p1", "study 2"], "c": ["p2"], "d": ["p3"]}
+    for number, name in enumerate(groups):
+        texture(number // 2).save(tmp_path / f"{name}.png")
+    rows = [{"image": f"{name}.png", "question": "What?", "answer": "x", "group": of} for name, of in groups.items()]
+    report = check_data(own(tmp_path, "mine.json", rows))
+    assert (report["records"], report["groups"]) == (4, 3)
+    assert report["images"]["pixel_copies"]["num"] == 2
+    assert report["images"]["pixel_copies_across_groups"]["listed"] == [["c.png", "d.png"]]
+
+
+def test_the_next_command_has_the_options_of_this_one(tmp_path: Path) -> None:
+    (tmp_path / "my images").mkdir()
+    texture(0).save(tmp_path / "my images" / "a.png")
+    own(tmp_path, "mine.json", [{"image": "a.png", "question": "What?", "answer": "x"}])
+    data = [str(tmp_path / "mine.json"), "--image-root", str(tmp_path / "my images"), "--language", "all"]
+
+    def said(*arguments: str) -> str:
+        return CliRunner().invoke(app, ["data", *arguments]).output.replace("\n", " ")
+
+    again = f"medr1 data check {data[0]} --image-root '{data[2]}' --language all"
+    assert f"{again} --out check" in said("check", *data)
+    settings = f"--set 'data.image_root={data[2]}' --set data.language=all"
+    assert f"medr1 train --data {data[0]} {settings} --out" in said("check", *data, "--out", str(tmp_path / "c"))
+    assert f"`{again}`" in said("show", *data, "--out", str(tmp_path / "page.html"))
+
+
 def test_page(defective: Path, tmp_path: Path) -> None:
     """Self-contained, nothing of the data set becomes markup, pictures inside, the same JSON beside it."""
     file = defective / "QA_information" / "Open-access" / "S.json"

@@ -11,6 +11,7 @@ from medr1.data.datasets.medr1_splits import modality_of_image
 from medr1.data.datasets.rows import canonical_modality, canonical_question_type
 from medr1.data.records import MODALITIES, QUESTION_TYPES, Record
 from medr1.errors import MedR1Error
+from medr1.report.checks import check_data
 
 ROW = {
     "dataset": "HAM10000",
@@ -201,6 +202,24 @@ def test_groups_file(tmp_path: Path) -> None:
     assert record.group == "lesion_17"
 
 
+def test_groups_file_with_spaces(tmp_path: Path) -> None:
+    root = omnimedvqa(tmp_path, {}, {"image_path": "Images/HAM10000/b.jpg"}, groups="image_path,group\n")
+    lines = f"{ROW['image_path']},lesion_17 \n Images/HAM10000/b.jpg, lesion_17\n"
+    (root / "groups.csv").write_text("image_path,group\n" + lines)
+    records = load_records(root, check_images=False)
+    assert [record.groups for record in records] == [("lesion_17",)] * 2
+
+
+def test_hidden_files_are_none_of_the_data(tmp_path: Path) -> None:
+    """macOS lays "._NAME" with a file's attributes beside it, on disks that are not its own."""
+    root = omnimedvqa(tmp_path / "omni")
+    (root / "QA_information" / "Open-access" / "._HAM10000.json").write_bytes(b"\0\5\x16\7")
+    assert len(load_records(root)) == check_data(root)["records"] == 1
+    split_file(tmp_path)
+    (tmp_path / "._X-Ray_train.json").write_bytes(b"\0\5\x16\7")
+    assert len(load_records(tmp_path, check_images=False)) == 1
+
+
 def test_split_row(tmp_path: Path) -> None:
     (record,) = load_records(split_file(tmp_path), check_images=False)
     assert record.question == "What is it?"
@@ -335,6 +354,8 @@ def test_bad_files(tmp_path: Path) -> None:
     [
         ("image,patient\na,b\n", "the first line must name the columns image_path and group"),
         ("image_path,group\nx\n", "line 2 lacks an image path or a group"),
+        ("image_path,group\nx,NA\n", "line 2 lacks an image path or a group"),
+        ("image_path,group\nx, None\n", "line 2 lacks an image path or a group"),
         ("image_path,group\na,1\na,2\n", "line 3 gives 'a' a second group"),
         ("image_path,group\na,1\n", f"image '{ROW['image_path']}' is not in"),
     ],

@@ -1,6 +1,7 @@
 """What a run trained on and held out lies in its folder, and every command that asks its model goes by that."""
 
 import json
+import re
 import shutil
 import sys
 from collections import Counter
@@ -122,6 +123,32 @@ def test_questions_without_images_are_known_by_their_words(tmp_path: Path) -> No
     after = load_records(tmp_path / "mine.json")  # each has the id that another had
     found = dict(zip((record.question for record in after), run.seen(after), strict=True))
     assert found == {"New?": "never seen", **sides}
+
+
+def test_questions_without_images_are_known_by_their_words_also_where_they_have_a_group(tmp_path: Path) -> None:
+    """One patient's questions stay together, and the same words about two patients apart."""
+    table = [{"image": [], "question": f"Is it {n % 7}?", "answer": "x", "group": f"p{n // 2}"} for n in range(30)]
+    (tmp_path / "mine.json").write_text(json.dumps(table))
+    run = make_run(tmp_path / "run", tmp_path / "mine.json")
+    train, test = load_parts(run.data)
+    assert {record.group for record in train}.isdisjoint(record.group for record in test) and train and test
+    assert set(run.seen(train)) == {"trained on"}
+    lists = {question["id"]: question["contents"] for question in run.questions("trained_on", "held_out")}
+    assert len(lists) == 30 and all(len(contents) == 1 for contents in lists.values())
+    other = [record.model_copy(update={"question": "New?", "groups": ("q",), "group": "q"}) for record in test]
+    assert set(run.seen(other)) == {"never seen"}
+
+
+def test_a_list_that_lacks_the_words_of_questions_without_images_is_gone_on_with(tmp_path: Path) -> None:
+    """A version before wrote none for those with a group."""
+    table = [{"image": [], "question": f"Is it {n}?", "answer": "x", "group": f"p{n // 2}"} for n in range(30)]
+    (tmp_path / "mine.json").write_text(json.dumps(table))
+    run = make_run(tmp_path / "run", tmp_path / "mine.json")
+    path = run.folder / SPLIT
+    older = re.sub(r'"contents": \["\w+"\]', '"contents": []', path.read_text())
+    path.write_text(older)
+    make_run(tmp_path / "run", tmp_path / "mine.json")
+    assert path.read_text() == older
 
 
 def test_what_the_base_was_trained_on_stays_so(tmp_path: Path) -> None:

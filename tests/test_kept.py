@@ -17,6 +17,7 @@ from PIL import Image
 
 from medr1.config import DataConfig
 from medr1.data import kept as module
+from medr1.data.cache import cache_folder
 from medr1.data.datasets import load_records
 from medr1.data.heldout import SPLIT, split_of, write_split
 from medr1.data.kept import in_order, kept, taken
@@ -89,6 +90,18 @@ def test_no_room_is_one_line_and_a_break_leaves_nothing(few: Path, monkeypatch: 
     monkeypatch.setenv("MEDR1_CACHE", __file__)
     with pytest.raises(MedR1Error, match=r"test_kept\.py: more than 7 questions .*set MEDR1_CACHE"):
         kept(RECORDS)
+
+
+def test_a_cache_that_is_named_needs_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setenv("MEDR1_CACHE", "/somewhere")
+    assert cache_folder() == Path("/somewhere")
+    monkeypatch.delenv("MEDR1_CACHE")
+    with pytest.raises(MedR1Error, match="set MEDR1_CACHE"):
+        cache_folder()
 
 
 def write_questions(folder: Path) -> Path:

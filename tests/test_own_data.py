@@ -1,10 +1,14 @@
 """One's own data: the documented format with all it takes and refuses, conversion there and back, and the page."""
 
+import csv
 import gzip
+import io
 import json
+import os
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +21,19 @@ from typer.testing import CliRunner
 from medr1.cli import app
 from medr1.data.datasets import load_records
 from medr1.data.datasets.convert import convert
+from medr1.data.datasets.embedded import keep_image
 from medr1.data.heldout import read_split
 from medr1.data.images import load_image, resolve_inside
 from medr1.data.phantoms import write_phantoms
 from medr1.data.prompts import build_messages
 from medr1.data.records import MODALITIES, QUESTION_TYPES, Record, read_jsonl
+from medr1.data.splits import split_by_group
 from medr1.errors import MedR1Error
 from medr1.report.checks import check_data
+from medr1.report.checks.page import tell
 from medr1.report.show import write_samples
 
+os.umask(UMASK := os.umask(0))
 HEADER = "image,question,option_a,option_b,option_c,answer,modality,question_type,group,source\n"
 
 
@@ -157,6 +165,76 @@ def test_a_name_with_a_semicolon(tmp_path: Path) -> None:
     assert record.images == (tmp_path / "a;b.png",)
 
 
+@pytest.mark.parametrize(
+    ("header", "cells", "answer"),
+    [
+        ("A,B,C", "Cyst,Tumour,", "B"),
+        ("a,b", "Cyst,Tumour", "tumour"),
+        ("choice_a,choice_b", "Cyst,Tumour", "B"),
+        ("Choice A,Choice B,Choice C", "Cyst,Tumour,", "(B)"),
+        ("optionA,optionB", "Cyst,Tumour", "B"),
+        ("opa,opb,opc", "Cyst,Tumour,", "b"),
+        ("answer_a,answer_b", "Cyst,Tumour", "B"),
+        ("option1,option2", "Cyst,Tumour", "2"),
+        ("Option 2,Option 1", "Tumour,Cyst", "B"),
+        ("1,2", "Cyst,Tumour", "2"),
+        ("choices", "Cyst;Tumour", "B"),
+        ("option", '"[""Cyst"", ""Tumour""]"', "Tumour"),
+        ("option_a,option_b,choice,a,b", "Cyst,Tumour,x,y,z", "B"),  # beside the format's own they are notes
+    ],
+)
+def test_option_columns_of_other_names(tmp_path: Path, header: str, cells: str, answer: str) -> None:
+    """Unknown ones would be ignored, and the question open with "B" as its answer."""
+    pictures(tmp_path, "a.png")
+    text = f"index,image,question,{header},answer\n7,a.png,Which?,{cells},{answer}\n"
+    for name, written in (("mine.csv", text), ("mine.json", None)):
+        if written is None:
+            (row,) = csv.DictReader(io.StringIO(text))
+            written = json.dumps([{"image": "a.png", "question": "Open?", "answer": "x"}, row])
+        record = load_records(table(tmp_path, written, name))[-1]
+        assert (record.options, record.answer) == (("Cyst", "Tumour"), "B")
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("header", "cells", "reason"),
+    [
+        ("distractor_1,distractor_2", "x,y", "column 'distractor 1' looks like an option and is none of option_a"),
+        ("option_text_a,option_text_b", "x,y", "column 'option text a' looks like an option"),
+        ("opts", "x;y", "column 'opts' looks like an option"),
+        ("option_0,option_1", "x,y", "option columns option 0, option 1 are not 1, 2, … without a gap"),
+        ("A,B,C", "x,,y", "option columns a, c are not a, b, … without a gap"),
+        ("A,B,choices", "x,y,x;y", "options stand in 'choices' and in 'a'; keep one"),
+        ("option_1,option_2", "2,1", "the answer '2' is the number of one option and another's text; write the letter"),
+        ("choice", "x", "the answer '2' is not among the options ['x']"),
+    ],
+)
+def test_option_columns_that_cannot_be_told_are_refused(tmp_path: Path, header: str, cells: str, reason: str) -> None:
+    pictures(tmp_path, "a.png")
+    assert reason in error_of(table(tmp_path, f"image,question,{header},answer\na.png,Which?,{cells},2\n"))
+    notes = "image,question,num_options,optional_note,x,y,answer\na.png,Which?,0,none,1,2,heart\n"
+    (record,) = load_records(table(tmp_path, notes))
+    assert record.is_open and record.answer == "heart"
+
+
+def test_own_tables_with_columns_of_public_sets(tmp_path: Path) -> None:
+    """A number a row beside A, B, … as GMAI-MMBench has it, and a label, which is MedXpertQA's answer."""
+    pictures(tmp_path, "a.png", "b.png")
+    file = table(tmp_path, "index,image,question,A,B,answer\n5,a.png;b.png,Which?,Cyst,Tumour,B\n")
+    (record,) = load_records(file)
+    assert (record.id, record.options, record.answer) == ("mine/1", ("Cyst", "Tumour"), "B")
+    assert record.images == (tmp_path / "a.png", tmp_path / "b.png")
+    labelled = "images,question,options,answer,label\na.png,Which?,Cyst;Tumour,B,malignant\n"
+    (record,) = load_records(table(tmp_path, labelled))
+    assert (record.options, record.answer, record.source) == (("Cyst", "Tumour"), "B", "mine")
+
+
+def test_a_folders_name_gives_no_source_and_no_licence(tmp_path: Path) -> None:
+    clinic = pictures(tmp_path / "vqa_rad_compare" / "vqa-rad", "a.png")
+    (record,) = load_records(table(clinic, "image,question,answer\na.png,What?,x\n"))
+    assert (record.source, record.licence) == ("mine", "follows the source")
+
+
 # -- what it refuses -----------------------------------------------------------------------------------------
 
 
@@ -238,6 +316,64 @@ def test_bad_tables(tmp_path: Path) -> None:
     (tmp_path / "mine.parquet").write_bytes(b"PAR1 no")
     assert "cannot be read as Parquet" in error_of(tmp_path / "mine.parquet")
     assert "no known layout" in error_of(table(tmp_path, "x", "notes.txt"))
+
+
+NEXT = "image,question,answer\nb.png,Where?,y\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("test.csv", "image,question,answer\nb.png,Où?,y\n".encode("cp1252"), "not UTF-8 text"),
+        ("test.csv", b"image,question,awnser\nb.png,Where?,y\n", "has no column answer (columns awnser, image, quest"),
+        ("test.csv", b"picture,question,answer\nb.png,Where?,y\n", "has no column image or images"),
+        ("test.csv", b"image,question,answer,Answer\nb.png,Where?,y,y\n", "two columns are named 'answer'"),
+        ("test.json", b'[{"image": "b.png", "question": "Where?", "answer": "y"},]', "a comma stands before a closing"),
+        ("test.json", b'{"rows": [{"image": "b.png", "question": "Where?", "answer": "y"}]}', "expected a list of qu"),
+        ("test.json", b'{"image": {"0": "b.png"}, "question": {"0": "Where?"}}', "expected a list of questions"),
+        ("test.jsonl", b"", "the file is empty"),
+        ("test.parquet", b"PAR1 no", "Parquet"),
+        ("test.csv", gzip.compress(NEXT.encode(), mtime=0), "is packed by gzip"),
+    ],
+)
+def test_a_table_beside_good_ones_that_cannot_be_read_is_told(
+    tmp_path: Path, name: str, content: bytes, says: str
+) -> None:
+    pictures(tmp_path, "a.png", "b.png")
+    table(tmp_path, "image,question,answer\na.png,What?,x\n", "train.csv")
+    table(tmp_path, "image_path,left,top,right,bottom\na.png,0,0,2,2\n", "regions.csv")
+    table(tmp_path, "image_path,group\na.png,p1\nb.png,p2\n", "groups.csv")
+    table(tmp_path, "question,author\nWhat?,x\n", "authors.csv")
+    table(tmp_path, '{"version": 1, "splits": [{"name": "train"}]}', "dataset_info.json")  # metadata are no defect
+    (tmp_path / name).write_bytes(content)
+    records, (line,) = load(tmp_path)
+    assert len(records) == 1 and line.startswith(f"{tmp_path / name}: ") and says in line
+    assert line.endswith("; the whole file is left out")
+    with pytest.raises(MedR1Error, match=re.escape(says)):  # who gives no list wants no file left out
+        load_records(tmp_path)
+    told = dict(tell(check_data(tmp_path)))["bad"]
+    assert "1 file left out, first" in told and name in told
+
+
+def test_tables_of_one_name_and_ids_that_begin_anew_in_each(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png", "b.png")
+    for folder in ("A", "B"):
+        (tmp_path / "two" / folder).mkdir(parents=True)
+        table(
+            tmp_path / "two" / folder, f"image,question,answer\na.png,{folder}?,x\nb.png,{folder}?,x\n", "questions.csv"
+        )
+    records, refused = load(tmp_path / "two", image_root=tmp_path)
+    assert not refused and {record.source for record in records} == {"questions"}
+    assert [record.id for record in records] == ["A/questions/1", "A/questions/2", "B/questions/1", "B/questions/2"]
+    head = "id,image,question,answer\n"
+    table(tmp_path, head + "1,a.png,What?,x\n2,b.png,What?,x\n3,b.png,Why?,x\n", "test.csv")
+    table(tmp_path, head + "1,a.png,Where?,x\n2,b.png,What?,x\n4,b.png,How?,x\n", "train.csv")
+    table(tmp_path, head + "1,a.png,Who?,x\n3,b.png,Who?,x\n3,b.png,Whose?,x\n", "validate.csv")
+    records, refused = load(tmp_path)
+    assert [record.id for record in records] == ["1", "2", "3", "train/1", "4", "validate/1"]
+    # the same question in two files is one; an id that one file has twice is a mistake
+    for line, place in zip(refused, ("train.csv: row 2", "validate.csv: row 2", "validate.csv: row 3"), strict=True):
+        assert place in line and "was used before" in line
 
 
 # -- values that are none, options with letters, files of other makes -----------------------------------------
@@ -392,6 +528,15 @@ def test_an_answer_with_another_options_letter_is_refused(tmp_path: Path) -> Non
     assert record.gold == "y" and all(
         "has the letter of one option and the text of another" in line for line in refused
     )
+
+
+def test_own_numbers_in_another_order_are_told_as_letters_are(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png")
+    row = {"image": "a.png", "question": "What?", "options": ["2. Melanoma", "1. Naevus"]}
+    rows = [row | {"answer": answer} for answer in ("2", "(2)", 2, "Melanoma", "1. Naevus")]
+    records, refused = load(table(tmp_path, json.dumps(rows), "own.json"))
+    assert [record.gold for record in records] == ["Melanoma", "Naevus"]
+    assert len(refused) == 3 and all("write its text" in line for line in refused)
 
 
 def test_letters_in_the_layouts_of_public_sets(tmp_path: Path) -> None:
@@ -574,6 +719,38 @@ def test_conversion_of_an_omnimedvqa_folder_there_and_back(tmp_path: Path) -> No
         lost = {"images", "groups"}  # OmniMedVQA's groups.csv cannot say that a group is no more than a path
         assert other.model_dump(exclude=lost) == record.model_dump(exclude=lost)
         assert other.images[0].read_bytes() == record.images[0].read_bytes()
+
+
+def held_out(records: Sequence[Record]) -> set[str]:
+    return {record.id for record in split_by_group(records, 0.3, 0)[1]}
+
+
+def test_a_conversion_holds_out_the_same_questions(tmp_path: Path) -> None:
+    """Also where some images have groups and others none, which groups.csv then has to name too."""
+    root = write_phantoms(tmp_path / "phantoms", num_images=40, seed=0)
+    pictures(tmp_path / "mixed", *(f"{number}.png" for number in range(30)))
+    rows = [f"{n}.png,Which?,Cyst,Tumour,,B,CT,Disease Diagnosis,{f'p{n // 2}' if n < 12 else ''},s" for n in range(30)]
+    table(tmp_path / "mixed", HEADER + "\n".join(rows) + "\n")
+    for data in (root, tmp_path / "mixed"):
+        first = load_records(data)
+        for to in ("omnimedvqa", "csv", "jsonl"):
+            out = tmp_path / f"{data.name}-{to}"
+            assert not convert(first, to, out)["refused"]
+            assert held_out(load_records(out)) == held_out(first)
+    assert not (tmp_path / "phantoms-omnimedvqa" / "groups.csv").exists()
+
+
+def test_a_converted_image_is_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who blackens names in the copy leaves the original alone, and others may read it."""
+    pictures(tmp_path, "a.png")
+    kept_one = keep_image((tmp_path / "a.png").read_bytes())
+    assert kept_one.stat().st_mode & 0o777 == 0o666 & ~UMASK
+    records = load_records(table(tmp_path, "image,question,answer\na.png,What?,x\n"))
+    records += [records[0].model_copy(update={"id": "2", "images": (kept_one,)})]
+    convert(records, "csv", tmp_path / "out")
+    for record, original in zip(load_records(tmp_path / "out"), (tmp_path / "a.png", kept_one), strict=True):
+        record.images[0].write_bytes(b"black")
+        assert original.read_bytes() != b"black"
 
 
 def test_what_a_layout_cannot_hold_is_told(tmp_path: Path) -> None:

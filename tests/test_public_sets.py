@@ -217,6 +217,17 @@ def test_pmc_vqa_with_its_misspelt_column_and_no_label(tmp_path: Path) -> None:
     assert "row 3: the answer 'x' is not among the options" in refused[0]
 
 
+def test_pmc_vqa_takes_off_a_letter_at_the_beginning_alone(tmp_path: Path) -> None:
+    put(tmp_path, "images/PMC1064097_F1.jpg")
+    row = PMC | {
+        "Choice B": "Hepatitis B: acute",
+        "Choice C": " C:Hepatitis C: chronic ",
+        "Answer": "Hepatitis C: chronic",
+    }
+    (record,) = load_records(write_csv(tmp_path / "test.csv", [row | {"Answer_label": "C"}]))
+    assert record.options[1:3] == ("Hepatitis B: acute", "Hepatitis C: chronic") and record.answer == "C"
+
+
 # -- MedXpertQA ----------------------------------------------------------------------------------------------
 
 MEDX = {

@@ -32,6 +32,18 @@ data_app = typer.Typer(
 command = partial(data_app.command, cls=Command)
 
 
+def _given(image_root: Path | None, language: str) -> str:
+    """These two as options of the next command on the data, where they were given."""
+    root = f" --image-root {shown(image_root)}" if image_root else ""
+    return root + (f" --language {shown(language)}" if language != "en" else "")
+
+
+def _set(image_root: Path | None, language: str) -> str:
+    """The same as settings of a recipe."""
+    root = f" --set {shown(f'data.image_root={image_root}')}" if image_root else ""
+    return root + (f" --set {shown(f'data.language={language}')}" if language != "en" else "")
+
+
 @command("check", epilog=examples("medr1 data check OmniMedVQA --out check", "medr1 data check questions.csv --json"))
 def data_check(
     path: PathArgument,
@@ -50,12 +62,12 @@ def data_check(
         print_check(report, Console())
     if out:
         write_check(report, out)
-    again = f"medr1 data check {shown(path)} --out check" if out is None else None
+    again = f"medr1 data check {shown(path)}{_given(image_root, language)} --out check" if out is None else None
     finish(
         report,
         as_json,
         made={"page": out / "check.html", "numbers": out / "check.json"} if out else None,
-        then=again or f"medr1 train --data {shown(path)} --out runs/first",
+        then=again or f"medr1 train --data {shown(path)}{_set(image_root, language)} --out runs/first",
     )
 
 
@@ -116,7 +128,8 @@ def data_show(
         drawn += f"; {lost:,} of their images cannot be read"
     if refused:
         drawn += f"; {len(refused):,} rows are left out"
-    then = f"open the page in a browser; `medr1 data check {shown(path)}` looks at all of them"
+    check = f"medr1 data check {shown(path)}{_given(image_root, language)}"
+    then = f"open the page in a browser; `{check}` looks at all of them"
     finish(result, as_json, said=[drawn], made={"page": out}, then=then)
 
 

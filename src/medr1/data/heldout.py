@@ -25,7 +25,7 @@ from medr1.config import RECIPE, DataConfig, load_config
 from medr1.data.images import Content, with_contents
 from medr1.data.kept import code
 from medr1.data.records import Record, write_atomic
-from medr1.data.splits import content_links, tell
+from medr1.data.splits import content_links, question_digest, tell
 from medr1.errors import MedR1Error
 
 SPLIT = "split.json"
@@ -177,11 +177,11 @@ def write_split(folder: Path, train: Sequence[Record], test: Sequence[Record], b
     for part, of_it in zip(PARTS, (train, test), strict=False):
         old = {question["id"]: question for question in there.questions(part)}
         new = {question["id"]: question for question in listed(of_it)}
-        # Bytes suffice: what they decode to may change with the libraries.
+        # Bytes suffice: what they decode to may change with the libraries. Where a side names nothing, nothing is told.
         changed = [
             id
             for id in old.keys() & new.keys()
-            if new[id]["contents"] and set(old[id]["contents"]).isdisjoint(new[id]["contents"])
+            if old[id]["contents"] and new[id]["contents"] and set(old[id]["contents"]).isdisjoint(new[id]["contents"])
         ]
         if old.keys() != new.keys() or changed:
             raise MedR1Error(
@@ -217,5 +217,9 @@ def tell_seen(split: RunSplit | None, seen: Sequence[Seen], what: str) -> None:
 
 
 def _contents(record: Record, contents: Mapping[Path, Content]) -> list[str]:
-    """Digests of what a record shows: 32 hexadecimal digits, 128 bits, are enough to tell all images apart."""
-    return sorted(digest[:32] for _, digest in content_links(record, contents))
+    """Digests of what a record shows: 32 hexadecimal digits, 128 bits, are enough to tell all images apart.
+
+    Without an image it shows its words, which do not link it to others where it has a group, and yet were trained on.
+    """
+    words = set() if record.images else {question_digest(record)}
+    return sorted(digest[:32] for digest in {digest for _, digest in content_links(record, contents)} | words)

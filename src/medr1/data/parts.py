@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from medr1.config import DataConfig, recipe_of
+from medr1.config import EXPORTED, DataConfig, recipe_of
 from medr1.data.cache import cache_folder
 from medr1.data.datasets import load_records, require_images, select_records
 from medr1.data.heldout import RunSplit
@@ -106,8 +106,13 @@ def tell_once(line: str) -> None:
 
 
 def tell_older(model: str) -> None:
-    """Say on stderr that a run of an older version left no list of what it held out."""
-    if recipe_of(model) is not None:
+    """Say on stderr that there is no list of what a model's run held out: it is an export, or of an older version."""
+    if (Path(model).expanduser() / EXPORTED).is_file():
+        tell_once(
+            f"{model}: is an export, which carries no list of what its run held out: some of these questions may have"
+            " been trained on; evaluate the run's folder to leave them out"
+        )
+    elif recipe_of(model) is not None:
         tell_once(
             f"{model}: its run left no list of what it held out (an older version made it), and the split is drawn"
             " otherwise now: some of these questions may have been trained on"

@@ -14,6 +14,7 @@ import tempfile
 import unicodedata
 from collections.abc import Collection, Iterable
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -195,17 +196,42 @@ def normalise_option(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
+_SPELT_SIGNS = {"+/-": "±", ">=": "≥", "<=": "≤", "≧": "≥", "≦": "≤"}
+_DASH = r"[-\u2010\u2011\u2013]"
+_MINUS = re.compile(
+    rf"(?<=\w){_DASH}(?![\w-])|(?<=\w\s){_DASH}(?![-\s]*\w)"  # ER-, and "ER -" where no word follows
+    rf"|(?<=\(){_DASH}(?=\))|(?<!\w){_DASH}(?=\.?\d)"  # (-), and -5
+)
+"""Dashes that say minus: others join words ("T2-weighted", "3-5") or part them."""
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+|[+<>≤≥±%]|(?<!\w)−|−(?!\w)")
+
+
+def words_and_signs(text: str) -> list[str]:
+    """Words of a text, single Chinese or Japanese characters, and the signs that change what it says: + − ± < > ≤ ≥ %.
+
+    Example:
+        words_and_signs("ER-, T2-weighted >=3") == ["ER", "−", "T2", "weighted", "≥", "3"]
+    """
+    for spelt, sign in _SPELT_SIGNS.items():
+        text = text.replace(spelt, sign)
+    return _WORD.findall(_MINUS.sub("−", text))
+
+
 def normalise_answer(text: str) -> str:
-    """An open answer as it is compared: compatible characters made one (NFKC), case-folded words and single Chinese
-    or Japanese characters with single spaces between, no punctuation and no English article unless nothing else is
-    left.
+    """An open answer as it is compared: compatible characters made one (NFKC), case-folded `words_and_signs` with
+    single spaces between, no other punctuation, and no English article before a word or a comparison.
 
     After the normalisation of SQuAD (arXiv:1606.05250), which deletes punctuation: here it parts words, so that
-    "T2-weighted" is "T2 weighted".
+    "T2-weighted" is "T2 weighted". Of its articles "Hepatitis A" and "A+" (blood) have none.
     """
     plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    words = re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+", plain)
-    return " ".join([word for word in words if word not in ("a", "an", "the")] or words or plain.split())
+    words = words_and_signs(plain)
+    kept = [
+        word
+        for word, following in pairwise([*words, ""])
+        if word not in ("a", "an", "the") or following in ("", "+", "−", "±", "%")
+    ]
+    return " ".join(kept or plain.split())
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -1,9 +1,17 @@
 """Readers of questions: `load_records`, for every supported layout."""
 
-from medr1.data.datasets.load import is_omnimedvqa, load_records, question_tables, require_images, select_records
+from medr1.data.datasets.load import (
+    WHOLE,
+    is_omnimedvqa,
+    load_records,
+    question_tables,
+    require_images,
+    select_records,
+)
 from medr1.data.datasets.rows import canonical_modality, canonical_question_type
 
 __all__ = [
+    "WHOLE",
     "canonical_modality",
     "canonical_question_type",
     "is_omnimedvqa",

@@ -2,14 +2,14 @@
 
     medr1 data convert SLAKE --to csv --out slake
 
-The folder stands alone: images lie in it, as hard links where the disk allows, else as copies. What a layout cannot
-hold is left out and told, record by record; what is written reads back as the same records.
+The folder stands alone: copies of the images lie in it. What a layout cannot hold is left out and told, record by
+record; what is written reads back as the same records.
 """
 
 import csv
+import hashlib
 import io
 import json
-import os
 import re
 import shutil
 from collections import defaultdict
@@ -89,10 +89,7 @@ def _place_images(records: Sequence[Record], out: Path) -> dict[Path, str]:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if not file.is_file():
                     raise MedR1Error(f"{file}: no such image, wanted by record {record.id}; add the file first")
-                try:
-                    os.link(file.resolve(), target)
-                except OSError:  # another disk, or one without links
-                    shutil.copyfile(file, target)
+                shutil.copyfile(file, target)  # no link: who blackens a copy must not blacken the original
             names[image] = files[file] + str(image)[len(str(file)) :]
     return names
 
@@ -140,7 +137,8 @@ def _write_omnimedvqa(records: Sequence[Record], names: dict[Path, str], out: Pa
     groups: dict[str, str] = {}
     for record in records:
         image = names[record.images[0]]
-        groups[image] = record.group
+        if record.groups:
+            groups[image] = record.group
         by_file[_folder_name(record.source)].append(
             {
                 "dataset": record.source,
@@ -151,9 +149,13 @@ def _write_omnimedvqa(records: Sequence[Record], names: dict[Path, str], out: Pa
                 "image_path": image,
                 **{f"option_{letter}": text for letter, text in zip(record.letters, record.options, strict=True)},
                 "modality_type": record.modality,
+                **({} if record.groups else {"group": record.group}),
             }
         )
-    write_atomic(out / "groups.csv", _csv(["image_path", "group"], [list(item) for item in groups.items()]))
+    if groups:  # that file names all images: one without a group gets the name that the split knows it by, its bytes
+        for image in set(names.values()) - groups.keys():
+            groups[image] = hashlib.sha256(file_of(out / image).read_bytes()).hexdigest()
+        write_atomic(out / "groups.csv", _csv(["image_path", "group"], [list(item) for item in sorted(groups.items())]))
     for name, rows in by_file.items():
         path = out / "QA_information" / "Open-access" / f"{name}.json"
         write_atomic(path, json.dumps(rows, ensure_ascii=False, indent=1) + "\n")

@@ -7,9 +7,8 @@ import base64
 import binascii
 import hashlib
 import io
-import os
-import tempfile
 from pathlib import Path
+from uuid import uuid4
 
 from PIL import Image
 
@@ -35,10 +34,9 @@ def keep_image(content: bytes) -> Path:
         raise ValueError("the image in the row cannot be decoded; fetch the table again") from error
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=folder)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
+        temporary = folder / f".{uuid4().hex}"  # for whom the umask says; a file of mkstemp is private
+        temporary.write_bytes(content)
+        temporary.replace(path)
     except OSError as error:
         raise MedR1Error(f"{path}: cannot be written ({error.strerror}); free space or set MEDR1_CACHE") from error
     return path

@@ -5,6 +5,7 @@ A layout is told by content: a folder QA_information, the column "problem", the 
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,17 @@ from medr1.data.datasets.hub import PREFIX, hub_tables
 from medr1.data.datasets.medr1_splits import is_medr1_splits, read_medr1_splits
 from medr1.data.datasets.omnimedvqa import read_omnimedvqa
 from medr1.data.datasets.own import Place
-from medr1.data.datasets.public import LAYOUTS, Layout, layout_of
+from medr1.data.datasets.public import LAYOUTS, OWN, Layout, layout_of
 from medr1.data.datasets.rows import ImageFolder, canonical_modality, canonical_question_type, read_records, refuse
-from medr1.data.datasets.tables import SUFFIXES, Table, by_column, read_table
+from medr1.data.datasets.tables import SUFFIXES, NoRows, Table, by_column, read_table, stems_of
 from medr1.data.images import file_of, name_of_content, with_contents
 from medr1.data.kept import kept, taken
 from medr1.data.records import Record
 from medr1.data.splits import joined
 from medr1.errors import MedR1Error
+
+WHOLE = "the whole file is left out"
+"""End of the line for a table that cannot be read."""
 
 
 def is_omnimedvqa(path: Path) -> bool:
@@ -37,6 +41,7 @@ def load_records(
     image_root: Path | str | None = None,
     language: str = "en",
     refused: list[str] | None = None,
+    files: list[tuple[str, int]] | None = None,
 ) -> Sequence[Record]:
     """Read all questions of a data set, in the order of its files.
 
@@ -51,15 +56,17 @@ def load_records(
         image_root: the folder that image paths start from (and that perhaps has a groups.csv), but for OmniMedVQA;
             None is the folder given, or the file's folder.
         language: keep rows in this language where rows say theirs (SLAKE); "all" keeps every row.
-        refused: gets a line for each row that was left out, as bad or in another language; with None the first bad
-            row is an error.
+        refused: gets a line for each row that was left out, as bad or in another language, and for each table of a
+            folder that cannot be read or lacks one column; with None the first of them is an error.
+        files: gets the short name of each table but OmniMedVQA's, and how many records, before any filter, are of it.
 
     Raises:
         MedR1Error: the path has no known layout, a file is bad, all rows are bad or, without `refused`, one (all
             rows are read; the first bad one is named with the number of all), a filter is unknown or keeps nothing,
             or an image is missing.
     """
-    records = _grouped(_read(str(path), None if image_root is None else Path(image_root), language, refused))
+    root = None if image_root is None else Path(image_root)
+    records = _grouped(_read(str(path), root, language, refused, files))
     records = select_records(records, modalities=modalities, question_types=question_types, sources=sources)
     if check_images:
         require_images(records)
@@ -109,22 +116,26 @@ def require_images(records: Iterable[Record]) -> None:
     )
 
 
-def question_tables(path: Path) -> list[tuple[Table, Layout]]:
+def question_tables(path: Path) -> tuple[list[tuple[Table, Layout]], list[str]]:
     """The table in a file, or those in a folder that have a known layout: beside each other, else one folder down.
+
+    Returns:
+        The tables, and a line for each file beside them that was meant to be one: it cannot be read, or lacks one of
+        the columns of one's own data.
 
     Raises:
         MedR1Error: there is none; the line says what was looked for and what was found.
     """
     found: list[str] = []
     if path.is_file() and path.suffix.lower() in SUFFIXES:
-        tables, found = _fitting([path], strict=True)
+        tables, found, _ = _fitting([path], path.parent, strict=True)
         if tables:
-            return tables
+            return tables, []
     for pattern in ("*", "*/*") if path.is_dir() else ():
         files = sorted(file for file in path.glob(pattern) if file.suffix.lower() in SUFFIXES and file.is_file())
-        tables, others = _fitting([file for file in files if not file.name.startswith(".")])
+        tables, others, meant = _fitting([file for file in files if not file.name.startswith(".")], path)
         if tables:
-            return tables
+            return tables, meant
         found += others
     known = "; ".join(f"{layout.name} ({', '.join(layout.columns).replace('|', ' or ')})" for layout in LAYOUTS)
     raise MedR1Error(
@@ -133,9 +144,11 @@ def question_tables(path: Path) -> list[tuple[Table, Layout]]:
     )
 
 
-def _fitting(files: Iterable[Path], *, strict: bool = False) -> tuple[list[tuple[Table, Layout]], list[str]]:
-    """Tables with their layout, and a line for each file that has none."""
-    tables, others = [], []
+def _fitting(
+    files: Sequence[Path], folder: Path, *, strict: bool = False
+) -> tuple[list[tuple[Table, Layout]], list[str], list[str]]:
+    """Tables with their layout, a line for each file that has none, and one for each of these that should have."""
+    tables, others, meant = [], [], []
     for file in files:
         try:
             table = read_table(file)
@@ -143,15 +156,29 @@ def _fitting(files: Iterable[Path], *, strict: bool = False) -> tuple[list[tuple
             if strict:
                 raise
             others.append(str(error))
+            meant += [] if isinstance(error, NoRows) else [str(error)]
             continue
         if layout := layout_of(table.columns):
             tables.append((table, layout))
-        else:
-            others.append(f"{file.name} (columns {', '.join(sorted(table.columns)[:20]) or 'none'})")
-    return tables, others
+            continue
+        columns = ", ".join(sorted(table.columns)[:20]) or "none"
+        others.append(f"{file.name} (columns {columns})")
+        lacking = [name for name in OWN.columns if table.columns.isdisjoint(name.split("|"))]
+        if len(lacking) == 1:
+            name = lacking[0].replace("|", " or ")
+            meant.append(f"{file}: has no column {name} (columns {columns}); add or rename it")
+    stems = stems_of((Path(table.name) for table, _ in tables), folder)
+    tables = [(replace(table, stem=stems[Path(table.name)]), layout) for table, layout in tables]
+    return tables, others, meant
 
 
-def _read(path: str, image_root: Path | None, language: str, refused: list[str] | None) -> Sequence[Record]:
+def _read(
+    path: str,
+    image_root: Path | None,
+    language: str,
+    refused: list[str] | None,
+    files: list[tuple[str, int]] | None,
+) -> Sequence[Record]:
     folder = Path(path)
     if path.startswith(PREFIX):
         tables = hub_tables(path)
@@ -159,7 +186,7 @@ def _read(path: str, image_root: Path | None, language: str, refused: list[str] 
         if not fitting:
             columns = ", ".join(sorted(tables[0].columns)[:20]) if tables else "none"
             raise MedR1Error(f"{path}: no known layout (columns {columns}); convert it to the format of medr1's own")
-        records = _read_tables(fitting, ImageFolder(image_root), language, refused)
+        records = _read_tables(fitting, ImageFolder(image_root), language, refused, files)
     elif not folder.exists():
         raise MedR1Error(
             f"{path}: no such file or folder; give a folder with QA_information, a table or hub:OWNER/NAME"
@@ -169,10 +196,15 @@ def _read(path: str, image_root: Path | None, language: str, refused: list[str] 
             raise MedR1Error(f"{path}: image_root is not for OmniMedVQA; images lie beside QA_information here")
         records = read_omnimedvqa(folder, refused)
     elif is_medr1_splits(folder):
-        records = read_medr1_splits(folder, image_root, refused)
+        records = read_medr1_splits(folder, image_root, refused, files)
     else:
         root = image_root or (folder if folder.is_dir() else folder.parent)
-        records = _read_tables(question_tables(folder), ImageFolder(root), language, refused)
+        found, meant = question_tables(folder)
+        if refused is None:
+            refuse(meant)
+        else:
+            refused += [f"{line}; {WHOLE}" for line in meant]
+        records = _read_tables(found, ImageFolder(root), language, refused, files)
     if not records:
         raise MedR1Error(f"{path}: no questions in it")
     return records
@@ -198,14 +230,18 @@ def _grouped(records: Sequence[Record]) -> Sequence[Record]:
 
 
 def _read_tables(
-    tables: Sequence[tuple[Table, Layout]], folder: ImageFolder, language: str, refused: list[str] | None
+    tables: Sequence[tuple[Table, Layout]],
+    folder: ImageFolder,
+    language: str,
+    refused: list[str] | None,
+    files: list[tuple[str, int]] | None,
 ) -> Sequence[Record]:
     layouts = {table.name: layout for table, layout in tables}
 
     def record(table: Table, number: int, row: dict[str, Any]) -> Record:
         return layouts[table.name].read(by_column(row), Place(table, number, folder, language))
 
-    return read_records((table for table, _ in tables), record, refused)
+    return read_records((table for table, _ in tables), record, refused, files)
 
 
 def _wanted(name: str, values: Sequence[str] | None) -> list[str] | None:

@@ -14,6 +14,7 @@ source is not known is an error.
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,7 +27,7 @@ from medr1.data.datasets.rows import (
     read_records,
     text_field,
 )
-from medr1.data.datasets.tables import Table, read_table
+from medr1.data.datasets.tables import Table, read_table, stems_of
 from medr1.data.records import LETTERS, Record
 from medr1.errors import MedR1Error
 
@@ -93,10 +94,10 @@ _SOLUTION = re.compile(r"\s*<answer>\s*([A-Z])\s*</answer>\s*")
 
 
 def split_files(path: Path) -> list[Path]:
-    """The file itself, or all *_train.json and *_test.json below a folder."""
+    """The file itself, or all *_train.json and *_test.json below a folder, but hidden ones."""
     if path.is_file():
         return [path]
-    return sorted(file for file in path.rglob("*.json") if re.search(r"_(train|test)$", file.stem))
+    return sorted(file for file in path.rglob("[!.]*.json") if re.search(r"_(train|test)$", file.stem))
 
 
 def is_medr1_splits(path: Path) -> bool:
@@ -120,20 +121,25 @@ def _readable(file: Path) -> bool:
     return True
 
 
-def read_medr1_splits(path: Path, image_root: Path | None = None, refused: list[str] | None = None) -> Sequence[Record]:
+def read_medr1_splits(
+    path: Path,
+    image_root: Path | None = None,
+    refused: list[str] | None = None,
+    files: list[tuple[str, int]] | None = None,
+) -> Sequence[Record]:
     """Every row of one split file, or of all below a folder. Ids are "<file stem>/<row, from 1>".
 
     Args:
         path: a split file or a folder with such files.
         image_root: the folder that holds Images/; without it the given folder or the file's folder.
-        refused: gets a line for each bad row, see `read_records`.
+        refused, files: as `read_records`.
 
     Raises:
         MedR1Error: a bad row, a file that is not JSON, or one whose name says neither modality nor type.
     """
-    files = split_files(path)
+    stems = stems_of(split_files(path), path if path.is_dir() else path.parent)
     folder = ImageFolder(image_root or (path if path.is_dir() else path.parent))
-    named = {str(file): _named(file) for file in files}
+    named = {str(file): _named(file) for file in stems}
 
     def record(table: Table, number: int, row: dict[str, Any]) -> Record:
         modality, question_type = named[table.name]
@@ -161,7 +167,8 @@ def read_medr1_splits(path: Path, image_root: Path | None = None, refused: list[
             groups=groups,
         )
 
-    return read_records(map(read_table, files), record, refused)
+    tables = (replace(read_table(file), stem=stem) for file, stem in stems.items())
+    return read_records(tables, record, refused, files)
 
 
 def modality_of_image(image: str) -> str | None:

@@ -22,9 +22,14 @@ from medr1.data.datasets.rows import (
     read_records,
     text_field,
 )
-from medr1.data.datasets.tables import read_table, without_missing
+from medr1.data.datasets.tables import is_missing, read_table, without_missing
 from medr1.data.records import LETTERS, Record, normalise_option
 from medr1.errors import MedR1Error
+
+
+def question_files(root: Path) -> list[Path]:
+    """The files of the open-access part, but hidden ones, which macOS lays beside others ("._HAM10000.json")."""
+    return sorted((root / "QA_information" / "Open-access").glob("[!.]*.json"))
 
 
 def read_omnimedvqa(root: Path, refused: list[str] | None = None) -> Sequence[Record]:
@@ -36,7 +41,7 @@ def read_omnimedvqa(root: Path, refused: list[str] | None = None) -> Sequence[Re
     Raises:
         MedR1Error: no question file, a file that is not JSON, or a bad row.
     """
-    files = sorted((root / "QA_information" / "Open-access").glob("*.json"))
+    files = question_files(root)
     if not files:
         raise MedR1Error(f"{root}: no QA_information/Open-access/*.json; unpack OmniMedVQA.zip here")
     folder = ImageFolder(root)
@@ -49,6 +54,7 @@ def _record(folder: ImageFolder, row: dict[str, Any]) -> Record:
     is_whole = normalise_option(gold) in map(normalise_option, given)
     image = text_field(row, "image_path")
     groups = folder.groups(image)
+    name = row.get("group")  # a conversion writes it: what an image without a group is counted by
     modality_key = "modality" if "modality" in row and "modality_type" not in row else "modality_type"
     return Record(
         id=text_field(row, "question_id"),
@@ -59,7 +65,7 @@ def _record(folder: ImageFolder, row: dict[str, Any]) -> Record:
         modality=canonical_modality(text_field(row, modality_key)),
         question_type=canonical_question_type(text_field(row, "question_type")),
         source=text_field(row, "dataset"),
-        group=groups[0] if groups else image,
+        group=groups[0] if groups else name if isinstance(name, str) and not is_missing(name, names=True) else image,
         groups=groups,
     )
 

@@ -112,7 +112,7 @@ def _pmc_vqa(row: Row, place: Place) -> Record:
 
 
 def _without_letter(text: str, letter: str) -> str:
-    return re.sub(rf"\s*{re.escape(letter)}\s*:", "", text, count=1).strip() if letter and text else text
+    return re.sub(rf"^\s*{re.escape(letter)}\s*:", "", text).strip() if letter and text else text
 
 
 def _medxpertqa(row: Row, place: Place) -> Record:
@@ -147,6 +147,8 @@ def _without_choices(question: str, options: tuple[str, ...]) -> str:
 
 
 def _gmai(row: Row, place: Place) -> Record:
+    if "." in str(row.get("image")):  # base64 has no full stop: a path, and a table of one's own with a row's number
+        return read_own(row, place)
     letters = [letter for letter in LETTERS if letter.lower() in row]
     if letters != list(LETTERS[: len(letters)]):
         raise ValueError(f"options {', '.join(letters)} are not A, B, … without a gap")
@@ -172,15 +174,16 @@ def _gmai(row: Row, place: Place) -> Record:
     )
 
 
+OWN = Layout("your own", ("image|images", "question", "answer"), read_own)
 LAYOUTS = (
     Layout("VQA-RAD", ("image name", "question", "answer", "phrase type"), _vqa_rad),
     Layout("SLAKE", ("img name", "question", "answer", "q lang"), _slake),
     Layout("PMC-VQA", ("figure path", "question", "choice a", "choice b"), _pmc_vqa),
-    Layout("MedXpertQA-MM", ("question", "options", "label", "images"), _medxpertqa),
     Layout("GMAI-MMBench", ("index", "image", "question", "a", "b"), _gmai),
-    Layout("your own", ("image|images", "question", "answer"), read_own),
+    OWN,
+    Layout("MedXpertQA-MM", ("question", "options", "label", "images"), _medxpertqa),
 )
-"""The first that fits is taken: the last fits most of the others too."""
+"""The first that fits is taken: your own fits most of those before it, and what has no answer is MedXpertQA's."""
 
 
 def layout_of(columns: frozenset[str]) -> Layout | None:

@@ -10,8 +10,9 @@ import os
 import re
 import unicodedata
 from array import array
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from medr1.data.datasets.tables import Table, is_missing, read_text
-from medr1.data.images import expand_reference, resolve_inside
+from medr1.data.images import expand_reference, file_of, file_reference, resolve_inside
 from medr1.data.kept import code, kept, taken
 from medr1.data.records import LETTERS, MODALITIES, QUESTION_TYPES, Record, normalise_option
 from medr1.errors import MedR1Error
@@ -179,15 +180,15 @@ def options_and_letter(given: Sequence[str], answer: str) -> tuple[tuple[str, ..
     """`plain_options`, and the letter of the right one, which is given as `answer_letter` reads it.
 
     Raises:
-        ValueError: as `answer_letter`; or the options' own letters are out of order and the answer is one of them.
+        ValueError: as `answer_letter`; or the options' own letters or numbers are out of order and the answer is one.
     """
     options, own = plain_options(given)
     if own:
         if normalise_option(answer) in map(normalise_option, given):
             return options, letter_of(answer, given)
-        if own != LETTERS[: len(given)] and letter_named(answer, len(given)):
-            raise ValueError(f"the options' own letters are {', '.join(own)}, the answer is {answer!r}: write its text")
         number = re.fullmatch(r"\(?(\d{1,2})[).]?", answer)
+        if own != LETTERS[: len(given)] and (number or letter_named(answer, len(given))):
+            raise ValueError(f"the options' own letters are {', '.join(own)}, the answer is {answer!r}: write its text")
         if number and given[0].lstrip(" ([")[:1].isdigit() and 0 < int(number[1]) <= len(given):
             answer = LETTERS[int(number[1]) - 1]
     return options, answer_letter(answer, options)
@@ -269,18 +270,22 @@ class ImageFolder:
         return next((place for place in places if os.path.isfile(place)), places[1])
 
     def expand(self, relative: str) -> list[Path]:
-        """Paths of the images that a reference names: several where it asks for several slices or frames.
+        """Paths of the images that a reference names: several where it asks for several slices or frames. Of a folder
+        they are the files of its slices.
 
         Raises:
             ValueError: as `locate`; or the reference asks for what the file does not have.
         """
         path = self.locate(relative)
-        if "#" not in relative:
+        is_folder = os.path.isdir(file_of(path))
+        if "#" not in relative and not is_folder:
             return [path]
         try:
-            return [Path(one) for one in expand_reference(path)]
+            found = [file_reference(one) for one in expand_reference(path)]
         except MedR1Error as error:
             raise ValueError(str(error)) from error
+        # A folder's files may be links that lead out of the root.
+        return [self.locate(os.path.relpath(one, self.root)) for one in found] if is_folder else found
 
     def groups(self, *images: str) -> tuple[str, ...]:
         """Groups of images by their lines in groups.csv; none without that file.
@@ -301,8 +306,8 @@ def _read_groups(path: Path) -> dict[str, str]:
     if not {"image_path", "group"} <= set(reader.fieldnames or ()):
         raise MedR1Error(f"{path}: the first line must name the columns image_path and group")
     for row in reader:
-        image, group = row["image_path"], row["group"]
-        if is_missing(image) or is_missing(group):
+        image, group = ((row[name] or "").strip() for name in ("image_path", "group"))
+        if is_missing(image) or is_missing(group, names=True):
             raise MedR1Error(f"{path}: line {reader.line_num} lacks an image path or a group; fill it in")
         if groups.setdefault(image, group) != group:
             raise MedR1Error(f"{path}: line {reader.line_num} gives {image!r} a second group; keep one")
@@ -314,12 +319,18 @@ class NotAsked(ValueError):
 
 
 def read_records(
-    tables: Iterable[Table], read: Callable[[Table, int, dict[str, Any]], Record], refused: list[str] | None = None
+    tables: Iterable[Table],
+    read: Callable[[Table, int, dict[str, Any]], Record],
+    refused: list[str] | None = None,
+    files: list[tuple[str, int]] | None = None,
 ) -> Sequence[Record]:
     """All rows of all tables as records. `read(table, number, row)` makes one, with rows counted from 1.
 
+    An id that each table has once, about something else, gets the table's stem before it but in the first: "test/1".
+
     Args:
         refused: gets one line for each row that is left out; None: no bad row is tolerated.
+        files: gets the stem of each table and how many of the records are of it, in their order.
 
     Raises:
         MedR1Error: a table cannot be read, or no row is good, or rows are bad and `refused` is None: names the first
@@ -328,15 +339,15 @@ def read_records(
     bad: list[tuple[int, str]] = []
     """With the row's number among those of all tables."""
     not_asked: list[str] = []
-    begins: list[tuple[int, str]] = []
-    """Of each table: the number of rows before it, and its name."""
+    begins: list[tuple[int, str, str]] = []
+    """Of each table: the number of rows before it, its name and its stem."""
     numbers, codes = array("Q"), array("Q")
     """Of each record: its row's number, and what stands for its id."""
 
     def good() -> Iterator[Record]:
         number = 0
         for table in tables:
-            begins.append((number, table.name))
+            begins.append((number, table.name, table.stem))
             for row in table.rows:
                 number += 1
                 try:
@@ -354,23 +365,54 @@ def read_records(
                     codes.append(code(record.id))
                     yield record
 
+    def table_of(number: int) -> int:
+        return bisect_left(begins, (number,)) - 1
+
     def place(number: int) -> str:
-        before, name = begins[bisect_left(begins, (number,)) - 1]
+        before, name, _ = begins[table_of(number)]
         return f"{name}: row {number - before}"
 
     records = kept(good())
     repeated = _repeated(records, codes)
+    met: dict[int, list[int]] = {}
+    """Of the place of each id that comes again: the tables of all that have it."""
+    for again, first in repeated.items():
+        met.setdefault(first, [table_of(numbers[first])]).append(table_of(numbers[again]))
+    elsewhere = {
+        again: f"{begins[table_of(numbers[again])][2]}/{records[again].id}"
+        for again, first in repeated.items()
+        if len({*met[first]}) == len(met[first]) and _asked(records[again]) != _asked(records[first])
+    }
+    if elsewhere:
+        for again, name in elsewhere.items():
+            codes[again] = code(name)
+        renamed = (elsewhere.get(number) for number in range(len(records)))
+        records = kept(
+            record.model_copy(update={"id": name}) if name else record
+            for record, name in zip(records, renamed, strict=True)
+        )
+        repeated = _repeated(records, codes)
     for again, first in repeated.items():
         reason = f"id {records[again].id!r} was used before, at {place(numbers[first])}; make ids unique"
         bad.append((numbers[again], reason))
     if repeated:
-        records = taken(records, [number for number in range(len(records)) if number not in repeated])
+        whole = [number for number in range(len(records)) if number not in repeated]
+        records, numbers = taken(records, whole), array("Q", (numbers[number] for number in whole))
+    if files is not None:
+        ends = [bisect_right(numbers, before) for before, _, _ in begins[1:]] + [len(numbers)]
+        sizes = (end - start for start, end in pairwise([0, *ends]))
+        files += zip((stem for _, _, stem in begins), sizes, strict=True)
     lines = [f"{place(number)}: {reason}" for number, reason in sorted(bad)]
     if refused is None or not records:
         refuse(lines or (not_asked if not records else []))
     else:
         refused += [*lines, *not_asked]
     return records
+
+
+def _asked(record: Record) -> tuple[Any, ...]:
+    """What a row asks and says, by which a row that stands in two tables is known."""
+    return record.images, record.question, record.options, record.answer
 
 
 def _repeated(records: Sequence[Record], codes: "array[int]") -> dict[int, int]:

@@ -7,6 +7,7 @@ is given as a `ValueError` in its place, so that it can be refused without its n
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ class Table:
     name: str
     """As messages name it: a path, or a hub name with its split."""
     stem: str
-    """Short name; ids of rows without an id of their own begin with it."""
+    """Short name; ids of rows without an id of their own begin with it. See `stems_of`."""
     columns: frozenset[str]
     """Names as `column` gives them, of the first row where each row names its own."""
     rows: Iterable[Any]
@@ -40,6 +41,18 @@ class Table:
 def column(name: str) -> str:
     """A column's name as it is compared."""
     return re.sub(r"[\s_]+", " ", name.strip().casefold())
+
+
+class NoRows(MedR1Error):
+    """A JSON file that holds neither a list nor a question, as metadata beside tables does."""
+
+
+def stems_of(files: Iterable[Path], folder: Path) -> dict[Path, str]:
+    """Short name of each file: its stem, or where others have the same its path below the folder."""
+    below = {file: file.relative_to(folder) for file in files}
+    names = {file: (file.stem, str(path.with_suffix("")), str(path)) for file, path in below.items()}
+    times = Counter(name for three in names.values() for name in set(three))
+    return {file: next((name for name in three if times[name] == 1), three[-1]) for file, three in names.items()}
 
 
 _MISSING = frozenset({"", "nan", "<na>", "null", "nat", "#n/a"})
@@ -77,7 +90,8 @@ def without_missing(values: Sequence[Any], name: str) -> list[Any]:
 
 def _holds_words(name: str) -> bool:
     """Whether a column, by its compared name, holds words and not a name of something."""
-    return re.fullmatch(r"(option|choice)s?( [a-z])?|[a-z]|answer|anwser|alternatives|question|label", name) is not None
+    options = r"(option|choice)s?|(option|choice|opt|op|answer)? ?([a-z]|\d{1,2})"
+    return re.fullmatch(rf"{options}|answer|anwser|alternatives|question|label", name) is not None
 
 
 def by_column(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,7 +177,10 @@ def read_rows(path: Path) -> list[Any]:
     except (ValueError, RecursionError) as error:  # a number of too many digits, lists nested too deep
         raise MedR1Error(f"{path}: cannot be read as JSON ({error}); repair the file") from error
     if not isinstance(rows, list):
-        raise MedR1Error(f"{path}: expected a list of questions, found a {type(rows).__name__}")
+        lists = [part for part in rows.values() if isinstance(part, list)] if isinstance(rows, dict) else []
+        parts = [rows, *(part[0] for part in lists if part)]
+        told = any(isinstance(part, dict) and "question" in map(column, part) for part in parts)
+        raise (MedR1Error if told else NoRows)(f"{path}: expected a list of questions, found a {type(rows).__name__}")
     return rows
 
 

@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medr1.data.datasets import is_omnimedvqa, load_records
+from medr1.data.datasets import load_records
 from medr1.data.kept import taken
 from medr1.data.records import Record
 from medr1.evaluation.metrics import NOT_STATED
-from medr1.report.checks.images import groups_of, image_findings, look_at
-from medr1.report.checks.parts import by_file, compare_parts, own_parts, published_parts
+from medr1.report.checks.images import image_findings, look_at
+from medr1.report.checks.parts import asked_apart, by_file, compare_parts, own_parts, published_parts
 from medr1.report.checks.texts import answers, letters, mean_chance, options, questions, spellings
 
 OWN_SPLIT = "medr1's own split"
@@ -32,8 +32,8 @@ def check_data(path: Path | str, *, image_root: Path | None = None, language: st
         path, image_root, language: as `load_records` takes them.
 
     Returns:
-        path, folder (which image names start from), records, refused (a line for each row that was left out), groups
-        (as the data name them; the split joins those that share an image),
+        path, folder (which image names start from), records, refused (a line for each row or file that was left out),
+        groups (those that share a patient, lesion or study are one; the split also joins those that share an image),
         open (number of open questions), chance (mean accuracy of a guess at multiple choice; None without any).
         counts: of records by modality, question_type, num_options.
         sources: of each, its records, images and licences.
@@ -45,11 +45,14 @@ def check_data(path: Path | str, *, image_root: Path | None = None, language: st
         MedR1Error: as `load_records`; refused rows, missing and undecodable images are findings.
     """
     refused: list[str] = []
-    records = load_records(path, check_images=False, image_root=image_root, language=language, refused=refused)
+    tables: list[tuple[str, int]] = []
+    records = load_records(
+        path, check_images=False, image_root=image_root, language=language, refused=refused, files=tables
+    )
     path = Path(path)
     choice = taken(records, (place for place, record in enumerate(records) if not record.is_open))
     folder = image_root or (path if path.is_dir() else path.parent)
-    files = {"": records} if is_omnimedvqa(path) else by_file(records)
+    files = by_file(records, tables) or {"": records}  # OmniMedVQA's are of no split
     pictures = look_at(sorted({image for record in records for image in record.images}))
     parts = published_parts(files)
     if own := own_parts(records):
@@ -60,7 +63,7 @@ def check_data(path: Path | str, *, image_root: Path | None = None, language: st
         "folder": str(folder),
         "records": len(records),
         "refused": {"num": len(refused), "listed": refused[:LISTED]},
-        "groups": len({group for record in records for group in groups_of(record)}),
+        "groups": len({record.group for record in records}),
         "open": len(records) - len(choice),
         "chance": mean_chance(choice) if choice else None,
         "counts": {
@@ -70,7 +73,7 @@ def check_data(path: Path | str, *, image_root: Path | None = None, language: st
         },
         "sources": _sources(records),
         "images": _listed(image_findings(pictures, records, own, folder)),
-        "questions": _listed(questions(files.values(), pictures.content)),
+        "questions": _listed(questions(asked_apart(files), pictures.content)),
         "options": _listed(options(records)),
         "spellings": _listed(spellings(path)),
         "letters": letters(choice) if choice else None,

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import track
 
-from medr1.data.images import all_cores, contents_of, file_of, load_image
+from medr1.data.images import all_cores, by_warning, contents_of, file_of, read_image
 from medr1.data.records import Record
 from medr1.errors import MedR1Error
 
@@ -65,11 +65,14 @@ class Pictures:
     """Every image to its pixels' hash, or where it could not be decoded to its path."""
     near_content: dict[str, set[str]]
     """Pixels' hash to those of the pictures that look alike."""
+    warned: dict[str, list[Path]]
+    """Files by what `read_image` warns of, see `by_warning`."""
 
 
 def look_at(images: Sequence[Path]) -> Pictures:
     """Decode every image file once, with a progress bar on stderr, and compare them."""
     missing, unreadable, paths, file_hashes, pixel_hashes, perceptual, grey = [], [], [], [], [], [], []
+    warned: dict[Path, list[str]] = {}
     contents = contents_of(images)
     looks = track(all_cores(_look, images), "images", total=len(images), console=Console(stderr=True))
     for image, look in zip(images, looks, strict=True):
@@ -83,6 +86,7 @@ def look_at(images: Sequence[Path]) -> Pictures:
             pixel_hashes.append(contents[image].pixels or str(image))
             perceptual.append(look[0])
             grey.append(look[1])
+            warned[image] = look[2]
     num_candidates, near = _near(pixel_hashes, perceptual, grey)
     near_content: dict[str, set[str]] = defaultdict(set)
     for pair in near:
@@ -90,20 +94,23 @@ def look_at(images: Sequence[Path]) -> Pictures:
         near_content[first].add(second)
         near_content[second].add(first)
     content = {image: str(image) for image in images} | dict(zip(paths, pixel_hashes, strict=True))
-    return Pictures(
-        paths, file_hashes, pixel_hashes, missing, unreadable, num_candidates, near, content, dict(near_content)
-    )
+    read = (paths, file_hashes, pixel_hashes, missing, unreadable)
+    return Pictures(*read, num_candidates, near, content, dict(near_content), by_warning(warned))
 
 
-def _look(image: Path) -> tuple[int, npt.NDArray[np.uint8]] | str | None:
-    """Perceptual hash and grey values (SIDE * SIDE,); a line for what cannot be decoded, None for what is not there."""
+def _look(image: Path) -> tuple[int, npt.NDArray[np.uint8], list[str]] | str | None:
+    """Perceptual hash, grey values (SIDE * SIDE,) and warnings; a line for what cannot be decoded, None for what is not
+    there.
+    """
     if not os.path.isfile(file_of(image)):
         return None
     try:
-        flat = load_image(image).convert("L")
+        reading = read_image(image)
     except MedR1Error as error:
         return str(error)
-    return int(str(imagehash.phash(flat)), 16), np.asarray(flat.resize((SIDE, SIDE))).ravel()
+    flat = reading.image.convert("L")
+    hashed = int(str(imagehash.phash(flat)), 16)
+    return hashed, np.asarray(flat.resize((SIDE, SIDE))).ravel(), reading.decisions["warnings"]
 
 
 def copies(items: Sequence[Item], keys: Sequence[Hashable]) -> list[list[Item]]:
@@ -161,11 +168,6 @@ def _near(pixel_hashes: Sequence[str], perceptual: Sequence[int], grey: Sequence
     ]
 
 
-def groups_of(record: Record) -> frozenset[str]:
-    """All groups of a record; its one name where the data say none."""
-    return frozenset(record.groups or (record.group,))
-
-
 def image_findings(
     pictures: Pictures, records: Sequence[Record], parts: Iterable[Sequence[Record]] | None, folder: Path
 ) -> dict[str, Any]:
@@ -178,7 +180,8 @@ def image_findings(
         folder: that of the data set.
 
     Returns:
-        num (named by records), read, missing, unreadable (one line each). Of those read: byte_copies,
+        num (named by records), read, missing, unreadable (one line each), warnings ({"warning", "num", "first"}; the
+        most frequent first). Of those read: byte_copies,
         pixel_copies, pixel_copies_across_groups (sets), near_candidates (number of pairs with near hashes) and
         near_duplicates, those of them that correlate: {"images", "distance", "correlation", "across_groups",
         "across_parts"}, pairs across our parts first, then across groups, then by falling correlation; and
@@ -187,7 +190,7 @@ def image_findings(
     groups, sides = defaultdict[str, set[Any]](set), defaultdict[str, set[Any]](set)
     for record in records:
         for image in record.images:
-            groups[pictures.content[image]].add(groups_of(record))
+            groups[pictures.content[image]].add(record.group)  # one name for all that share a patient, lesion or study
     for side, part in enumerate(parts or ()):
         for record in part:
             for image in record.images:
@@ -226,5 +229,9 @@ def image_findings(
         "read": len(pictures.paths),
         "missing": list(map(name, pictures.missing)),
         "unreadable": pictures.unreadable,
+        "warnings": [
+            {"warning": warning, "num": len(images), "first": name(images[0])}
+            for warning, images in pictures.warned.items()
+        ],
         **(of_read if pictures.paths else dict.fromkeys(of_read)),
     }

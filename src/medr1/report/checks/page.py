@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from medr1.data.datasets import WHOLE
 from medr1.data.records import to_json, write_atomic
 from medr1.report.checks.images import MAX_DISTANCE, MIN_CORRELATION, SIDE
 from medr1.report.pages import environment, percent, thumbnail, with_span
@@ -43,6 +44,9 @@ def _pictures(images: dict[str, Any]) -> list[tuple[str, str]]:
         story.append(("good", f"All {images['num']:,} image files could be read."))
     if not images["read"]:
         return story
+    for found in images["warnings"]["listed"]:
+        told = f"{_count(found['num'], 'image file')} read with a warning: {found['warning']}, first {found['first']}"
+        story.append(("open", f"{told}. Now: look at them."))
     if same := images["pixel_copies"]["num"]:
         kept = f"{_count(same, 'picture')} kept in several files ({images['byte_copies']['num']:,} byte for byte)"
         if across := images["pixel_copies_across_groups"]["num"]:
@@ -111,8 +115,11 @@ def _parts(parts: list[dict[str, Any]]) -> list[tuple[str, str]]:
 def _words(report: dict[str, Any]) -> list[tuple[str, str]]:
     found, story = report["questions"], []
     if num := report["refused"]["num"]:
-        first = report["refused"]["listed"][0].rstrip(".")
-        story.append(("bad", f"{_count(num, 'row')} left out, first {first}. Now: mend them in their file."))
+        listed = report["refused"]["listed"]
+        whole = sum(line.endswith(WHOLE) for line in listed)  # they come first
+        lost = [_count(lost, what) for lost, what in ((whole, "file"), (num - whole, "row")) if lost]
+        first = listed[0].rstrip(".")
+        story.append(("bad", f"{' and '.join(lost)} left out, first {first}. Now: mend them in their file."))
     else:
         story.append(("good", "Every row could be read."))
     if found["conflicting"]["num"]:

@@ -1,10 +1,9 @@
 """What train and test share: the published pairs of files, and our own split, which must share nothing."""
 
 import re
-from array import array
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 from medr1.config import DataConfig
@@ -18,26 +17,40 @@ from medr1.report.checks.texts import plain
 
 Parts = tuple[Sequence[Record], Sequence[Record]]
 
-_PART = re.compile(r"(?P<name>.*[_\- ]|)(?P<part>train|test)")
+_PART = re.compile(r"(?P<name>.*[_\-/ ]|)(?P<part>train|test)(?P<rest>/.*|)")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(-\w+)?$")
 
 
-def by_file(records: Sequence[Record]) -> dict[str, Sequence[Record]]:
-    """Records of files whose rows are numbered "<file>/<row>", by file."""
-    files: dict[str, array[int]] = defaultdict(lambda: array("i"))
-    for place, record in enumerate(records):
-        files[record.id.rpartition("/")[0]].append(place)
-    return {file: taken(records, places) for file, places in files.items()}
+def by_file(records: Sequence[Record], files: Sequence[tuple[str, int]]) -> dict[str, Sequence[Record]]:
+    """Records by the file that they are of.
+
+    Args:
+        files: of each its short name and its number of records, in their order, see `load_records`.
+    """
+    ends = accumulate(num for _, num in files)
+    return {name: taken(records, range(end - num, end)) for (name, num), end in zip(files, ends, strict=True)}
+
+
+def asked_apart(files: Mapping[str, Sequence[Record]]) -> list[Sequence[Record]]:
+    """The records of each part of a published split by itself, and those of no part as one."""
+    others = [records for file, records in files.items() if not _part_of(file)]
+    together = others if len(others) < 2 else [kept(chain(*others))]
+    return [*(records for file, records in files.items() if _part_of(file)), *together]
+
+
+def _part_of(file: str) -> re.Match[str] | None:
+    return _PART.fullmatch(_SHARD.sub("", file))
 
 
 def published_parts(files: Mapping[str, Sequence[Record]]) -> dict[str, Parts]:
     """(train, test) of each pair of files that differ in the word train or test: "CT_train" and "CT_test", "train" and
-    "test"; of several shards ("train-00000-of-00002-…") as one.
+    "test", "train/rows" and "test/rows"; of several shards ("train-00000-of-00002-…") as one.
     """
     found: dict[str, dict[str, list[Sequence[Record]]]] = defaultdict(lambda: {"train": [], "test": []})
     for file, records in sorted(files.items()):
-        if match := _PART.fullmatch(_SHARD.sub("", file)):
-            found[match["name"].strip("_- ") or "the published split"][match["part"]].append(records)
+        if match := _part_of(file):
+            name = (match["name"] + match["rest"]).strip("_-/ ")
+            found[name or "the published split"][match["part"]].append(records)
     return {
         name: (kept(chain(*parts["train"])), kept(chain(*parts["test"])))
         for name, parts in found.items()

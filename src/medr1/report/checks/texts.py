@@ -3,7 +3,6 @@
 import contextlib
 import difflib
 import itertools
-import re
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,10 +13,11 @@ from scipy import stats
 
 from medr1.data.datasets import canonical_modality, canonical_question_type, is_omnimedvqa, question_tables
 from medr1.data.datasets.medr1_splits import is_medr1_splits, split_files
+from medr1.data.datasets.omnimedvqa import question_files
 from medr1.data.datasets.rows import letter_of
 from medr1.data.datasets.tables import Table, read_table
 from medr1.data.kept import taken
-from medr1.data.records import LETTERS, MODALITIES, QUESTION_TYPES, Record, normalise_option
+from medr1.data.records import LETTERS, MODALITIES, QUESTION_TYPES, Record, normalise_option, words_and_signs
 from medr1.evaluation.metrics import NOT_STATED
 
 NEAR_STEM = 0.9
@@ -28,8 +28,8 @@ OPEN_KINDS = ("open, a text", "open, yes or no")
 
 
 def plain(text: str) -> str:
-    """Case-folded words without punctuation."""
-    return " ".join(re.findall(r"\w+", text.casefold()))
+    """Case-folded words without punctuation but for signs that change the meaning: "ER+" is not "ER-"."""
+    return " ".join(words_and_signs(text.casefold()))
 
 
 def questions(files: Iterable[Sequence[Record]], content: Mapping[Path, str]) -> dict[str, list[Any]]:
@@ -39,7 +39,7 @@ def questions(files: Iterable[Sequence[Record]], content: Mapping[Path, str]) ->
     test files share is told by `medr1.report.checks.parts`.
 
     Args:
-        files: the records of each file, or all of them as one.
+        files: the records of each file, or of several as one, see `medr1.report.checks.parts.asked_apart`.
         content: image to what identifies its pixels.
 
     Returns:
@@ -182,7 +182,7 @@ def _variants(texts: Iterable[str]) -> list[dict[str, int]]:
     """Sets of texts that agree up to case, punctuation and spacing, each with its count; the most frequent first."""
     by_key: dict[str, dict[str, int]] = defaultdict(dict)
     for text, times in Counter(texts).items():
-        by_key[re.sub(r"[\W_]", "", text.casefold())][text] = times
+        by_key["".join(words_and_signs(text.casefold()))][text] = times
     sets = [dict(sorted(same.items(), key=lambda item: -item[1])) for same in by_key.values() if len(same) > 1]
     return sorted(sets, key=lambda same: -sum(same.values()))
 
@@ -190,11 +190,13 @@ def _variants(texts: Iterable[str]) -> list[dict[str, int]]:
 def _tables(path: Path) -> Iterable[Table]:
     """The tables that a data set's records come from; those of the hub are not read a second time."""
     if is_omnimedvqa(path):
-        return map(read_table, sorted((path / "QA_information" / "Open-access").glob("*.json")))
+        return map(read_table, question_files(path))
     if not path.exists():
         return []
     return (
-        map(read_table, split_files(path)) if is_medr1_splits(path) else [table for table, _ in question_tables(path)]
+        map(read_table, split_files(path))
+        if is_medr1_splits(path)
+        else [table for table, _ in question_tables(path)[0]]
     )
 
 
