@@ -422,8 +422,12 @@ def recipe(group: int, new_tokens: int, *, lora: bool, pixels: int) -> Any:
             min_pixels=0,
             max_pixels=pixels,
         ),
+        method="grpo",
         rollout=SimpleNamespace(engine="local", num_completions=group, max_new_tokens=new_tokens),
-        grpo=SimpleNamespace(beta=BETA, reference="float32"),
+        draws=SimpleNamespace(redraws=0),
+        grpo=SimpleNamespace(
+            beta=BETA, reference="float32", rewards={}, num_iterations=1, perception=0.0, hold_to_chance=0.0
+        ),
         optimizer=SimpleNamespace(
             name="adamw", prompts_per_step=1, prompts_per_forward=0, gradient_checkpointing=False
         ),

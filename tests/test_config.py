@@ -17,6 +17,21 @@ def test_toml_then_overrides(tmp_path: Path) -> None:
     assert config.grpo == Config().grpo
 
 
+def test_one_reward_of_an_override_stands_beside_the_others(tmp_path: Path) -> None:
+    assert load_config(overrides={"grpo.rewards.consistency": 0.5}).grpo.rewards == {
+        "accuracy": 1.0,
+        "format": 0.2,
+        "consistency": 0.5,
+    }
+    path = tmp_path / "recipe.toml"
+    path.write_text("[grpo]\nrewards = { accuracy = 2.0 }\n")
+    assert load_config(path, {"grpo.rewards.mine.py:f": 1, "grpo.rewards.accuracy": 3}).grpo.rewards == {
+        "accuracy": 3.0,
+        "mine.py:f": 1.0,
+    }
+    assert load_config(overrides={"grpo.rewards": {"format": 1.0}}).grpo.rewards == {"format": 1.0}
+
+
 def test_round_trip_of_every_field(tmp_path: Path) -> None:
     config = load_config(
         overrides={

@@ -2,6 +2,8 @@
 
 import gc
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -126,6 +128,20 @@ def test_what_does_not_fit_is_one_line_with_settings_that_do(
     monkeypatch.setattr(dry, "CGROUP", limit)
     with pytest.raises(MedR1Error, match=r"a step does not fit into 0\.0 GB .*: add --set"):
         make_trainer(recipe(phantoms, **LETTERS), tmp_path / "again").dry_run()
+
+
+def test_a_picture_too_large_to_open_is_one_line(tmp_path: Path) -> None:
+    """20,000 x 20,000 pixels by its header, of which Pillow opens none."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    path = tmp_path / "huge.png"
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")))
+    with pytest.raises(MedR1Error, match=r"huge\.png") as error:
+        dry._pixels(path)
+    assert "\n" not in str(error.value)
 
 
 def test_of_the_command(phantoms: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+from medr1.config import Config, to_toml
 from medr1.errors import MedR1Error
 from medr1.policy import names
 from medr1.policy import vlm as models
@@ -23,7 +24,7 @@ from medr1.policy.adapters import add_lora, freeze_vision
 from medr1.policy.encoding import encode_prompts
 from medr1.policy.rollouts import sample
 from medr1.policy.shared_prefix import completion_logprobs
-from medr1.policy.vlm import VLM, load_vlm
+from medr1.policy.vlm import VLM, computes_in_bfloat16, load_vlm
 
 
 @pytest.fixture
@@ -71,6 +72,22 @@ def test_an_adapter_folder_loads_its_base(saved: Path, tmp_path: Path) -> None:
     second.model.save_pretrained(tmp_path / "second")
     chain = load_vlm(str(tmp_path / "second"), device="cpu")
     torch.testing.assert_close(completion_logprobs(chain, prompts, ids, mask)[0], expected, atol=1e-5, rtol=0)
+
+
+def test_an_adapter_names_the_folder_its_base_came_from(saved: Path, tmp_path: Path) -> None:
+    """And no run's folder, which stands for other weights once the run has more steps."""
+    (tmp_path / "recipe.toml").write_text(to_toml(Config()))
+    assert saved.parent == tmp_path
+    vlm = add_lora(load_vlm(str(tmp_path), device="cpu"), rank=1, alpha=1)
+    assert vlm.model.peft_config["default"].base_model_name_or_path == str(saved.resolve())
+    assert add_lora(load_vlm("tiny"), rank=1, alpha=1).model.peft_config["default"].base_model_name_or_path == "tiny"
+
+
+def test_auto_is_bfloat16_where_a_gpu_has_it_and_not_where_it_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not computes_in_bfloat16("auto", "cuda") and computes_in_bfloat16("bfloat16", "cuda")
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: True)
+    assert computes_in_bfloat16("auto", "cuda") and not computes_in_bfloat16("float32", "cuda")
 
 
 def test_lora_trains_the_text_model_only() -> None:

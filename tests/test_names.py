@@ -156,7 +156,11 @@ def test_a_run_stands_for_its_model_or_its_newest_checkpoint(
     assert "newest checkpoint" in capsys.readouterr().err
     (run / "model").mkdir()
     (run / "model" / "config.json").write_text("{}")
+    (run / "result.json").write_text("{}")
     assert check_name(str(run)) == run / "model"
+    (run / "result.json").unlink()  # more steps were asked for, and the model is the one of the old end
+    assert check_name(str(run)) == run / "checkpoint-10"
+    (run / "result.json").write_text("{}")
     assert recipe_of(str(run)) == recipe_of(str(run / "model")) == recipe_of(str(run / "checkpoint-9")) == Config()
 
 

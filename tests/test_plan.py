@@ -196,6 +196,64 @@ def test_memory_and_time_by_hand() -> None:
     assert (memory["weights"], memory["gradients and AdamW"]) == (4.0, 6.0)
 
 
+def needed(**changes: object) -> dict:
+    """By the model of round numbers above, with 10**12 text weights, for one prompt of 2 completions of 5 tokens."""
+    big = Sizes(*(10**12 * number for number in (1, 0, 1)), 10, 2, 4, 8, 4, 1000, 28, 4, 1, 2)
+    settings = {"rollout.num_completions": 2, "rollout.max_new_tokens": 5, "optimizer.prompts_per_step": 1}
+    return plan(big, load_config(overrides=settings | changes), text_tokens=6, **machine(image_side=56))
+
+
+def test_what_a_recipe_does_in_a_step_is_counted() -> None:
+    rate = 312e12 * UTILISATION
+    plain = needed(**{"grpo.beta": 0.0})
+    # A reader of the reasoning is a copy of the policy before training: 4 bytes of 2e12 weights.
+    read = needed(**{"grpo.beta": 0.0, "grpo.rewards.consistency": 1.0})
+    assert (plain["memory_gb"]["reference"], read["memory_gb"]["reference"]) == (0.0, 8000.0)
+    # Of four updates on one set of rollouts one samples and asks the reference, and an epoch has four times the steps.
+    one, four = needed(), needed(**{"grpo.num_iterations": 4})
+    for name in ("rollout", "reference"):
+        assert four["seconds"][name] == pytest.approx(one["seconds"][name] / 4, rel=0.01) != 0
+    # What sampling read of a prompt, 2 FLOPs a weight for 10 tokens and 16 patches, is computed again.
+    again = (2e12 * 10 + 2e12 * 16) / rate
+    assert four["seconds"]["policy"] == pytest.approx(one["seconds"]["policy"] + again, abs=2e-3)
+    assert four["hours_per_epoch"] == pytest.approx(71_200 * 4 * four["step_seconds"] / 3600, rel=0.01)
+
+
+def test_terms_of_another_image_keep_a_graph_each() -> None:
+    """Of a model whose activations are large: each graph is as large as the policy's, and all are there at once."""
+    sizes = count("Qwen2-VL-2B")
+
+    def of(**changes: object) -> tuple[float, float]:
+        needs = plan(sizes, load_config(overrides={"grpo.beta": 0.0, **changes}), **machine())
+        return needs["memory_gb"]["activations"], needs["seconds"]["policy"]
+
+    plain, one, two = (
+        of(**{"grpo.perception": weight, "grpo.hold_to_chance": other})
+        for weight, other in ((0.0, 0.0), (0.05, 0.0), (0.05, 0.2))
+    )
+    assert one[0] == pytest.approx(2 * plain[0], abs=0.02) and two[0] == pytest.approx(3 * plain[0], abs=0.02)
+    assert plain[1] < one[1] - plain[1] == pytest.approx(two[1] - one[1], abs=2e-3)
+
+
+def test_sft_samples_nothing_and_reads_answers() -> None:
+    needs = needed(method="sft", **{"rollout.mode": "no-think", "grpo.rewards": {"consistency": 1.0}})
+    assert needs["seconds"]["rollout"] == needs["seconds"]["reference"] == 0
+    assert needs["memory_gb"]["reference"] == needs["memory_gb"]["keys and values"] == 0
+    assert needs == needed(method="sft", **{"rollout.num_completions": 8, "rollout.max_new_tokens": 99})
+    done = CliRunner().invoke(app, ["plan", "--model", "tiny", "--set", "method=sft", "--servers"])
+    assert done.exit_code == 1 and "--servers: is for GRPO" in str(done.exception)
+
+
+def test_a_gpu_without_bfloat16_holds_what_it_computes_in_float32() -> None:
+    sizes = count("Qwen2-VL-2B")
+    lora = {"model.lora_rank": 16}
+    halves, whole, asked = (
+        plan(sizes, load_config(overrides=lora | settings), **machine(gpu=gpu))["memory_gb"]["weights"]
+        for gpu, settings in (("l4", {}), ("t4", {}), ("t4", {"model.dtype": "bfloat16"}))
+    )
+    assert whole - halves == pytest.approx(2 * sizes.weights / 1e9, abs=0.01) and asked == halves
+
+
 # `python benchmarks/rehearsal.py`, as benchmarks/README.md and the README tell it: one LoRA step (rank 16) of
 # Qwen2-VL-2B with random bfloat16 weights on two CPU cores, 304 prompt tokens of which 196 are the image's, G = 8, 16
 # new tokens.

@@ -11,7 +11,7 @@ from test_training import LETTERS, make_trainer, recipe
 from medr1.data.phantoms import write_phantoms
 from medr1.data.records import read_jsonl
 from medr1.errors import MedR1Error
-from medr1.training.trackers import check_trackers
+from medr1.training.trackers import _as_text, check_trackers
 
 
 @pytest.fixture
@@ -48,6 +48,12 @@ def test_tensorboard(run: Path) -> None:
     text = make_ndarray(events.Tensors("completions/0/text_summary")[0].tensor_proto)[0].decode()
     assert text.startswith(f"{first[0]['id']}, right answer {first[0]['answer']}\n\n    ")
     assert text.count("reward ") == 3 and f"reward {first[2]['reward']:g}, advantage" in text
+
+
+def test_a_reply_without_a_reward_is_shown(run: Path) -> None:
+    row = {"id": "r", "answer": "A", "question": "Which?", "reply": "B", "reward": None, "advantage": 0.0}
+    text = _as_text([row, row | {"reward": 1.0, "advantage": 0.5}])
+    assert "no reward, advantage 0\n\n    B" in text and "reward 1, advantage 0.5" in text
 
 
 def test_wandb_offline(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

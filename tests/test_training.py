@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from test_rewards import RECORD
 from tiny_vlms import tiny_vlm
+from tokenizers.processors import TemplateProcessing
 from transformers import TrainerCallback
 
 from medr1.config import Config, load_config
@@ -24,10 +26,12 @@ from medr1.data.records import Record, read_jsonl
 from medr1.errors import MedR1Error
 from medr1.evaluation.looking import measure
 from medr1.policy import attention
+from medr1.policy.shared_prefix import completion_logprobs
 from medr1.training import GRPOTrainer, SFTTrainer
 from medr1.training.base import RecordOrder, RecordTrainer
 from medr1.training.draws import draw_order
-from medr1.training.folder import write_recipe
+from medr1.training.folder import check_recipe, write_recipe
+from medr1.training.looking import longest_choices
 
 
 @pytest.fixture(scope="module")
@@ -278,6 +282,28 @@ def test_sft_learns_the_answer_format(phantoms: Path, tmp_path: Path) -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_sft_learns_no_token_that_a_tokenizer_puts_before_a_text(
+    phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(recipe(phantoms, method="sft", **{"rollout.mode": "no-think"}), tmp_path)
+    tokenizer = trainer.vlm.tokenizer
+    first = "<|endoftext|>"
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single=f"{first} $A", special_tokens=[(first, tokenizer.convert_tokens_to_ids(first))]
+    )
+    assert tokenizer("a")["input_ids"][0] == tokenizer.convert_tokens_to_ids(first)
+    learned = []
+
+    def keep(vlm: Any, prompts: Any, ids_NT: torch.Tensor, mask_NT: torch.Tensor, **settings: Any) -> Any:
+        learned.extend(tokenizer.decode(ids[mask]) for ids, mask in zip(ids_NT, mask_NT, strict=True))
+        return completion_logprobs(vlm, prompts, ids_NT, mask_NT, **settings)
+
+    monkeypatch.setattr("medr1.training.sft.completion_logprobs", keep)
+    records = list(trainer.train_records[:2])
+    trainer.learn(trainer.model, records)
+    assert learned == [f"<answer> {record.gold}</answer>{tokenizer.eos_token}" for record in records]
+
+
 def test_log_and_completions_say_what_happened(phantoms: Path, tmp_path: Path) -> None:
     config = recipe(phantoms, **{"log.eval_every": 2, "log.eval_records": 4, "grpo.beta": 0.04})
     make_trainer(config, tmp_path).run()
@@ -295,6 +321,43 @@ def test_log_and_completions_say_what_happened(phantoms: Path, tmp_path: Path) -
     completions = read_jsonl(tmp_path / "completions.jsonl")
     assert len(completions) == 4 * 2 * 3  # steps, prompts, completions
     assert {"step", "id", "reply", "outcome", "reward", "advantage"} <= completions[0].keys()
+
+
+def test_a_line_of_the_log_is_of_all_steps_since_the_line_before(phantoms: Path, tmp_path: Path) -> None:
+    """Whatever was evaluated between; and an epoch is a pass over the training part, not the run."""
+    settings = {"log.log_every": 4, "log.eval_every": 2, "log.eval_records": 2, "optimizer.steps": 5}
+    trainer = make_trainer(recipe(phantoms, **LETTERS, **settings), tmp_path)
+    trainer.run()
+    log, completions = read_jsonl(tmp_path / "log.jsonl"), read_jsonl(tmp_path / "completions.jsonl")
+    lines = [row for row in log if "reward" in row]
+    assert [(row["step"], "loss" in row, "train_loss" in row) for row in lines] == [
+        (1, True, False),
+        (4, True, False),
+        (5, False, True),
+    ]
+    for row, steps in zip(lines, ((1,), (2, 3, 4), (5,)), strict=True):
+        rewards = [one["reward"] for one in completions if one["step"] in steps]
+        assert row["reward"] == pytest.approx(sum(rewards) / len(rewards), abs=1e-5)
+    assert [row["step"] for row in log if "eval_accuracy" in row] == [2, 4, 5]
+    assert all(row["epoch"] == row["step"] * 2 / trainer.num_records for row in log)
+    assert not any("total_flos" in row for row in log)
+
+
+def test_an_epoch_counts_what_was_drawn(phantoms: Path, tmp_path: Path) -> None:
+    """Two updates on one set of rollouts draw once; records that were drawn again count."""
+    twice = make_trainer(
+        recipe(phantoms, **LETTERS, **{"grpo.num_iterations": 2, "optimizer.steps": 4}), tmp_path / "twice"
+    )
+    again = make_trainer(recipe(phantoms, **OBJECTIVES["draws"]), tmp_path / "again")
+    for trainer in (twice, again):
+        trainer.run()
+    epochs = [
+        [row["epoch"] * trainer.num_records for row in read_jsonl(trainer.out / "log.jsonl") if "loss" in row]
+        for trainer in (twice, again)
+    ]
+    assert epochs[0] == pytest.approx([2, 2, 4, 4])
+    drawn = [row["drawn"] for row in read_jsonl(again.out / "log.jsonl") if "drawn" in row]
+    assert epochs[1] == pytest.approx([*itertools.accumulate(drawn)]) and sum(drawn) > 8
 
 
 class StopAtOnce(TrainerCallback):
@@ -377,6 +440,10 @@ def test_order_drops_no_record_and_repeats_batches() -> None:
         ({"rollout.num_completions": 1}, "num_completions is 1"),
         ({"grpo.rewards": {"nonsense": 1.0}}, "unknown reward"),
         ({"grpo.num_iterations": 3}, "multiple of grpo.num_iterations"),
+        (
+            {"grpo.num_iterations": 2, "optimizer.steps": 5},
+            "optimizer.steps = 5 is no multiple of grpo.num_iterations = 2; set it to 6,",
+        ),
         ({"method": "sft"}, "use --mode no-think"),
         (
             {"log.looking_every": 1, "data.test_fraction": 0.2},
@@ -388,6 +455,81 @@ def test_mistakes_are_named(overrides: dict[str, object], message: str, phantoms
     with pytest.raises(MedR1Error, match=message) as error:
         make_trainer(recipe(phantoms, **overrides), tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_epochs_end_with_the_last_update_on_a_set_of_rollouts(phantoms: Path, tmp_path: Path) -> None:
+    """An odd number of records, 2 a step, takes half as many sets of rollouts, rounded up, each with two updates."""
+    trainer = make_trainer(recipe(phantoms, **{"optimizer.steps": 0, "grpo.num_iterations": 2}), tmp_path)
+    assert trainer.num_records % 2
+    assert trainer.num_steps == trainer.num_records + 1
+
+
+def test_a_run_is_extended_by_what_it_was_counted_in(phantoms: Path, tmp_path: Path) -> None:
+    """Five epochs may be fewer than 40 steps, and epochs are not read where steps are given."""
+    constant = {"optimizer.schedule": "constant_with_warmup"}
+
+    def length(steps: int, epochs: float) -> Config:
+        return recipe(phantoms, **constant, **{"optimizer.steps": steps, "optimizer.epochs": epochs})
+
+    write_recipe(length(40, 1.0), tmp_path / "steps")
+    with pytest.raises(
+        MedR1Error, match=r"it was counted in steps, so extend it by optimizer\.steps, or choose another"
+    ):
+        check_recipe(length(0, 5.0), tmp_path / "steps")
+    assert check_recipe(length(40, 0.5), tmp_path / "steps") is None
+    found = check_recipe(length(50, 0.5), tmp_path / "steps")
+    assert found == {"from_steps": 40, "to_steps": 50, "schedule": "constant_with_warmup"}
+    write_recipe(length(0, 1.0), tmp_path / "epochs")
+    with pytest.raises(MedR1Error, match=r"it was counted in epochs, so extend it by optimizer\.epochs"):
+        check_recipe(length(40, 1.0), tmp_path / "epochs")
+    with pytest.raises(MedR1Error, match="can be extended, not shortened"):
+        check_recipe(length(0, 0.5), tmp_path / "epochs")
+
+
+class Rates(TrainerCallback):
+    """What the optimizer's rate is in each step."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_pre_optimizer_step(self, args: object, state: object, control: object, **kwargs: object) -> None:
+        self.seen.append(kwargs["optimizer"].param_groups[0]["lr"])  # type: ignore[attr-defined]
+
+
+def test_an_extended_run_has_the_rates_of_its_new_length_from_its_first_step_on(phantoms: Path, tmp_path: Path) -> None:
+    """Linear from 1e-3 over 4 steps: the third has half of it, and not the 0 that two steps had come down to."""
+    make_trainer(recipe(phantoms, **LETTERS, **{"optimizer.steps": 2}), tmp_path).run()
+    longer = recipe(phantoms, **LETTERS, **{"optimizer.steps": 4})
+    write_recipe(longer, tmp_path, extend=True)
+    trainer = make_trainer(longer, tmp_path)
+    trainer.add_callback(rates := Rates())
+    trainer.run()
+    assert rates.seen == pytest.approx([5e-4, 2.5e-4])
+    logged = [row["learning_rate"] for row in read_jsonl(tmp_path / "log.jsonl") if "learning_rate" in row]
+    assert logged == pytest.approx([1e-3, 5e-4, 5e-4, 2.5e-4])
+
+
+def test_what_else_lies_in_the_folder_is_the_users(phantoms: Path, tmp_path: Path) -> None:
+    """Answers where the docs tell to put them, a table with steps in it, and names that are nearly the run's."""
+    kept = {
+        "image.jsonl": '{"key": "a", "reply": "A"}\n',
+        "mine.jsonl": '{"step": 99}\n{"step": "last"}\n',
+        "x-step-by.jsonl": "{}\n",
+        "my-eval-step-9.jsonl": "{}\n",
+    }
+    for name, content in kept.items():
+        (tmp_path / name).write_text(content)
+    config = recipe(phantoms, **LETTERS, **{"optimizer.schedule": "constant_with_warmup"})
+    make_trainer(
+        config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"steps": 2})}), tmp_path
+    ).run()
+    of_run = ("eval-step-2.jsonl", "eval-step-3.jsonl", "looking-shuffled-step-3.1.jsonl")
+    for name in of_run:
+        (tmp_path / name).write_text("{}\n")
+    make_trainer(config, tmp_path).run()
+    assert {name: (tmp_path / name).read_text() for name in kept} == kept
+    assert [name for name in of_run if (tmp_path / name).exists()] == ["eval-step-2.jsonl"]
+    assert [row["step"] for row in read_jsonl(tmp_path / "log.jsonl")] == [1, 2, 3, 4, 4]
 
 
 def test_a_folder_takes_one_recipe(phantoms: Path, tmp_path: Path) -> None:
@@ -494,6 +636,34 @@ def test_truncated_completions_teach_nothing(phantoms: Path, tmp_path: Path) -> 
         before = weights(trainer).clone()
         trainer.run()
         assert torch.equal(before, weights(trainer)) is not learns
+
+
+def test_truncated_completions_teach_nothing_of_other_images_either(phantoms: Path, tmp_path: Path) -> None:
+    """Whatever the last reply of the first group says, and whatever all of the second say: both are cut."""
+    terms = {"grpo.perception": 0.1, "grpo.perception_entropy": 0.1, "grpo.hold_to_chance": 0.1, "grpo.beta": 0.0}
+    trainer = make_trainer(recipe(phantoms, **LETTERS, **terms, **{"grpo.mask_truncated": True}), tmp_path)
+    assert isinstance(trainer, GRPOTrainer)
+    records = list(trainer.train_records[:2])
+    experience = trainer.collect(records)
+    owners = [record for record in records for _ in range(3)]
+    finished_N = torch.tensor([True, True, False, False, False, False])
+    found = []
+    for token in (65, 66):
+        rollout = experience.rollout
+        ids_NT = rollout.completion_ids_NT.where(finished_N[:, None], torch.full_like(rollout.completion_ids_NT, token))
+        rollout = replace(rollout, completion_ids_NT=ids_NT, finished_N=finished_N, prefill=None)
+        said = longest_choices(trainer.vlm, [ids.tolist() for ids in ids_NT], owners)
+        other = replace(experience.other, mask_NT=rollout.mask_NT, choices=said)
+        trainer.sums = {}
+        trainer.model.zero_grad()
+        trainer._update(trainer.model, replace(experience, rollout=rollout, other=other))
+        gradient = torch.cat(
+            [weight.grad.flatten() for weight in trainer.model.parameters() if weight.grad is not None]
+        )
+        found.append((gradient, dict(trainer.sums)))
+    assert found[0][0].norm() > 0
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+    assert found[0][1]["other_tokens"] == float(experience.rollout.mask_NT[:2].sum()) and found[0][1]["other_rows"] == 2
 
 
 @pytest.mark.parametrize(

@@ -390,6 +390,9 @@ class Config(_Section):
 def load_config(path: Path | None = None, overrides: dict[str, Any] | None = None) -> Config:
     """Defaults, then the TOML file, then overrides such as {"optimizer.learning_rate": 1e-5}.
 
+    A table of rewards, in the file or an override, is all of them; {"grpo.rewards.consistency": 1.0} is one beside the
+    others.
+
     Raises:
         MedR1Error: no such file, not TOML, or mistakes in it: each unknown key (the nearest known one is named) and
             each value out of range, all of them in one line.
@@ -405,9 +408,11 @@ def load_config(path: Path | None = None, overrides: dict[str, Any] | None = Non
             raise MedR1Error(f"{path}: not TOML ({error}); see `medr1 config` for an example") from error
     for key, value in (overrides or {}).items():
         section = values
-        *parents, last = key.split(".")
+        is_reward = key.startswith("grpo.rewards.")  # whose name may have dots in it
+        *parents, last = key.split(".", 2 if is_reward else -1)
         for parent in parents:
-            section = section.setdefault(parent, {})
+            beside = GRPOConfig().rewards if is_reward and parent == "rewards" else {}
+            section = section.setdefault(parent, dict(beside))
             if not isinstance(section, dict):
                 raise MedR1Error(f"{where}: {parent} is a value, not a section; see `medr1 config`")
         section[last] = value

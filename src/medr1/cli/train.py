@@ -57,6 +57,14 @@ StepsOption = Annotated[
     int | None,
     typer.Option("--steps", help="optimizer steps; more than a run has had extend it", rich_help_panel=RECIPE_PANEL),
 ]
+ExtendOption = Annotated[
+    bool,
+    typer.Option(
+        "--extend",
+        help="extend a run also where its schedule has come down to its old end",
+        rich_help_panel=RECIPE_PANEL,
+    ),
+]
 SeedOption = Annotated[
     int | None, typer.Option("--seed", help="seed of the data order and of sampling", rich_help_panel=RECIPE_PANEL)
 ]
@@ -93,6 +101,7 @@ def run(
     modality: ModalityOption = None,
     question_type: TypeOption = None,
     steps: StepsOption = None,
+    extend: ExtendOption = False,
     seed: SeedOption = None,
     settings: SetOption = None,
     limit: Annotated[
@@ -118,8 +127,8 @@ def run(
     }
     resolved = resolve(recipe_file(recipe, preset), overrides, settings)
     known_model(resolved.model.name)
-    complete = completed(resolved, out, limit=limit) is not None
-    finish_run(run_recipe(resolved, out, limit=limit), out, as_json, complete=complete)
+    complete = completed(resolved, out, limit=limit, extend=extend) is not None
+    finish_run(run_recipe(resolved, out, limit=limit, extend=extend), out, as_json, complete=complete)
 
 
 @command(
@@ -148,14 +157,7 @@ def train(
     modality: ModalityOption = None,
     question_type: TypeOption = None,
     steps: StepsOption = None,
-    extend: Annotated[
-        bool,
-        typer.Option(
-            "--extend",
-            help="extend a run also where its schedule has come down to its old end",
-            rich_help_panel=RECIPE_PANEL,
-        ),
-    ] = False,
+    extend: ExtendOption = False,
     seed: SeedOption = None,
     skip_unreadable: SkipOption = False,
     dry_run: Annotated[
@@ -334,6 +336,8 @@ def plan_command(
     values = dict(parse_override(text) for text in overrides or [])
     values |= {"model.name": model} if model else {}
     recipe = load_config(recipe_file(config, preset), values)
+    if servers and (recipe.method == "sft" or recipe.grpo.num_iterations > 1):
+        raise MedR1Error("--servers: is for GRPO with grpo.num_iterations = 1, sampled a step ahead; leave it out")
     named = gpu is not None
     gpu = gpu_of(memory) if memory and not named else gpu_named(gpu or "a100")
     sizes = count(recipe.model.name)
@@ -363,7 +367,7 @@ def plan_command(
     if memory and not named:
         Console().print(f"Seconds are those of one that is as quick as {gpu}.", highlight=False)
     elif gpu in NO_BFLOAT16:
-        Console().print(f"{gpu} has no bfloat16, which training computes in: it will be slower than this.")
+        Console().print(f"{gpu} has no bfloat16: it will be slower than this.")
     balances: list[dict[str, Any]] = []
     if servers:
         from medr1.training.balance import FLEETS, balance

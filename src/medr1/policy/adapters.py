@@ -87,5 +87,6 @@ def add_lora(
         model = get_peft_model(core, config)
     folder = Path(vlm.name).expanduser()
     is_folder = vlm.name != "tiny" and folder.is_dir()
-    config.base_model_name_or_path = str(folder.resolve()) if is_folder else vlm.name
+    # Where the weights came from: a run's folder stands for others once the run goes on.
+    config.base_model_name_or_path = str((vlm.folder or folder).resolve()) if is_folder else vlm.name
     return VLM(model, vlm.processor, vlm.name, vlm.folder)

@@ -107,10 +107,12 @@ def model_in(folder: Path) -> Path:
 
     if not (folder / RECIPE).is_file():
         raise MedR1Error(f"{folder}: holds no config.json; give a model folder, a run's folder, a hub id or 'tiny'")
-    if _holds_model(folder / "model"):
+    kept = checkpoints(folder)
+    # While a run is extended its model is still the one of its old end, and nothing says that it is complete.
+    if _holds_model(folder / "model") and (not kept or (folder / "result.json").is_file()):
         _say(f"{folder}: a run; taking {folder / 'model'}")
         return folder / "model"
-    if not (kept := checkpoints(folder)):
+    if not kept:
         raise MedR1Error(f"{folder}: a run without a model or a checkpoint yet; let `medr1 train` go on first")
     newest = kept[-1]
     _say(f"{folder}: an unfinished run; taking its newest checkpoint, {newest}")

@@ -1,6 +1,6 @@
 """Sampling by vLLM inside the process that trains: the weights go from memory to memory and never through a file.
 
-    pip install 'vllm==0.32.*' && pip install medr1    # in this order, see docs/scale.md
+    pip install 'vllm==0.32.*' && pip install -e .    # in this order, see docs/scale.md
     medr1 train --set rollout.engine=vllm-colocate …
 
 The engine is vLLM's `LLM` without processes of its own. A temporary folder tells it the configuration and the

@@ -278,7 +278,7 @@ def merged(vlm: VLM) -> Any:
 
 def computes_in_bfloat16(dtype: str, device: str | torch.device) -> bool:
     """Whether a recipe's dtype means bfloat16 on this device: "auto" does on a GPU that has it."""
-    on_gpu = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
+    on_gpu = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return dtype == "bfloat16" or (dtype == "auto" and on_gpu)
 
 

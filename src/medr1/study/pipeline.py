@@ -11,13 +11,15 @@ What lies in the folder is not done again, so that the same command goes on wher
 """
 
 import json
+import shutil
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from medr1.config import Config, to_toml
-from medr1.data.records import write_atomic
+from medr1.data.records import read_jsonl, write_atomic
+from medr1.processes import make_folder
 from medr1.training.folder import check_recipe
 
 CONTROLS = ("blank", "shuffled")
@@ -28,13 +30,13 @@ SECONDS = "seconds.json"
 RESULT = "result.json"
 
 
-def completed(config: Config, out: Path, *, limit: int = 0) -> dict[str, Any] | None:
+def completed(config: Config, out: Path, *, limit: int = 0, extend: bool = False) -> dict[str, Any] | None:
     """What `run_recipe` returned when it came to its end in `out` with this recipe; None if it did not.
 
     Raises:
-        MedR1Error: the folder holds a run of another recipe.
+        MedR1Error: the folder holds a run of another recipe, which this one does not extend; see `check_recipe`.
     """
-    check_recipe(config, out / "train")
+    check_recipe(config, out / "train", extend=extend)
     path = out / RESULT
     if not path.is_file():
         return None
@@ -45,7 +47,7 @@ def completed(config: Config, out: Path, *, limit: int = 0) -> dict[str, Any] | 
 
 
 def run_recipe(
-    config: Config, out: Path, *, limit: int = 0, batch_size: int = 64, forced: bool = True
+    config: Config, out: Path, *, limit: int = 0, batch_size: int = 64, forced: bool = True, extend: bool = False
 ) -> dict[str, Any]:
     """Evaluate the recipe's base, train, evaluate with controls, report; or go on with what is in `out`.
 
@@ -54,6 +56,7 @@ def run_recipe(
         batch_size: prompts decoded together in evaluation.
         forced: ask also with the reasoning kept, removed and read by the base, which costs more than the replies do
             where a model is small.
+        extend: whether a run there may get more steps under any schedule, see `check_recipe`.
 
     Returns:
         base_macro, trained_macro, chance, text_only, and one for each of CONTROLS that can be asked: accuracies in
@@ -64,7 +67,7 @@ def run_recipe(
     Raises:
         MedR1Error: bad data, another recipe in the folder, or what the parts raise.
     """
-    if found := completed(config, out, limit=limit):
+    if found := completed(config, out, limit=limit, extend=extend):
         return found
     from medr1.data.heldout import split_of
     from medr1.data.parts import load_parts  # torch and all the rest, which a complete run does not need
@@ -72,14 +75,14 @@ def run_recipe(
     from medr1.evaluation.looking import folder_of, look
     from medr1.evaluation.metrics import compare, summarise
     from medr1.evaluation.named import limited
-    from medr1.evaluation.run import evaluate
+    from medr1.evaluation.run import evaluate, weights_fingerprint
     from medr1.policy.vlm import load_vlm
     from medr1.report.run import overall, report_from_files
     from medr1.training.folder import finished
     from medr1.training.run import train
 
     began = time.perf_counter()
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     train_records, held_out = load_parts(config.data, split_of(out / "train"))  # gone on with: by its own list
     records = limited(held_out, limit, config)
     settings: dict[str, Any] = {
@@ -96,9 +99,11 @@ def run_recipe(
     own = base if forced else None
     look(before, sample, partial(ask, base), out=folder_of(out / "base.jsonl"), vlm=own, reader=own, **more)
     del base, own
-    run = finished(config, out / "train") or train(config, out / "train")
+    run = finished(config, out / "train") or train(config, out / "train", extend=extend)
     vlm = load_vlm(run["model"], **config.model.loading)
-    after = evaluate(vlm, records, out=out / "trained.jsonl", **settings)
+    fingerprint = weights_fingerprint(vlm.model)
+    _forget_others(out, fingerprint)
+    after = evaluate(vlm, records, out=out / "trained.jsonl", fingerprint=fingerprint, **settings)
     controls = {name: ask(vlm, records, out=out / f"{name}.jsonl", condition=name) for name in possible}
     more |= {"given": controls}
     if forced:
@@ -134,6 +139,15 @@ def run_recipe(
     }
     write_atomic(out / RESULT, json.dumps({"recipe": to_toml(config), "limit": limit, "result": result}))
     return result
+
+
+def _forget_others(out: Path, fingerprint: str) -> None:
+    """Take away what the run's model answered before it was extended, with which no evaluation goes on."""
+    trained = out / "trained.jsonl"
+    if trained.exists() and any(not fingerprint.startswith(row.get("weights", "")) for row in read_jsonl(trained)):
+        shutil.rmtree(out / "trained.looking", ignore_errors=True)
+        for name in (*CONTROLS, "trained"):  # that one last, since it tells
+            (out / f"{name}.jsonl").unlink(missing_ok=True)
 
 
 def _add_seconds(path: Path, seconds: float) -> float:

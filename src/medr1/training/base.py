@@ -13,6 +13,7 @@ import contextlib
 import json
 import math
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
@@ -55,7 +56,7 @@ from medr1.processes import agree, gather
 from medr1.training.checkpoints import newest_whole, seal
 from medr1.training.draws import draw_order, record_weights
 from medr1.training.dry import DryRunEndsError, dry_step
-from medr1.training.folder import LOG, place_trackers, write_recipe
+from medr1.training.folder import COMPLETIONS, LOG, place_trackers, write_recipe
 from medr1.training.looking import OtherImages
 from medr1.training.progress import TrainingProgress
 from medr1.training.trackers import check_trackers
@@ -64,6 +65,8 @@ SUMS = "log-sums.json"
 """In a checkpoint: what the next log line, and the last, have summed up so far."""
 NAMED = 3
 """Records that an error names; more are counted."""
+HELD_OUT = re.compile(r"(?:eval|looking-image|looking-shuffled)-step-(\d+)(?:\.\d+)?\.jsonl")
+"""Files of `_held_out`, those of a process's own share among them."""
 
 
 class RecordTrainer(Trainer):
@@ -131,9 +134,8 @@ class RecordTrainer(Trainer):
         self.sums_before: dict[str, Any] | None = None
         """What a checkpoint that the run goes on from had summed up for its log."""
         optimizer, log = config.optimizer, config.log
-        self.num_steps = optimizer.steps or math.ceil(
-            optimizer.epochs * len(train_records) / optimizer.prompts_per_step * self.repeats
-        )
+        num_batches = math.ceil(optimizer.epochs * len(train_records) / optimizer.prompts_per_step)
+        self.num_steps = optimizer.steps or num_batches * self.repeats
         arguments = TrainingArguments(
             output_dir=str(output_dir),
             max_steps=self.num_steps,
@@ -326,11 +328,19 @@ class RecordTrainer(Trainer):
         """What a log line says, from the sums over its steps and all processes."""
         raise NotImplementedError
 
+    @property
+    def num_drawn(self) -> int:
+        """Records that the steps until now were given, those left aside or thrown away among them."""
+        return -(-self.state.global_step // self.repeats) * self.config.optimizer.prompts_per_step
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        sums = self._gathered_sums()
-        self.sums = {}
+        sums: dict[str, float] = {}
+        if logs.keys() & {"loss", "train_loss"}:  # and no evaluation, whose line leaves the steps' means as they are
+            sums, self.sums = self._gathered_sums(), {}
         if "train_loss" in logs:  # Trainer's own is of the steps since the last resume
             logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
+            logs.pop("total_flos", None)  # which are not counted
+        self.state.epoch = self.num_drawn / self.num_records  # Trainer's own is the fraction of the run
         super().log(logs | (self.log_line(sums) if sums else {}), *args, **kwargs)
         self.first_appends(LOG, [self.state.log_history[-1]])
 
@@ -462,14 +472,17 @@ class RecordTrainer(Trainer):
         return None  # losses are already whole: their denominator is counted in training_step
 
     def _forget_after(self, step: int) -> None:
-        """Cut the logs back to a checkpoint, so that a resumed run writes each step once, and its end at its end."""
+        """Cut the logs back to a checkpoint, so that a resumed run writes each step once, and its end at its end.
+
+        Other files in the folder, such as answers that `medr1 eval` wrote there, are the user's.
+        """
         if not self.is_world_process_zero():
             return
         for path in self.out.glob("*.jsonl"):
-            if "-step-" in path.name:
-                if int(path.name.split(".")[0].rsplit("-", 1)[1]) > step:
+            if held_out := HELD_OUT.fullmatch(path.name):
+                if int(held_out[1]) > step:
                     path.unlink()
-            else:
+            elif path.name in (LOG, COMPLETIONS):
                 rows = [row for row in read_jsonl(path) if row["step"] <= step and "train_loss" not in row]
                 if not step:  # what was measured before the first step is measured again
                     rows = [row for row in rows if "looking_reliance" not in row]
@@ -597,7 +610,15 @@ class RecordTrainer(Trainer):
         set_optimizer_state_dict(
             self.vlm.model, self._bare_optimizer, state, options=StateDictOptions(full_state_dict=True)
         )
-        self._schedule.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+        schedule = cast(torch.optim.lr_scheduler.LambdaLR, self._schedule)
+        schedule.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+        # What was stored is the rate of the length that the run had then; of the same length it is the same to the bit.
+        schedule._last_lr = [
+            rate * factor(schedule.last_epoch)
+            for rate, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(self._bare_optimizer.param_groups, schedule._last_lr, strict=True):
+            group["lr"] = rate
 
     @property
     def _schedule(self) -> torch.optim.lr_scheduler.LRScheduler:

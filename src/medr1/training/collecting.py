@@ -32,8 +32,9 @@ from medr1.policy.rollouts import Rollout, sample
 from medr1.policy.shared_prefix import completion_logprobs
 from medr1.policy.vlm import VLM, evaluating
 from medr1.processes import agree, gather
-from medr1.training.base import LOG, RecordTrainer
+from medr1.training.base import RecordTrainer
 from medr1.training.draws import Draws, stratum
+from medr1.training.folder import COMPLETIONS, LOG
 from medr1.training.looking import (
     OF_POLICY,
     OtherView,
@@ -55,7 +56,6 @@ if TYPE_CHECKING:
 
 AHEAD = "ahead.json"
 """In a checkpoint: what was sampled for the step after it, which a resumed run trains on as it is."""
-COMPLETIONS = "completions.jsonl"
 DRAFTS = "drafts.json"
 """In a checkpoint: what next tokens are guessed from. Without it a resumed run would make other calls, whose rounding
 could draw another token."""
@@ -303,6 +303,10 @@ class CollectingTrainer(RecordTrainer):
         if self.is_world_process_zero():
             self.add_to_log({"drawn": draws.drawn - before[0], "left_aside": draws.left_aside - before[1]})
         return prompts, rollout, groups, thrown
+
+    @property
+    def num_drawn(self) -> int:
+        return self.draws.drawn if self.draws else super().num_drawn
 
     def _at(self, indices: Sequence[int]) -> list[Record]:
         return [self.train_records[index] for index in indices]

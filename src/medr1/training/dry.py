@@ -9,6 +9,7 @@ were.
 
 import math
 import sys
+import warnings
 from collections.abc import Sequence
 from heapq import nlargest
 from itertools import cycle, islice
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from rich.console import Console
 
 from medr1.data.images import load_image
@@ -98,9 +99,9 @@ def longest(trainer: "RecordTrainer", records: Sequence[Record], count: int) -> 
 def _pixels(path: Path) -> int:
     """Width times height of an image; of most kinds of files only the beginning is read."""
     try:
-        with Image.open(path) as opened:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as opened:
             return opened.width * opened.height
-    except (UnidentifiedImageError, OSError):
+    except Exception:  # of no kind that Pillow knows, a selector, or so large that it refuses: `load_image` tells
         image = load_image(path)
         return image.width * image.height
 
@@ -148,7 +149,7 @@ def _peak(device: torch.device) -> int:
 def _refusal(trainer: "RecordTrainer", record: Record, tokens: int, total: int) -> str:
     """The line of a run that does not fit: settings that are counted to make it, else all that make it smaller."""
     config = trainer.config
-    if trainer.args.device.type == "cpu" and config.model.dtype == "auto":
+    if config.model.dtype == "auto" and not trainer.args.bf16:
         config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "float32"})})
     said = f"a step does not fit into {total / GB:.1f} GB (longest prompt: record {record.id}, {tokens:,} tokens)"
     added = remedies(config)

@@ -24,6 +24,7 @@ from medr1.errors import MedR1Error
 from medr1.policy.names import checkpoints, step_of
 
 LOG = "log.jsonl"
+COMPLETIONS = "completions.jsonl"
 MODEL = "model"
 RESULT = "result.json"
 EXTENSIONS = "extensions.jsonl"
@@ -74,15 +75,21 @@ def check_recipe(config: Config, out: Path, *, extend: bool = False) -> dict[str
     if not path.exists() or path.read_text(encoding="utf-8") == to_toml(config):
         return None
     there = load_config(path)
-    changed = {key: values for key, values in differences(there, config).items() if key not in PLACES}
+    one, other = there.optimizer, config.optimizer
+    unread = {"optimizer.epochs"} if one.steps and other.steps else set()
+    changed = {key: values for key, values in differences(there, config).items() if key not in PLACES | unread}
     if not changed:  # or written by a version that had other fields or other words
         return None
     listed = "; ".join(f"{key} was {old!r} and is now {new!r}" for key, (old, new) in changed.items())
     if set(changed) - LENGTH:
         raise MedR1Error(f"{out}: holds a run of another recipe: {listed}. Choose another --out, or give the same")
-    name = "steps" if config.optimizer.steps else "epochs"
-    before, after = getattr(there.optimizer, name), getattr(config.optimizer, name)
-    if not 0 < before < after:
+    name = "steps" if one.steps else "epochs"
+    if bool(one.steps) != bool(other.steps):
+        raise MedR1Error(
+            f"{out}: {listed}; it was counted in {name}, so extend it by optimizer.{name}, or choose another --out"
+        )
+    before, after = getattr(one, name), getattr(other, name)
+    if before > after:
         raise MedR1Error(f"{out}: {listed}; a run can be extended, not shortened. Choose another --out")
     schedule = config.optimizer.schedule
     ended = f"{schedule} schedule came down to 0" if schedule != STATELESS else ""

@@ -65,7 +65,8 @@ class GRPOTrainer(CollectingTrainer):
         GRPOTrainer(load_vlm("tiny", dtype="float32"), config, train, test, Path("runs/grpo")).run()
 
     Raises:
-        MedR1Error: as `CollectingTrainer`; checkpoints that would fall between two updates on one set of rollouts.
+        MedR1Error: as `CollectingTrainer`; checkpoints, or an end, that would fall between two updates on one set of
+            rollouts.
     """
 
     def __init__(
@@ -81,6 +82,11 @@ class GRPOTrainer(CollectingTrainer):
             raise MedR1Error(
                 f"log.save_every = {config.log.save_every} is no multiple of grpo.num_iterations = {self.repeats};"
                 " a checkpoint may not fall between updates on one set of rollouts"
+            )
+        if (steps := config.optimizer.steps) % self.repeats:
+            raise MedR1Error(
+                f"optimizer.steps = {steps} is no multiple of grpo.num_iterations = {self.repeats}; set it to"
+                f" {steps + -steps % self.repeats}, so that the run does not end between updates on one set of rollouts"
             )
         super().__init__(vlm, config, train_records, test_records, output_dir)
         # Sampling reads the prompts with gradient, and the policy pass goes on from there, where one backward pass of
@@ -253,7 +259,7 @@ class GRPOTrainer(CollectingTrainer):
                     share = entropy_share(entropy_NT, rows_mask_NT, num_tokens=num_tokens)
                     loss = loss - objective.entropy_bonus * share
                 if self.looks:
-                    loss = loss + self._looking(model, experience, chunk, part, logp_NT, entropy_NT)
+                    loss = loss + self._looking(model, experience, chunk, part, rows_mask_NT, logp_NT, entropy_NT)
                 # DDP averages gradients over processes, and the denominator already counts them all.
                 self.accelerator.backward(loss * self.args.world_size)
             self.add_to_log({f"policy_{name}": value for name, value in sums.items()})
@@ -269,10 +275,15 @@ class GRPOTrainer(CollectingTrainer):
         experience: Experience,
         chunk: list[int],
         part: tuple[Tensor, slice],
+        rows_mask_NT: Tensor,
         logp_NT: Tensor,
         entropy_NT: Tensor,
     ) -> Tensor:
-        """What these prompts' completions cost by what they, or their answers, would be under another image."""
+        """What these prompts' completions cost by what they, or their answers, would be under another image.
+
+        Args:
+            rows_mask_NT: True at tokens that were scored under their own image; others have no part in this either.
+        """
         objective, other = self.config.grpo, experience.other
         assert other is not None
         num_completions = self.config.rollout.num_completions
@@ -288,7 +299,7 @@ class GRPOTrainer(CollectingTrainer):
             )
 
         if objective.perception:
-            mask_NT = other.mask_NT[part]
+            mask_NT = other.mask_NT[part] & rows_mask_NT
             other_logp_NT, other_entropy_NT = asked(
                 experience.rollout.completion_ids_NT[part],
                 mask_NT,
@@ -306,17 +317,19 @@ class GRPOTrainer(CollectingTrainer):
             rows, _ = part
             num_options = len(said.ids_KT) // len(said.chosen_N)
             rows_K = (rows[:, None] * num_options + torch.arange(num_options)).flatten()
-            mask_KT = said.mask_KT[rows_K]
+            scored_N = rows_mask_NT.any(1)
+            mask_KT = said.mask_KT[rows_K] & scored_N.repeat_interleave(num_options)[:, None]
+            chosen_N = said.chosen_N[rows].masked_fill(~scored_N, -1)
             length = max(1, int((mask_KT * torch.arange(1, 1 + mask_KT.shape[1], device=mask_KT.device)).max()))
             option_logp_KT, _ = asked(said.ids_KT[rows_K, :length], mask_KT[:, :length])
             above, num_above = above_chance(
                 option_logp_KT.sum(1).view(-1, num_options),
                 mask_KT.any(1).view(-1, num_options),
-                said.chosen_N[rows],
+                chosen_N,
                 denominator=num_rows,
             )
             loss = loss + objective.hold_to_chance * above
-            self.add_to_log({"above_chance": num_above, "other_rows": float((said.chosen_N[rows] >= 0).sum())})
+            self.add_to_log({"above_chance": num_above, "other_rows": float((chosen_N >= 0).sum())})
         return loss
 
     def _arrive(self, model: nn.Module, ahead: "Ahead") -> None:

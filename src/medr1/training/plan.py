@@ -1,4 +1,4 @@
-"""What a GRPO step will need: memory and time by part, counted from a model's configuration before a GPU is rented.
+"""What a step will need: memory and time by part, counted from a model's configuration before a GPU is rented.
 
     medr1 plan --config configs/omnimedvqa-qwen2vl-2b.toml --gpu a100 --gpus 8
     medr1 plan --model MedGemma-4B --memory 24
@@ -8,7 +8,8 @@ backward; attention and norms are left out, products are taken to reach UTILISAT
 no less than EAGER_LAYER a layer, and what GPUs send each other waits for the computation and is not hidden behind it.
 These constants are assumptions; no GPU was measured here. What was measured, one step on two CPU cores and the tensors
 that autograd saves, is held against these counts in tests/test_plan.py. The shared prefix is counted as it is computed:
-P prompt tokens once and G*T completion tokens for a group.
+P prompt tokens once and G*T completion tokens for a group. Left out is what nobody knows before: how often
+`draws.redraws` samples again, and how long rewards take, the reading of `consistency` among them.
 """
 
 import json
@@ -97,6 +98,8 @@ USABLE = 0.9
 """Share of a GPU's memory that a step may plan with; the rest is the allocator's and the libraries'."""
 PROMPT_TEXT = 110
 """Tokens of a prompt beside its image: a typical question with four options and the instruction."""
+ANSWER = 16
+"""Tokens that SFT learns of a record: a typical option, the tags around it and the end token."""
 OMNIMEDVQA = 71_200
 """Training questions of an 80 % split of OmniMedVQA's open part (88,996)."""
 GB = 1e9
@@ -304,7 +307,7 @@ def plan(
     """Memory of a GPU and time of a step.
 
     Args:
-        config: a GRPO recipe; the GPUs divide its `prompts_per_step`.
+        config: of GRPO or SFT; the GPUs divide its `prompts_per_step`.
         image_side: pixels of a square image's side, before the processor scales it.
         gpu: a name of GPUS, see `gpu_named`.
         gpus: GPUs of a node.
@@ -314,7 +317,8 @@ def plan(
 
     Returns:
         memory_gb: bytes by part / 1e9; needed_gb, usable_gb, fits; seconds: by part of a step;
-        step_seconds; prompt_tokens; hours_per_epoch (of OMNIMEDVQA questions, over all GPUs).
+        step_seconds (of several updates on one set of rollouts the mean); prompt_tokens; hours_per_epoch (of
+        OMNIMEDVQA questions, over all GPUs).
 
     Raises:
         MedR1Error: an unknown GPU, 4 bits without an adapter, or prompts that the GPUs cannot divide evenly.
@@ -326,7 +330,9 @@ def plan(
     lora, optimizer = config.model.lora_rank, config.optimizer
     if config.model.quantize != "none" and not lora:
         raise MedR1Error(f"model.quantize = {config.model.quantize}: is for a base under LoRA; set model.lora_rank")
-    group, new_tokens = config.rollout.num_completions, config.rollout.max_new_tokens
+    objective, sft = config.grpo, config.method == "sft"
+    group, new_tokens = (1, ANSWER) if sft else (config.rollout.num_completions, config.rollout.max_new_tokens)
+    updates = 1 if sft else objective.num_iterations
     shown = image_tokens(sizes, config, image_side)
     prompt = shown + text_tokens
     completions = group * new_tokens
@@ -339,13 +345,18 @@ def plan(
         )
     in_forward = min(optimizer.prompts_per_forward or num_prompts, num_prompts)
     whole = not optimizer.gradient_checkpointing and in_forward == num_prompts and processes == 1
-    whole &= config.rollout.engine == "local"  # who has read the prompts already
+    whole &= config.rollout.engine == "local" and not sft  # who has read the prompts already
+    whole &= updates == 1 and not config.draws.redraws
     targets = config.model.lora_targets
     trains_vision = targets != "language" if lora else config.model.train_vision
-    reference = config.grpo.beta > 0
+    asks_reference = objective.beta > 0 and not sft
+    reference = asks_reference or ("consistency" in objective.rewards and not sft)
+    # Each of these terms reads another image's prompt with completions; all graphs are there until the one backward.
+    views = 1 if sft else 1 + (objective.perception > 0) + (objective.hold_to_chance > 0)
 
     # Full fine-tuning keeps float32 weights and a bfloat16 copy while it computes; LoRA's base is bfloat16.
-    width = 4 if config.model.dtype == "float32" else 2
+    dtype = "float32" if config.model.dtype == "auto" and gpu in NO_BFLOAT16 else config.model.dtype
+    width = 4 if dtype == "float32" else 2
     ends = {"language": sizes.linear_ends, "vision": sizes.vision_ends}
     trained = lora * (ends.get(targets) or sum(ends.values())) if lora else sizes.weights
     if not lora and not trains_vision:
@@ -357,7 +368,7 @@ def plan(
         "gradients and AdamW": (6 if optimizer.name == "adamw_8bit" else 12) * trained,
         "reference": 0
         if lora or not reference
-        else {"float32": 4, "bfloat16": 2, "cpu": 0}[config.grpo.reference] * sizes.weights,
+        else {"float32": 4, "bfloat16": 2, "cpu": 0}[objective.reference] * sizes.weights,
     }
     copies = width * sizes.weights if sharded or not lora else 0
     if four_bits:  # one layer's weights, while it is computed
@@ -365,16 +376,16 @@ def plan(
     layer = saved_by_layer(sizes, lora=bool(lora), width=width)
     patch = saved_by_patch(sizes, width=width) if trains_vision else 0
     if optimizer.gradient_checkpointing:
-        saved = width * sizes.hidden * sizes.layers + layer
-        of_patch = (width * sizes.vision_width * sizes.vision_layers + patch) if trains_vision else 0
+        saved = views * width * sizes.hidden * sizes.layers + layer
+        of_patch = (views * width * sizes.vision_width * sizes.vision_layers + patch) if trains_vision else 0
     else:
-        saved, of_patch = layer * sizes.layers, patch * sizes.vision_layers
+        saved, of_patch = views * layer * sizes.layers, views * patch * sizes.vision_layers
     scored = min(in_forward * completions, max(1, MAX_LOGITS // sizes.vocabulary))
     parts = {name: value / (processes if sharded else 1) for name, value in held.items()} | {
         "bfloat16 copies": copies,
         "activations": in_forward * (tokens * saved + shown * sizes.patches * of_patch),
         "logits": 12 * scored * sizes.vocabulary,
-        "keys and values": 2 * width * num_prompts * tokens * sizes.layers * sizes.key_value,
+        "keys and values": 0 if sft else 2 * width * num_prompts * tokens * sizes.layers * sizes.key_value,
     }
     needed = sum(parts.values()) / GB
 
@@ -387,7 +398,9 @@ def plan(
         backward = 2 * sizes.text * tokens + head + (image if trains_vision else 0)
     again = forward if optimizer.gradient_checkpointing else 0
     read_before = 2 * sizes.text * prompt + (image if trains_vision else 0)
-    policy = (forward - read_before if whole else forward) + backward + again
+    policy = views * (forward + backward + again) - (read_before if whole else 0)
+    if not trains_vision and (sft or views > 1):  # no rollout has seen these images
+        policy += image
     rate = tflops * 1e12 * UTILISATION
     weights_read = (
         (base if lora else 2 * sizes.weights) * (1 - sizes.vision / sizes.weights) * new_tokens / (bandwidth * 1e9)
@@ -395,9 +408,9 @@ def plan(
     launches = EAGER_LAYER * sizes.layers * new_tokens
     decode = max(weights_read, launches, num_prompts * (2 * sizes.text * completions + head) / rate)
     seconds = {
-        "rollout": num_prompts * read / rate + decode,
+        "rollout": 0.0 if sft else (num_prompts * read / rate + decode) / updates,
         "policy": num_prompts * policy / rate,
-        "reference": num_prompts * forward / rate if reference else 0.0,
+        "reference": num_prompts * forward / rate / updates if asks_reference else 0.0,
     }
     if processes > 1:
         seconds["between GPUs"] = _sent(
@@ -412,7 +425,7 @@ def plan(
         "fits": needed <= memory * USABLE,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "step_seconds": round(step, 2),
-        "hours_per_epoch": round(OMNIMEDVQA / optimizer.prompts_per_step * step / 3600, 1),
+        "hours_per_epoch": round(OMNIMEDVQA / optimizer.prompts_per_step * updates * step / 3600, 1),
     }
 
 

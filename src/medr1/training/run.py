@@ -16,7 +16,7 @@ from medr1.data.records import write_atomic
 from medr1.errors import MedR1Error
 from medr1.evaluation.run import leave_out_too_long, too_long
 from medr1.policy.vlm import load_vlm
-from medr1.processes import agree, alone, gather, is_first, join
+from medr1.processes import agree, alone, gather, is_first, join, make_folder
 from medr1.training.base import RecordTrainer
 from medr1.training.folder import MODEL, RESULT, write_recipe
 from medr1.training.grpo import GRPOTrainer
@@ -37,7 +37,7 @@ def train(config: Config, out: Path, *, extend: bool = False) -> dict[str, Any]:
         model (folder), steps, train_records, test_records, and the last log line.
     """
     device = join()
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     with ExitStack() as held:
         agree(lambda: held.enter_context(alone(out)))
         if len(gather(None)) > 1:  # images are hashed once, and not once a process

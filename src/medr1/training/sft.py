@@ -48,8 +48,9 @@ class SFTTrainer(RecordTrainer):
     def learn(self, model: nn.Module, records: list[Record]) -> Tensor:
         """One backward pass; the mean negative log-probability of the answer's tokens over the whole step."""
         records = [self.as_asked(record, self.state.global_step + 1) for record in records]
-        end = self.vlm.tokenizer.eos_token_id
-        targets = [[*self.vlm.tokenizer(f"<answer> {record.gold}</answer>")["input_ids"], end] for record in records]
+        end, replies = self.vlm.tokenizer.eos_token_id, [f"<answer> {record.gold}</answer>" for record in records]
+        # Some tokenizers (Gemma, LLaVA) put a token before a text, which the prompt has and no reply begins with.
+        targets = [[*ids, end] for ids in self.vlm.tokenizer(replies, add_special_tokens=False)["input_ids"]]
         denominator = sum(gather(sum(map(len, targets))))
         size = self.config.optimizer.prompts_per_forward or len(records)
         total = torch.zeros((), device=self.accelerator.device)

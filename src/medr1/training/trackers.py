@@ -119,7 +119,8 @@ def _as_text(rows: list[Row]) -> str:
     """A prompt's completions; what a model wrote is indented, which TensorBoard shows as it is."""
     text = [f"{rows[0]['id']}, right answer {rows[0]['answer']}", _indented(rows[0]["question"])]
     for row in rows:
-        text += [f"reward {row['reward']:g}, advantage {row['advantage']:g}", _indented(row["reply"])]
+        reward = "no reward" if row["reward"] is None else f"reward {row['reward']:g}"
+        text += [f"{reward}, advantage {row['advantage']:g}", _indented(row["reply"])]
     return "\n\n".join(text)
 
 
