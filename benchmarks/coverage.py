@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
+from medr1.data.records import QUESTION_TYPES
+from medr1.evaluation.calibration import measure
 from medr1.evaluation.intervals import (
     DIFFERENCE,
     TAIL,
@@ -23,6 +25,8 @@ from medr1.evaluation.intervals import (
     mean_interval,
     with_worst,
 )
+from medr1.evaluation.metrics import Row, paired_change
+from medr1.evaluation.metrics import macro as macro_average
 
 REGIMES: dict[str, list[int]] = {
     "150 single rows": [1] * 150,
@@ -40,6 +44,7 @@ REGIMES: dict[str, list[int]] = {
 }
 ACCURACIES = (0.3, 0.9, 0.99)
 CORRELATIONS = (0.1, 0.3, 0.9)
+CALIBRATION = ["calibration error of 240 rows, 200 draws", "single rows, %", "48 groups of five, %"]
 
 
 def drawn(rng: np.random.Generator, size_C: Floats, accuracy: float, correlation: float, num: int) -> Floats:
@@ -111,14 +116,77 @@ def other_statistics(num: int) -> dict[str, float]:
         low, high = jackknife_interval(rows(sizes, 0.1 + 2 * (1 - shares)), of(sizes)) or (0, 0)
         return low <= 0.7 <= high
 
+    def answers(accuracy: float) -> list[Row]:
+        """Of five question types about the same 100 images, whose rows correlate with 0.9."""
+        like = (1 - 0.9) / 0.9
+        chance_C = rng.beta(accuracy * like, (1 - accuracy) * like, size=100)
+        about = {"modality": None, "question": "", "chance": 0.25}
+        return [
+            {**about, "id": f"{kind} {image}", "group": image, "question_type": kind, "correct": bool(right)}
+            for kind in QUESTION_TYPES
+            for image, right in enumerate(rng.random(100) < chance_C)
+        ]
+
+    def shared() -> bool:
+        low, high = macro_average(answers(0.98), "question_type")["ci95"]
+        return low <= 0.98 <= high
+
+    def shared_change() -> bool:
+        after = answers(0.02)
+        low, high = paired_change([{**row, "correct": False} for row in after], after, "question_type")["ci95"]
+        return low <= 0.02 <= high
+
     asked: dict[str, Callable[[], bool]] = {
         "paired difference, 20 of 5": lambda: difference(even),
         "paired difference, six of 24 and 60 single": lambda: difference(uneven),
         "average over eight modalities, both kinds": macro,
         "log-likelihood, 20 of 5": lambda: log_likelihood(even),
         "log-likelihood, six of 24 and 60 single": lambda: log_likelihood(uneven),
+        "average of five question types, same 100 images": shared,
+        "its paired change, of few answers": shared_change,
     }
     return {name: float(np.mean([ask() for _ in range(num)])) for name, ask in asked.items()}
+
+
+def calibration_error(num: int) -> dict[str, list[float]]:
+    """Coverage of `calibration.measure`'s interval: with 240 single rows, and with 48 groups of five that agree."""
+    rng = np.random.default_rng(2)
+
+    def spread(count: int) -> Floats:
+        return rng.uniform(0.25, 1, count)
+
+    def high(count: int) -> Floats:
+        return rng.beta(20, 1, count)
+
+    def alike(count: int) -> Floats:
+        return rng.normal(0.9, 0.005, count)
+
+    regimes: dict[str, tuple[Callable[[int], Floats], Callable[[Floats], Floats]]] = {
+        "none, confidence 0.25 to 1": (spread, lambda confidence_N: confidence_N),
+        "none, confidence mostly above 0.9": (high, lambda confidence_N: confidence_N),
+        "right as often as confidence squared": (spread, lambda confidence_N: confidence_N**2),
+        "0.98 right at a confidence of 0.9": (alike, lambda confidence_N: np.full_like(confidence_N, 0.98)),
+        "too sure above 0.6, not sure enough below": (
+            spread,
+            lambda confidence_N: (confidence_N + 0.3 * np.sin(2 * np.pi * (confidence_N - 0.25) / 0.75)).clip(0, 1),
+        ),
+    }
+
+    def covered(regime: str, size: int) -> bool:
+        draw, right = regimes[regime]
+        confidence_N = draw(240)
+        correct_N = np.repeat(rng.random(240 // size), size) < right(confidence_N)
+        rows = [
+            {"id": str(row), "group": str(row // size), "confidence": confidence, "correct": correct,
+             "options": ["a", "b"], "option_probs": [confidence, 1 - confidence], "gold": "A" if correct else "B"}
+            for row, (confidence, correct) in enumerate(zip(confidence_N.tolist(), correct_N.tolist(), strict=True))
+        ]  # fmt: skip
+        low, high = measure(rows)["ece"]["ci95"]
+        return low <= truth[regime] <= high
+
+    sample = {name: draw(100_000) for name, (draw, _) in regimes.items()}
+    truth = {name: float(np.abs(right(sample[name]) - sample[name]).mean()) for name, (_, right) in regimes.items()}
+    return {name: [float(np.mean([covered(name, size) for _ in range(num)])) for size in (1, 5)] for name in regimes}
 
 
 def main() -> None:
@@ -131,12 +199,15 @@ def main() -> None:
             print(*lines[-1], flush=True)
     head = ["groups", "correlation", *(f"accuracy {accuracy}" for accuracy in ACCURACIES)]
     others = [[name, f"{100 * share:.1f}"] for name, share in other_statistics(num=400).items()]
+    errors = [[name, *(f"{100 * share:.1f}" for share in both)] for name, both in calibration_error(num=200).items()]
     Path(__file__).with_suffix(".md").write_text(
         "Coverage in % of 1,000 draws; in brackets the mean width, over that of a normal interval that knows accuracy"
         " and correlation.\n\n"
         + tabulate(lines, head, tablefmt="github", disable_numparse=True)
         + "\n\n"
         + tabulate(others, ["other statistics, 400 draws", "coverage, %"], tablefmt="github", disable_numparse=True)
+        + "\n\n"
+        + tabulate(errors, CALIBRATION, tablefmt="github", disable_numparse=True)
         + "\n"
     )
 

@@ -53,7 +53,8 @@ def gains(study: StudyResults) -> str:
         )
         for kind, cell in after.items():
             shown = [with_span(c["accuracy"], c["ci95"]) for c in (before[kind], cell)]
-            about = line.label, kind, str(cell["n"]), percent(cell["chance"])
+            label = f"{line.label}, one {line.axis.replace('_', ' ')}"
+            about = label, kind, str(cell["n"]), percent(cell["chance"])
             lines.append([*about, *shown, points_with_span(change[kind])])
     head = ["", "question type", "n", "guessing", "base", "trained", "change, paired"]
     return tabulate(lines, head, tablefmt="github", disable_numparse=True) + "\n"

@@ -11,6 +11,9 @@ from medr1.cli import app
 from medr1.data.records import LETTERS, write_jsonl
 from medr1.errors import MedR1Error
 from medr1.evaluation.calibration import (
+    _chance_ece,
+    _ece,
+    _in_order,
     abstains,
     answered,
     applied,
@@ -25,6 +28,7 @@ from medr1.evaluation.calibration import (
     with_confidence,
     write_calibration,
 )
+from medr1.evaluation.intervals import interval
 from medr1.evaluation.metrics import MIN_N, Row
 
 OPTIONS = ["Cyst", "Tumour", "Scar"]
@@ -46,6 +50,8 @@ def row(probs: list[float], gold: str = "A", *, id: str = "r", group: str | None
         "mode": "no-think",
         "outcome": "letter",
         "scoring": "options",
+        **dict.fromkeys(("modality", "question_type", "source", "question", "finish", "tokens", "format_ok")),
+        **{"images": [], "chance": 1 / len(probs), "reply": f"<answer>{letter}</answer>"},
     }
     return with_confidence(made)
 
@@ -139,6 +145,15 @@ def test_temperature_is_found_again_and_scales() -> None:
     assert after["aurc"]["value"] == pytest.approx(before["aurc"]["value"], abs=0.02)
 
 
+def test_where_all_are_right_the_temperature_stays() -> None:
+    """The lowest one would fit best and make all confidences 1.0, of which no threshold answers a part."""
+    rows = [sure(0.95 + at / 4000, True, id=f"r{at}") for at in range(80)]
+    assert fit_temperature(rows) == 1.0
+    found = calibrate(rows)
+    assert (found.temperature, found.accuracy) == (1.0, 1.0) and 0.95 < found.threshold < 0.97
+    assert fit_temperature([*rows, sure(0.99, False, id="w")]) != 1.0
+
+
 def test_equal_texts_are_both_right() -> None:
     two_right = {**row([0.5, 0.3, 0.2], "A"), "options": ["Cyst", "cyst ", "Scar"]}
     assert measure([two_right])["nll"]["value"] == pytest.approx(-np.log(0.8))
@@ -174,6 +189,47 @@ def test_intervals_of_ece_and_aurc_cover_in_simulation(temperature: float) -> No
     assert np.mean([f["ece"]["value"] for f in found]) > truth["ece"]["value"], "biased upwards"
 
 
+def test_a_calibrated_model_that_is_seldom_wrong_is_not_called_miscalibrated() -> None:
+    """With hardly a wrong answer nothing is left for a wild bootstrap to turn: it called 33 of 100 such models so."""
+    rng = np.random.default_rng(0)
+    groups, found = [f"g{at // 2}" for at in range(240)], {0.0: 0, 0.12: 0}
+    for off in found:
+        for _ in range(100):
+            confidence_N = rng.beta(20, 1, size=240)
+            correct_N = (rng.random(240) < confidence_N - off).astype(float)
+            ece = _ece(*_in_order(confidence_N, correct_N))
+            found[off] += ece > _chance_ece(confidence_N, correct_N, groups, rng)
+    assert found[0.0] <= 12 and found[0.12] >= 95
+    always = measure([sure(0.9, True, id=f"r{at}") for at in range(30)])["ece"]
+    assert always["value"] == pytest.approx(0.1) and always["ci95"] == [0.0, pytest.approx(0.1)]
+
+
+def test_the_interval_of_ece_is_no_point_where_all_are_right() -> None:
+    """240 right of 240 at a confidence of 0.5 may be 0.9877 right (0.9877^240 = 0.05): off by 0.4877."""
+    low, high = measure([sure(0.5, True, id=f"r{at}") for at in range(240)])["ece"]["ci95"]
+    assert low < 0.4877 and high == pytest.approx(0.5)
+
+
+def test_the_interval_of_ece_holds_what_the_mean_gap_may_be() -> None:
+    """Two of 240 wrong in one bin: 0.1 in 14 bins and 2 / 16 - 0.1 in one are 0.095, but accuracy is up to 0.999."""
+    found = measure([sure(0.9 + at / 1e6, at > 1, id=f"r{at}") for at in range(240)])
+    assert found["ece"]["value"] == pytest.approx((14 * 0.1 + 0.025) / 15, abs=2e-4)
+    _, high = interval([0.0] * 2 + [1.0] * 238, range(240)) or (0, 0)
+    assert found["ece"]["ci95"][1] == pytest.approx(high - 0.9, abs=2e-4) and high > 0.9985
+
+
+def test_tied_confidences_leave_answers_their_spread() -> None:
+    """All as confident: the 32 most confident of 40 are any 32, by id 26 of them right, where the mean is 0.8."""
+    rows = [sure(0.9, at % 5 < 4, id=f"r{at:02}") for at in range(40)]
+    found = measure(rows[::-1])
+    assert found["at_coverage"]["accuracy"] == pytest.approx(0.8)
+    assert found["at_coverage"]["ci95"] == pytest.approx(list(interval([1] * 26 + [0] * 6, range(32)) or ()))
+    # The first bin holds the ids r00, r01, r02, all of them right: at least 0.025^(1/3), or the mean, which is more.
+    assert found["bins"][-1]["ci95"] == pytest.approx([0.025 ** (1 / 3), 1.0], abs=1e-6)
+    # Another r34, wrong, and r35.
+    assert found["bins"][2]["n"] == 2 and found["bins"][2]["ci95"] == pytest.approx(list(interval([0, 1], "ab") or ()))
+
+
 def test_no_answer_has_no_confidence_and_is_abstained_from_first() -> None:
     silent = with_confidence({**row([0.9, 0.1]), "letter": None, "correct": False, "threshold": 0.0})
     assert silent["confidence"] is None
@@ -194,6 +250,8 @@ def test_thresholds_by_hand() -> None:
     assert choose_threshold(tied, "coverage", 1.0) == pytest.approx(0.7)
     with pytest.raises(MedR1Error, match=r"no threshold answers 30 or more of 50 questions with coverage 0.3;"):
         choose_threshold(tied, "coverage", 0.3)
+    with pytest.raises(MedR1Error, match=r"coverage 0\.8; raise the target \(50 answers share the highest conf"):
+        choose_threshold([sure(0.7, True, id=f"s{at}") for at in range(50)], "coverage", 0.8)
     wrong = [sure(0.7, False, id=f"w{at}") for at in range(40)]
     with pytest.raises(MedR1Error, match=r"accuracy 0.5 \(the best is 0.000\); lower the target"):
         choose_threshold(wrong, "accuracy", 0.5)

@@ -234,6 +234,21 @@ def test_macro_interval_heeds_shared_groups():
     assert macro(mirrored, "question_type")["ci95"] == pytest.approx([0.5 - skew, 0.5 + skew])
 
 
+def test_macro_interval_of_shared_groups_without_a_mistake():
+    """Five types of the same thirty images, all right: what one image more could show is in all five at once."""
+    types = ("Modality Recognition", "Anatomy Identification", "Disease Diagnosis", "Lesion Grading")
+    rows = [row(f"{name} {i}", True, group=f"{i}", question_type=name) for name in types for i in range(30)]
+    assert macro(rows, "question_type")["ci95"] == pytest.approx(list(exact(30, 30)))
+    # Half of the second type's images are the first's: a cosine of 15 / 30, of intervals that reach as far down.
+    halves = [{**item, "group": f"{item['group']} {at // 45}"} for at, item in enumerate(rows[:60])]
+    below = (1 - exact(30, 30)[0]) / 2 * math.sqrt(1 + 1 + 2 * 15 / 30)
+    assert macro(halves, "question_type")["ci95"] == pytest.approx([1 - below, 1.0])
+    again = [{**item, "correct": False} for item in rows[:60]]  # nor does a change from all wrong to all right
+    assert paired_change(again, rows[:60], "question_type")["ci95"] == pytest.approx(
+        list(interval([1.0] * 30, range(30), DIFFERENCE) or ())
+    )
+
+
 def test_matrix_by_hand():
     before = cells_of({"CT": [0] * 40, "MRI": [0] * 10, "OCT": [1, 0] * 20})
     after = cells_of({"CT": [1] * 40, "MRI": [1] * 10, "OCT": [1, 0] * 19 + [0, 1]})

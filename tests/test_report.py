@@ -10,16 +10,17 @@ import pytest
 from PIL import Image
 
 from medr1.config import Config, to_toml
+from medr1.data.answers import EXTRACTOR_VERSION
 from medr1.data.parts import load_parts
 from medr1.data.records import append_jsonl
 from medr1.errors import MedR1Error
 from medr1.evaluation.calibration import Calibration, calibrating, write_calibration
 from medr1.evaluation.controls import text_only_prior
 from medr1.evaluation.metrics import accuracy_table, summarise
-from medr1.evaluation.rows import record_of
+from medr1.evaluation.rows import read_rows, record_of
 from medr1.report.plots import learning_curves
 from medr1.report.run import ReportData, report_from_files, tell, write_report
-from medr1.report.trust import calibration_section, faithfulness_section
+from medr1.report.trust import _tell_calibration, calibration_section, faithfulness_section
 from medr1.trust.faithfulness import verdict
 
 NASTY = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> </script> B & A"
@@ -191,6 +192,22 @@ def test_the_story_is_no_better_than_the_numbers(made: dict, worth: list[str], w
     assert words in " ".join(sentence for _, sentence in story)
 
 
+@pytest.mark.parametrize(
+    ("limits", "worth", "words"),
+    [
+        ([0.2, 0.35], "good", "no better than guessing 25.0 %: they give nothing away"),
+        ([0.05, 0.9], "open", "score 30.0 % (5.0–90.0), which cannot be told from guessing 25.0 %."),
+        ([0.26, 0.4], "open", "they give some answers away"),
+    ],
+)
+def test_what_may_give_much_away_is_not_called_nothing(limits: list[float], worth: str, words: str):
+    """Of two patients nearly anything is possible: that chance is possible too says nothing good."""
+    made = scores(0.3, 0.8, [0.4, 0.6], text_only=(0.3, 0.25))
+    made["controls"]["text_only"] |= {"ci95": limits, "chance": 0.25}
+    kind, sentence = tell(made, {"macro": {"n": 8}})[-1]
+    assert kind == worth and words in sentence
+
+
 def test_no_number_is_minus_zero():
     from medr1.report.pages import decimal, percent, points, span, span_points
 
@@ -333,6 +350,71 @@ def test_files_that_are_no_single_evaluation(tmp_path: Path):
         report_from_files(base, base, out=out, calibration=tmp_path / "c.json")
 
 
+def test_a_report_carries_its_name(tmp_path: Path):
+    """Whatever controls it has besides, which have names too."""
+    for name, rows in (("base", make_rows(8)), ("trained", make_rows(18)), ("blank", make_rows(8, condition="blank"))):
+        append_jsonl(tmp_path / f"{name}.jsonl", rows)
+    files, controls = [tmp_path / "base.jsonl", tmp_path / "trained.jsonl"], [f"blank={tmp_path / 'blank.jsonl'}"]
+    report_from_files(*files, out=tmp_path / "out.html", controls=controls, name="mine")
+    page = (tmp_path / "out.html").read_text(encoding="utf-8")
+    assert "<title>Med-R1 report: mine</title>" in page and "<dt>after</dt><dd>mine</dd>" in page
+
+
+def test_a_control_of_a_part_of_the_questions_is_no_control_of_all(tmp_path: Path):
+    """As a stopped --looking leaves it: 12 of 40 questions, all wrong, made the model "look" in the first table."""
+    for name, rows in (("base", make_rows(8)), ("trained", make_rows(18))):
+        append_jsonl(tmp_path / f"{name}.jsonl", rows)
+    append_jsonl(tmp_path / "trained.looking/blank.jsonl", make_rows(0, condition="blank")[:12])
+    files = [tmp_path / "base.jsonl", tmp_path / "trained.jsonl"]
+    result = report_from_files(*files, out=tmp_path / "out.html")
+    assert "blank" not in result and result["looking"]["after"]["reliance_blank"]["n"] == 12
+    page = (tmp_path / "out.html").read_text(encoding="utf-8")
+    assert "image blanked the trained model" not in page and "The image was exchanged in 12 of the questions" in page
+    assert "<th>image blanked</th>" not in page and "On 12 questions, each counting once" in page
+
+
+def test_what_either_model_trained_on_is_in_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of 40 questions the model's run trained on r0 to r9, that of the model before on r8 to r13: 26 are left."""
+    asked = {"image": 18, "shuffled": 8, "blank": 8}
+    seen = {"base": range(8, 14), "trained": range(10)}
+    for name, known in seen.items():
+        for way, right in asked.items():
+            rows = make_rows(right, condition=way)
+            for number in known:
+                rows[number]["seen_by_run"] = "trained on"
+            append_jsonl(tmp_path / (f"{name}.jsonl" if way == "image" else f"{name}.looking/{way}.jsonl"), rows)
+    calibrated = []
+    monkeypatch.setattr("medr1.report.run.calibration_section", lambda *rows: calibrated.extend(map(len, rows[:2])))
+    files = [tmp_path / "base.jsonl", tmp_path / "trained.jsonl"]
+    result = report_from_files(*files, out=tmp_path / "out.html")
+    assert calibrated == [26, 26] and {result["looking"][side]["reliance"]["n"] for side in ("before", "after")} == {26}
+    assert result["base_macro"] == result["trained_macro"] == 11 / 13  # of 13 a modality two are wrong
+    assert result["blank"] == result["shuffled"] == 1 / 13  # r14 and r15 are the eighth of their modalities
+    page = (tmp_path / "out.html").read_text(encoding="utf-8")
+    assert "on 26 held-out questions" in page and "All 26 questions" in page and len(embedded(page)["samples"]) == 26
+    assert "10 of the questions were trained on by the run and are in none of these numbers; on them" in page
+    assert "4 more were trained on by the run of the model before" in page
+    (tmp_path / "trained.jsonl").unlink()
+    append_jsonl(tmp_path / "trained.jsonl", make_rows(18, seen_by_run="trained on"))
+    with pytest.raises(MedR1Error, match=r"out\.html: every question was trained on by the run of one of the models"):
+        report_from_files(*files, out=tmp_path / "out.html")
+
+
+def test_replies_that_another_extractor_read_are_read_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """So that two evaluations beside each other are read alike; the file stays as it is."""
+    rows = make_rows(0, extractor_version=1)
+    append_jsonl(tmp_path / "old.jsonl", rows)
+    assert all(row["letter"] == "B" and "<answer>A" in row["reply"] for row in rows)
+    read = read_rows(tmp_path / "old.jsonl")
+    assert all(
+        (row["letter"], row["correct"], row["extractor_version"]) == ("A", True, EXTRACTOR_VERSION) for row in read
+    )
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"were read by extractor version 1, and are read again by version {EXTRACTOR_VERSION}" in told
+    append_jsonl(tmp_path / "new.jsonl", make_rows(0, extractor_version=EXTRACTOR_VERSION))
+    assert {row["letter"] for row in read_rows(tmp_path / "new.jsonl")} == {"B"}
+
+
 def test_bad_files(tmp_path: Path):
     data = make_data(tmp_path)
     append_jsonl(tmp_path / "base.jsonl", data.base)
@@ -350,6 +432,18 @@ def test_bad_files(tmp_path: Path):
         report_from_files(base, base, out=out, controls=["blank"])
     with pytest.raises(MedR1Error, match=r"broken\.json: cannot be read"):
         report_from_files(base, base, out=out, controls=[f"text_only={tmp_path / 'broken.json'}"])
+    (tmp_path / "list.jsonl").write_text("[1, 2]\n")
+    with pytest.raises(MedR1Error, match=r"list\.jsonl: holds no evaluation rows"):
+        report_from_files(base, tmp_path / "list.jsonl", out=out)
+    append_jsonl(tmp_path / "part.jsonl", [{k: v for k, v in row.items() if k != "chance"} for row in data.base])
+    with pytest.raises(MedR1Error, match=r"part\.jsonl: record r0 has no chance; give the file as `medr1 eval` wrote"):
+        report_from_files(base, tmp_path / "part.jsonl", out=out)
+    (tmp_path / "empty.json").write_text('{"by_modality": {}}')
+    with pytest.raises(MedR1Error, match=r"empty\.json: is no accuracy table"):
+        report_from_files(base, base, out=out, controls=[f"text_only={tmp_path / 'empty.json'}"])
+    append_jsonl(tmp_path / "blank.jsonl", make_rows(8, condition="blank"))
+    with pytest.raises(MedR1Error, match=r"blank\.jsonl: a second control blank; give one"):
+        report_from_files(base, base, out=out, controls=[f"blank={tmp_path / 'blank.jsonl'}"] * 2)
     with pytest.raises(MedR1Error, match="no rows to report"):
         write_report(make_data(tmp_path, base=[], trained=[]), out)
     assert not out.exists()
@@ -404,6 +498,17 @@ def test_calibration_is_shown_where_options_were_weighed(tmp_path: Path):
     judged = calibrating(data.trained, 0.5, 0)[1]
     assert section["trained"]["before"]["n"] == len(judged)
     assert section["trained"]["before"]["accuracy"] == sum(row["correct"] for row in judged) / len(judged)
+    over = section["trained"]["before"]
+    for gap, floor, ci, worth, words in (
+        (0.007, 0.1, [0.1, 0.4], "bad", "miscalibrated, too sure here and not sure enough there"),
+        (-0.2, 0.1, [0.1, 0.4], "bad", "under-confident"),
+        (0.0, 0.1, [0.0, 0.09], "good", "is within the noise."),
+        (0.0, 0.1, [0.0, 0.2], "open", "is within the noise, but may be as large as 20.0 %."),
+        (0.0, 0.1, None, "open", "one group outweighs the others, so whether that is more than noise cannot be told"),
+    ):
+        raw = {**over, "confidence": over["accuracy"] + gap, "ece": {"value": 0.33, "ci95": ci, "floor": floor}}
+        told = _tell_calibration(section["trained"] | {"before": raw}, section["calibration"])[0]
+        assert told[0] == worth and words in told[1]
     few = calibration_section(data.base[:40], data.trained[:40])
     assert re.match(r"only \d+ of 40 rows are there to calibrate on", few["why_not"])
     write_report(make_data(tmp_path), tmp_path / "report.html")

@@ -179,14 +179,32 @@ def count_again(keep: Path, tables: Path, instead: dict[str, list[dict]] | None 
         assert fmean(averages) == pytest.approx(float(row["accuracy"])), row
     for row in csv.DictReader((tables / "whole.csv").open()):  # the plain mean of a matrix
         way = re.sub("[^a-z]+", "-", row["after"].lower())
-        cells = [*csv.DictReader((tables / f"matrix-{row['axis'].replace('_', '-')}-{way}.csv").open())]
-        trained, untrained = (
-            fmean(float(cell["accuracy"]) for cell in cells if (cell["trained_on"] == "base") == base)
-            for base in (False, True)
-        )
-        assert trained == pytest.approx(float(row["accuracy"])), row
         if row["before"].startswith("base"):
-            assert trained - untrained == pytest.approx(float(row["difference"])), row
+            cells = [*csv.DictReader((tables / f"matrix-{row['axis'].replace('_', '-')}-{way}.csv").open())]
+            trained, untrained = (
+                fmean(float(cell["accuracy"]) for cell in cells if (cell["trained_on"] == "base") == base)
+                for base in (False, True)
+            )
+        else:  # of the models of the same value and seed that both ways have
+            own = [name for name in answers if name.startswith(row["axis"].replace("_", "-"))]
+            models = [
+                {name.replace(f"-{of}-", " "): name for name in own if f"-{of}-seed" in name}
+                for of in (way.replace("grpo-looking", "looking"), re.sub("[^a-z]+", "-", row["before"].lower()))
+            ]
+            both = models[0].keys() & models[1].keys()
+            assert len(both) == int(row["models"])
+            values = {value for found in shares.values() for of, value in found if of == row["axis"]}
+            trained, untrained = (
+                fmean(
+                    fmean(fmean(shares[of[name]][row["axis"], tested]) for name in both if name.split()[0] == home)
+                    for home in {name.split()[0] for name in both}
+                    for tested in values
+                )
+                for of in models
+            )
+            assert untrained == pytest.approx(float(row["accuracy_before"])), row
+        assert trained == pytest.approx(float(row["accuracy"])), row
+        assert trained - untrained == pytest.approx(float(row["difference"])), row
 
 
 def test_whole_tables_are_counted_again() -> None:

@@ -303,6 +303,24 @@ def test_whether_each_model_looks(tmp_path: Path) -> None:
     assert "other: its own" not in told
 
 
+def test_a_control_of_a_part_of_the_questions_is_no_control_of_all(tmp_path: Path) -> None:
+    rows = rows_of("worse", model="models/strong", weights=rows_of("strong")[0]["weights"], condition="blank")
+    write(tmp_path / "strong.looking", "blank", rows[-12:])
+    result, page = page_of(tmp_path, "strong", "other")
+    assert "blank" not in result["models"]["strong"]
+    assert result["models"]["strong"]["looking"]["reliance_blank"]["n"] == 12
+    told = " ".join(story_of(page))
+    assert "so it looks at the image: strong" not in told and "the image is used is not known: other." in told
+
+
+def test_option_texts_that_may_give_much_away_are_not_called_guessing(tmp_path: Path) -> None:
+    rows = [{**row, "group": str(number % 2)} for number, row in enumerate(rows_of("weak"))]  # of two patients
+    (tmp_path / "text.json").write_text(json.dumps(summarise(rows)))
+    page = page_of(tmp_path, "weak", "strong", controls=[f"text_only={tmp_path / 'text.json'}"])[1]
+    told = "Open: Whether option texts alone do better than guessing cannot be told: weak (32.5 %) and strong (32.5 %)."
+    assert told in story_of(page)
+
+
 def test_open_questions_alone(tmp_path: Path) -> None:
     fields = {"options": [], "gold": "cyst", "chance": None, "token_f1": 0.5, "text": "cyst", "letter": None}
     files = [write(tmp_path, name, rows_of(name, **fields, outcome="text")) for name in ("base", "weak", "strong")]

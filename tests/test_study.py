@@ -562,6 +562,29 @@ def test_kept_cells_are_taken_up_elsewhere(
         count_again(keep, out / "tables", {name: kept_cells(keep)[name, "image"][1:]})
 
 
+def test_what_is_done_stays_done_whichever_cell_is_first(
+    whole: Path, study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the first GRPO cell more is asked; another one that is done is not trained again for that, here or kept."""
+    no_model(monkeypatch)
+    done, keep, name = tmp_path / "done", tmp_path / "kept", "modality-ct-grpo-think-seed0"
+    shutil.copytree(whole, done)
+    run_study(study, done, keep)
+    kept = {path.name: path.read_bytes() for path in (keep / "cells").iterdir()}
+    for out in (done, tmp_path / "new"):
+        turned = study.model_copy(update={"cells": study.cells[::-1]})
+        assert {cell["state"] for cell in list_cells(turned, out, keep)} <= {"done", "kept"}
+        run_study(turned, out, keep)
+        results = json.loads((out / "results.json").read_text())
+        permuted = [entry["rows"] for entry in results["evaluations"] if entry["condition"] == "permuted"]
+        assert f"evaluations/{name}-permuted.jsonl" in permuted and len(permuted) == 5  # still of that cell
+        assert name in [entry["cell"] for entry in results["faithfulness"]]
+        assert "was asked so: the first" not in (out / "report.html").read_text(encoding="utf-8")
+        run_study(study.model_copy(update={"cells": ("*-oct-grpo-*", "*-ct-sft-*")}), out, keep)
+        assert "No model trained by GRPO was asked so: the first" in (out / "report.html").read_text(encoding="utf-8")
+    assert kept == {path.name: path.read_bytes() for path in (keep / "cells").iterdir()}
+
+
 def _known(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     images = [(folder / path).resolve() for path in row["images"]]
     return {**row, "images": images, "key": None, "seconds": None}

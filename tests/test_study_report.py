@@ -3,6 +3,7 @@
 import base64
 import csv
 import gzip
+import importlib.util
 import json
 import random
 import re
@@ -16,7 +17,7 @@ import medr1.study.report as study_report
 from medr1.data.records import LETTERS, MODALITIES, QUESTION_TYPES, append_jsonl, read_jsonl, write_atomic
 from medr1.errors import MedR1Error
 from medr1.evaluation.metrics import accuracy_table
-from medr1.study.numbers import StudyResults, study_numbers
+from medr1.study.numbers import StudyResults, _prior_average, study_numbers
 from medr1.study.report import tell, write_study_report
 
 NASTY = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> </script> B & A"
@@ -428,6 +429,12 @@ def test_seeds_and_values_that_not_all_have(tmp_path: Path):
     assert ("reliance", "others", "GRPO, looking, think") not in found and len(found) == 3 * 2 + 2 + 2 + 1
 
     write_study_report(made.folder)
+    whole = {(c["kind"], c["after"]): c for c in numbers["whole"]}["looking", "GRPO, looking, think"]
+    rows = [row for row in csv.DictReader((made.folder / "tables/whole.csv").open()) if row["before"] == "GRPO think"]
+    for side, method in (("accuracy", "looking"), ("accuracy_before", "grpo")):  # of CT and MRI, which both have
+        compared = [sum(share(method, v, tested, kept[v]) for v in kept) / 2 for tested in values]
+        assert whole[side]["accuracy"] == float(rows[0][side]) == pytest.approx(sum(compared) / 3)
+    assert (whole["accuracy"]["n"], rows[0]["num_values"], rows[0]["questions"]) == (3, "3", str(len(made.records)))
     screen = first_screen(made.folder)
     assert "On each of 3 modalities: SFT no-think; GRPO think. On CT, MRI: GRPO, looking, think." in screen
     assert "Seeds 0, 1 (not of all). 10 trained models" in screen
@@ -442,6 +449,24 @@ def test_seeds_and_values_that_not_all_have(tmp_path: Path):
     assert (made.folder / "tables/matrix-modality-grpo-looking-think.csv").is_file()
     panels = re.findall(r'aria-label="Learning curves, (\w+): ([^"]*)"', page)
     assert ("Ultrasound", "GRPO think") in panels and ("CT", "GRPO think, GRPO, looking, think") in panels
+
+
+def test_priors_of_shared_patients_are_not_independent():
+    """Two modalities, both 0.5 (0.3 to 0.7): of the same patients one and the same, of others two of half the error."""
+    cells = [{"accuracy": 0.5, "ci95": [0.3, 0.7], "n": 20, "chance": 0.25}] * 2
+    same, apart = (_prior_average(cells, groups) for groups in (["abc", "abc"], ["abc", "def"]))
+    assert same["ci95"] == pytest.approx([0.3, 0.7]) and same["questions"] == 40
+    assert apart["ci95"] == pytest.approx([0.5 - 0.2 / 2**0.5, 0.5 + 0.2 / 2**0.5])
+    assert _prior_average([], []) == {"accuracy": None, "chance": None, "ci95": None, "n": 0, "questions": 0}
+
+
+def test_kept_gains_name_their_axis(on_image: Path):
+    spec = importlib.util.spec_from_file_location("collect", Path(__file__).parents[1] / "results" / "collect.py")
+    collect = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(collect)
+    lines = [line.split("|") for line in collect.gains(StudyResults(on_image)).splitlines()[2:]]
+    assert {label.strip() for _, label, *_ in lines} >= {"GRPO think, one modality", "GRPO think, one question type"}
+    assert len({(label, kind) for _, label, kind, *_ in lines}) == len(lines)
 
 
 def test_whether_each_way_of_training_looks(tmp_path: Path):
@@ -557,6 +582,10 @@ def test_tables_for_citing(on_image: Path):
     with (on_image / "tables/averages.csv").open() as file:
         base = next(csv.DictReader(file))
     assert base["model"] == "base think" and base["difference"] == ""  # undefined is empty, never 0
+    assert (base["num_values"], base["questions"]) == ("3", "180")  # three modalities, 60 questions each
+    with (on_image / "tables/models.csv").open() as file:
+        counts = [(row["average"], row["num_values"], row["questions"]) for row in csv.DictReader(file)]
+    assert counts[:3] == [("all questions", "", "180"), ("modality", "3", "180"), ("question_type", "3", "180")]
     names = {path.stem for path in (on_image / "tables").iterdir()}
     assert {"averages", "whole", "comparisons", "controls", "option-order", "models", "runs"} < names
     for name in names:

@@ -146,7 +146,7 @@ def print_checkpoints(summaries: Sequence[dict[str, Any]], as_json: bool, *, cut
     for heading in ("", "step", "accuracy", "95 % interval", "no answer", "n", *looked):
         table.add_column(heading, justify="left" if not heading else "right")
     for summary in summaries:
-        cell = summary if summary["n"] else summary["open"]
+        cell = summary if summary["n"] else summary["open"] or summary
         numbers = [percent(cell["accuracy"]), interval(cell), f"{cell['unparsed']:,}", f"{cell['n']:,}"]
         if looked:
             numbers.append(percent(summary["looking"].get("reliance", {}).get("value")))

@@ -34,6 +34,7 @@ from typing import Any
 from medr1.data.claims import claims_to_see
 from medr1.data.records import Record
 from medr1.errors import MedR1Error
+from medr1.evaluation.confidence import reasoning_of
 from medr1.evaluation.controls import ALONE, can_be_asked
 from medr1.evaluation.intervals import interval
 from medr1.evaluation.metrics import by_kind, chosen, paired_p, untrained
@@ -99,7 +100,8 @@ def look(
         given: controls "shuffled" and "blank" that were asked before.
         vlm: the model, whose options can be weighed; None: behind a server.
         reader: see this module's head; None: no consistency.
-        donors, seed: whose images are shown instead, see `evaluate`; those that `ask` has.
+        donors: whose images are shown instead, see `evaluate`; those that `ask` has.
+        seed: of that choice; the one that `ask` has.
 
     Raises:
         MedR1Error: as `evaluate`.
@@ -167,6 +169,12 @@ def read_looking(path: Path, rows: Sequence[Row]) -> dict[str, Sequence[Row]]:
             raise MedR1Error(f"{file}: {what}; evaluate again with --looking, or remove {file.parent}")
         asked[way] = found
     return asked
+
+
+def of_all(asked: Asked) -> dict[str, Sequence[Row]]:
+    """The ways in which every question was asked that "image" asks: accuracies of others are of other questions."""
+    ids = {row["id"] for row in asked["image"]}
+    return {way: rows for way, rows in asked.items() if {row["id"] for row in rows} == ids}
 
 
 def values(asked: Asked) -> dict[str, dict[str, float]]:
@@ -285,9 +293,6 @@ def _list(ci: tuple[float, float] | None) -> list[float] | None:
 
 
 def kept_reasoning(reply: str) -> str:
-    """The reasoning that is held fixed: what stands in <think></think>, also where only one of the two is there, or
-    before <answer> where neither is; "" of a reply that does not part it from its answer.
-    """
-    text = reply.partition("<think>")[2] if "<think>" in reply else reply
-    thought = text.partition("</think>")[0]
-    return thought.partition("<answer>")[0] if "<answer>" in text or "</think>" in text else ""
+    """The reasoning that is held fixed; "" of a reply that was cut off before it was whole."""
+    text = reply.partition("<think>")[2] or reply
+    return reasoning_of(reply) if "</think>" in text or "<answer>" in text else ""

@@ -20,7 +20,7 @@ from scipy import signal, stats
 
 from medr1.data.records import LETTERS, MODALITIES, QUESTION_TYPES, normalise_answer, normalise_option
 from medr1.errors import MedR1Error
-from medr1.evaluation.intervals import DIFFERENCE, SHARE, Interval, interval, mean_interval
+from medr1.evaluation.intervals import DIFFERENCE, SHARE, Floats, Interval, interval, mean_interval
 
 Row = dict[str, Any]
 
@@ -331,10 +331,10 @@ def _groups(rows: Sequence[Row]) -> list[str]:
 
 
 def _macro_interval(parts: Sequence[tuple[list[float], list[str]]], span: tuple[float, float]) -> list[float] | None:
-    """`mean_interval` over parts (values inside `span`, groups), correlated by groups that have rows in several."""
-    columns: dict[str, int] = {}
-    for group in (group for _, groups in parts for group in groups):
-        columns.setdefault(group, len(columns))
+    """`mean_interval` over parts (values inside `span`, groups), correlated by groups that have rows in several: as
+    much as these agree, or where all values of a part are one, so that nothing shows it, as much as they can.
+    """
+    columns = _columns([groups for _, groups in parts])
     cells = []
     deviation_PC = np.zeros((len(parts), len(columns)))  # P parts, C groups
     for deviation_C, (values, groups) in zip(deviation_PC, parts, strict=True):
@@ -347,9 +347,27 @@ def _macro_interval(parts: Sequence[tuple[list[float], list[str]]], span: tuple[
     covariance_PP = deviation_PC @ deviation_PC.T
     error_P = np.sqrt(np.diag(covariance_PP))
     scale_PP = np.outer(error_P, error_P)
-    correlation_PP = np.divide(covariance_PP, scale_PP, out=np.zeros_like(scale_PP), where=scale_PP > 1e-18)
+    most_PP = shared_groups([groups for _, groups in parts])
+    correlation_PP = np.divide(covariance_PP, scale_PP, out=most_PP, where=scale_PP > 1e-18)
     np.fill_diagonal(correlation_PP, 1)
     return _list(mean_interval(cells, correlation_PP))
+
+
+def shared_groups(parts: Sequence[Sequence[str]]) -> Floats:
+    """The greatest correlation of the means of parts, given the group of each row, as a matrix (parts, parts): the
+    cosine of their rows by group. It is 0 where they share no group, and 1 where each group has as many rows in both.
+    """
+    columns = _columns(parts)
+    size_PC = np.zeros((len(parts), len(columns)))
+    for size_C, groups in zip(size_PC, parts, strict=True):
+        size_C[:] = np.bincount([columns[group] for group in groups], minlength=len(columns))
+    length_P = np.linalg.norm(size_PC, axis=1)
+    return size_PC @ size_PC.T / np.outer(length_P, length_P)
+
+
+def _columns(parts: Sequence[Sequence[str]]) -> dict[str, int]:
+    """A place for each group of the parts."""
+    return {group: place for place, group in enumerate(dict.fromkeys(group for part in parts for group in part))}
 
 
 def _identity(row: Row) -> tuple[str, ...]:

@@ -13,18 +13,27 @@ Row = dict[str, Any]
 
 STATED = ("model", "condition", "mode", "max_new_tokens", "scoring", "reasoning")
 """What every row says of its evaluation, and one evaluation has one value of. Rows of older versions state less."""
+NEEDED = (
+    "id", "modality", "question_type", "source", "group", "images", "question", "options", "gold", "chance",
+    "model", "condition", "mode", "reply", "finish", "tokens", "outcome", "letter", "correct", "format_ok",
+)  # fmt: skip
+"""Fields that rows of every version have."""
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of one evaluation.
+    """The rows of one evaluation, as the extractor of this version reads their replies; a line on stderr says where
+    another had.
 
     Raises:
-        MedR1Error: no such file, no rows of an evaluation in it, a question that stands there twice, or rows of several
-            evaluations.
+        MedR1Error: no such file, no rows of an evaluation in it, a row without one of its fields, a question that
+            stands there twice, or rows of several evaluations.
     """
     rows = read_jsonl(path)
-    if not rows or not all({"id", "outcome", "condition", "mode"} <= row.keys() for row in rows):
+    if not rows or not all(isinstance(row, dict) and {"id", "outcome"} <= row.keys() for row in rows):
         raise MedR1Error(f"{path}: holds no evaluation rows; give a file that `medr1 eval` wrote")
+    for row in rows:
+        if absent := [name for name in NEEDED if name not in row]:
+            raise MedR1Error(f"{path}: record {row['id']} has no {absent[0]}; give the file as `medr1 eval` wrote it")
     ids = Counter(row["id"] for row in rows)
     if twice := [name for name, count in ids.items() if count > 1]:
         raise MedR1Error(
@@ -39,6 +48,15 @@ def read_rows(path: Path) -> list[Row]:
             raise MedR1Error(
                 f"{path}: holds rows of {said(rows[0], name)} and of {said(row, name)}; evaluate anew, one file each"
             )
+    if former := {row.get("extractor_version", EXTRACTOR_VERSION) for row in rows} - {EXTRACTOR_VERSION}:
+        from medr1.data.parts import tell_once
+        from medr1.evaluation.scoring import score  # which knows rows by this module
+
+        tell_once(
+            f"{path.parent}: its replies were read by extractor version {min(former)}, and are read again by version"
+            f" {EXTRACTOR_VERSION}"
+        )
+        return score(rows)
     return rows
 
 

@@ -10,7 +10,7 @@ shown as text, never as markup.
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,29 @@ from medr1.data.records import read_jsonl, write_atomic
 from medr1.errors import MedR1Error
 from medr1.evaluation.calibration import Calibration, read_calibration
 from medr1.evaluation.controls import CONDITIONS, text_only_prior
-from medr1.evaluation.looking import Asked, read_looking
+from medr1.evaluation.looking import Asked, of_all, read_looking
 from medr1.evaluation.metrics import OPEN_SCORES, Row, compare, summarise, untrained
 from medr1.evaluation.rows import check_pair, differing, read_rows, record_of, said
 from medr1.report.looking import BASE, TRAINED, looking_section
-from medr1.report.pages import environment, html_file, label, package_versions, percent, points, span_points, thumbnail
+from medr1.report.pages import (
+    environment,
+    html_file,
+    label,
+    package_versions,
+    percent,
+    points,
+    span,
+    span_points,
+    thumbnail,
+)
 from medr1.report.plots import AFTER, BEFORE, CHANCE, CONTROL, change_plot, learning_curves, story_plot
 from medr1.report.trust import calibration_section, faithfulness_section
 from medr1.trust.faithfulness import read_faithfulness
 
 CONTROLS = (*(name for name in CONDITIONS if name != "image"), "text_only")
 """What a control may be: a condition that its rows then state, or an accuracy table of the option texts alone."""
+GUESSING = 0.1
+"""Option texts alone give nothing away if at most so much above chance is possible."""
 MAX_SAMPLES = 600
 """Samples in the viewer; of more rows so many are drawn at random, and the page says so."""
 
@@ -102,21 +114,27 @@ def report_from_files(
     config = load_config(run / RECIPE) if run else None
     before, after = condition_rows(base, "image"), condition_rows(trained, "image")
     check_pair(after, trained, before, base, ALIKE)
+    known = trained_on([before, after])
     tables: dict[str, dict[str, Any]] = {}
     looking = (read_looking(base, before), read_looking(trained, after))
     if config:
         _check_run(run, Path(after[0]["model"]), trained)
         learned = load_parts(config.data, split_of(run))[0]
-        tables["text_only"] = text_only_prior(learned, [record_of(row) for row in untrained(after)])
+        tables["text_only"] = text_only_prior(learned, [record_of(row) for row in without(known, after)])
+    given: set[str] = set()
     for control in controls:
-        name, file = named_control(control)
-        if name == "text_only":
-            tables[name] = text_table(file, untrained(after))
+        kind, file = named_control(control)
+        if kind in given:
+            raise MedR1Error(f"{file}: a second control {kind}; give one")
+        given.add(kind)
+        if kind == "text_only":
+            tables[kind] = text_table(file, without(known, after))
         else:
-            rows = condition_rows(file, name)
+            rows = condition_rows(file, kind)
             check_pair(rows, file, after, trained, ("model", *ALIKE))
-            looking[1][name] = rows
-    tables |= {name: summarise(rows) for name, rows in looking[1].items() if name in CONTROLS}
+            looking[1][kind] = rows
+    shown = {kind: rows for kind, rows in of_all(looking[1]).items() if kind in CONTROLS}
+    tables |= {kind: summarise(without(known, rows)) for kind, rows in shown.items()}
     of_trained: list[tuple[Path, Mapping[str, Any]]] = []
     found = read_calibration(calibration) if calibration else None
     edits = read_faithfulness(faithfulness) if faithfulness else None
@@ -152,16 +170,22 @@ def write_report(data: ReportData, out: Path, *, max_samples: int = MAX_SAMPLES)
         (what `looking.measure` gives) and change, where the trained model was asked in other ways too.
 
     Raises:
-        MedR1Error: the two evaluations differ in their records, or the file cannot be written.
+        MedR1Error: the two evaluations differ in their records, each of these was trained on, or the file cannot be
+            written.
     """
     html_file(out)
     if not data.base:
         raise MedR1Error(f"{out}: no rows to report; evaluate some records first")
-    trained = summarise(data.trained)
-    known = {row["id"] for row in data.trained} - {row["id"] for row in untrained(data.trained)}
-    base = summarise([row for row in data.base if row["id"] not in known])
-    change = compare(data.base, data.trained)
-    samples, thumbnails = viewer_samples((data.base, data.trained), data.image_root, max_samples)
+    known = trained_on([data.base, data.trained])
+    before, after = without(known, data.base), without(known, data.trained)
+    if not before:
+        raise MedR1Error(
+            f"{out}: every question was trained on by the run of one of the models; evaluate both on questions that"
+            " none saw"
+        )
+    base, trained, change = summarise(before), summarise(after), compare(before, after)
+    trained["trained_on"] = summarise(data.trained)["trained_on"]
+    samples, thumbnails = viewer_samples((before, after), data.image_root, max_samples)
     for sample in samples:
         sample["before"], sample["after"] = sample.pop("replies")
     scores = {
@@ -171,12 +195,16 @@ def write_report(data: ReportData, out: Path, *, max_samples: int = MAX_SAMPLES)
         "controls": {name: overall(table) for name, table in data.controls.items()},
     }
     recipe = to_toml(data.config) if data.config else ""
-    looking = looking_section([*zip((BASE, TRAINED), data.looking, strict=True)]) if data.looking else None
+    ways = [{way: without(known, rows) for way, rows in asked.items()} for asked in data.looking or ()]
+    looking = looking_section([*zip((BASE, TRAINED), ways, strict=True)]) if ways else None
+    exchanged = looking and {"reliance", "reliance_blank"} & looking["measured"][TRAINED].keys()
+    looked = looking["n"] if looking and exchanged else 0
     page = (
         environment()
         .get_template("page.html.j2")
         .render(
             data=data,
+            num_shown=len(before),
             base=base,
             trained=trained,
             change=change,
@@ -184,13 +212,13 @@ def write_report(data: ReportData, out: Path, *, max_samples: int = MAX_SAMPLES)
             models=(data.base[0]["model"], data.name or data.trained[0]["model"]),
             table=_table(base, trained, change, data.controls),
             open_table=open_table((base, trained)),
-            story=tell(scores, trained),
+            story=tell(scores, trained, len(known), looked),
             story_plot=story_plot(_story_lines(scores)),
             modality_plot=_change_plot(base, trained, "by_modality"),
             type_plot=_change_plot(base, trained, "by_question_type"),
             curves=learning_curves(data.log),
             looking=looking,
-            calibration=calibration_section(data.base, data.trained, data.calibration),
+            calibration=calibration_section(before, after, data.calibration),
             faithfulness=faithfulness_section(data.faithfulness) if data.faithfulness else None,
             how=how_trained(data.config, data.log),
             recipe=recipe,
@@ -213,8 +241,25 @@ def write_report(data: ReportData, out: Path, *, max_samples: int = MAX_SAMPLES)
     }
 
 
-def tell(scores: dict[str, Any], trained: dict[str, Any]) -> list[tuple[str, str]]:
-    """The story in sentences, each with its worth ("good", "bad", "open"); nothing within noise is a win."""
+def trained_on(evaluations: Sequence[Sequence[Row]]) -> set[str]:
+    """The questions, by id, that the run of one of the models trained on: they are in no number that compares these."""
+    return {row["id"] for rows in evaluations for row in rows} - set.intersection(
+        *({row["id"] for row in untrained(rows)} for rows in evaluations)
+    )
+
+
+def without(known: Collection[str], rows: Sequence[Row]) -> list[Row]:
+    """The rows of other questions than these."""
+    return [row for row in rows if row["id"] not in known]
+
+
+def tell(scores: dict[str, Any], trained: dict[str, Any], left_out: int = 0, looked: int = 0) -> list[tuple[str, str]]:
+    """The story in sentences, each with its worth ("good", "bad", "open"); nothing within noise is a win.
+
+    Args:
+        left_out: questions that the run of one of the models trained on.
+        looked: questions that the trained model was asked with another image or a blank one, see "Does it look?".
+    """
     before, after, change = scores["base"], scores["trained"], scores["change"]
     over = f", averaged over {after['n']} modalities" if trained["macro"]["n"] > 1 else ""
     moved = f"from {percent(before['accuracy'])} to {percent(after['accuracy'])}{over}"
@@ -230,6 +275,11 @@ def tell(scores: dict[str, Any], trained: dict[str, Any]) -> list[tuple[str, str
         num = known["n"] + known["open"]["n"]
         told = f"{num:,} of the questions were trained on by the run and are in none of these numbers"
         story.append(("open", f"{told}; on them the trained model scores {percent(cell['accuracy'])}."))
+        left_out -= num
+    if left_out:
+        more = f"{left_out:,} {'more' if known else 'of the questions'}"
+        told = "were trained on by the run of the model before and are in none of these numbers"
+        story.append(("open", f"{more} {told}."))
 
     controls = scores["controls"]
     if exchanged := controls.get("blank") or controls.get("shuffled"):
@@ -239,6 +289,9 @@ def tell(scores: dict[str, Any], trained: dict[str, Any]) -> list[tuple[str, str
             story.append(("good", f"{seen}: it looks at the image."))
         else:
             story.append(("bad", f"{seen}: nothing here shows that it looks at the image."))
+    elif looked:
+        told = f"The image was exchanged in {looked:,} of the questions alone: “Does it look?” says what that did."
+        story.append(("open", told))
     else:
         story.append(("open", "No blank-image control was run: whether the image is used is not known."))
 
@@ -246,17 +299,14 @@ def tell(scores: dict[str, Any], trained: dict[str, Any]) -> list[tuple[str, str
     if text and text["n"]:
         alone = f"Option texts alone, without image or question, score {percent(text['accuracy'])}"
         guessing = f"guessing {percent(text['chance'])}"
-        if not text["ci95"] or text["ci95"][0] <= text["chance"]:
-            story.append(("good", f"{alone}, no better than {guessing}: they give nothing away."))
-        elif above(after, text):
-            story.append(("open", f"{alone} ({guessing}): they give some answers away."))
-        else:
-            story.append(
-                (
-                    "bad",
-                    f"{alone} ({guessing}): they give answers away, and the trained model does no better.",
-                )
-            )
+        story.append(
+            {
+                "nothing": ("good", f"{alone}, no better than {guessing}: they give nothing away."),
+                "unknown": ("open", f"{alone} ({span(text['ci95'])}), which cannot be told from {guessing}."),
+                "some": ("open", f"{alone} ({guessing}): they give some answers away."),
+                "all": ("bad", f"{alone} ({guessing}): they give answers away, and the trained model does no better."),
+            }[given_away(text, after)]
+        )
     elif trained["macro"]["n"] or trained["n"]:  # open questions have no options to give anything away
         story.append(("open", "No text-only control was run: the options may give the answers away."))
     return story
@@ -331,9 +381,9 @@ def text_table(path: Path, rows: Sequence[Row]) -> dict[str, Any]:
         table = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise MedR1Error(f"{path}: cannot be read as JSON; give the table that text_only_prior returned") from error
-    if not isinstance(table, dict) or "by_modality" not in table:
-        raise MedR1Error(f"{path}: is no accuracy table; give what text_only_prior returned")
     of_rows = text_only_prior([], [record_of(row) for row in rows])
+    if not isinstance(table, dict) or not of_rows.keys() <= table.keys():
+        raise MedR1Error(f"{path}: is no accuracy table; give what text_only_prior returned")
     for part in ("by_modality", "by_question_type"):
         asked, there = ({name: cell["n"] for name, cell in of[part].items()} for of in (of_rows, table))
         if asked != there:
@@ -356,6 +406,16 @@ def overall(table: dict[str, Any]) -> dict[str, Any]:
 def above(cell: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether the two intervals part: stricter than a test of the difference, and needs no pairing."""
     return bool(cell["ci95"] and other["ci95"] and cell["ci95"][0] > other["ci95"][1])
+
+
+def given_away(text: dict[str, Any], cell: dict[str, Any]) -> str:
+    """What option texts alone give away to a model that scores so: "nothing", "some", "all" that it knows; "unknown"
+    where they may be right by chance, but also far more often (see GUESSING).
+    """
+    low, high = text["ci95"]
+    if low <= text["chance"]:
+        return "nothing" if high <= text["chance"] + GUESSING else "unknown"
+    return "some" if above(cell, text) else "all"
 
 
 def _story_lines(scores: dict[str, Any]) -> list[tuple[str, dict[str, Any], Any]]:

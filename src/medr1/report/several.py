@@ -19,8 +19,8 @@ from medr1.data.parts import load_parts
 from medr1.data.records import read_jsonl, write_atomic
 from medr1.errors import MedR1Error
 from medr1.evaluation.controls import text_only_prior
-from medr1.evaluation.looking import WAYS, read_looking
-from medr1.evaluation.metrics import MIN_N, Row, by_kind, judged, paired_change, summarise, untrained
+from medr1.evaluation.looking import WAYS, of_all, read_looking
+from medr1.evaluation.metrics import MIN_N, Row, by_kind, judged, paired_change, summarise
 from medr1.evaluation.rows import check_pair, differing, record_of, said
 from medr1.policy.names import step_of
 from medr1.report.looking import looking_section
@@ -41,12 +41,15 @@ from medr1.report.run import (
     MAX_SAMPLES,
     above,
     condition_rows,
+    given_away,
     how_trained,
     named_control,
     open_table,
     overall,
     text_table,
+    trained_on,
     viewer_samples,
+    without,
 )
 
 BASE = "base"
@@ -175,25 +178,24 @@ def _give_ways(models: Sequence[Model]) -> None:
     """The other ways in which each was asked, beside its file; another image and a blank one are controls as well."""
     for model in models:
         model.asked = read_looking(model.path, model.rows)
+        whole = of_all(model.asked)
         for name in ("blank", "shuffled"):
-            if name in model.asked:
-                model.controls.setdefault(name, [*model.asked[name]])
+            if name in whole:
+                model.controls.setdefault(name, [*whole[name]])
         model.asked |= {name: rows for name, rows in model.controls.items() if name in WAYS}
 
 
 def _keep_unseen(models: Sequence[Model]) -> int:
     """Leave out of all rows the questions that one model's run trained on; their number."""
-    known = {row["id"] for model in models for row in model.rows} - set.intersection(
-        *({row["id"] for row in untrained(model.rows)} for model in models)
-    )
+    known = trained_on([model.rows for model in models])
     if len(known) == len(models[0].rows):
         raise MedR1Error(
             "every question was trained on by the run of one of the models; evaluate all on questions that none saw"
         )
     for model in models:
-        model.rows = [row for row in model.rows if row["id"] not in known]
+        model.rows = without(known, model.rows)
         for others in (model.controls, model.asked):
-            others |= {name: [row for row in rows if row["id"] not in known] for name, rows in others.items()}
+            others |= {name: without(known, rows) for name, rows in others.items()}
     return len(known)
 
 
@@ -270,6 +272,7 @@ def _write(
             "verdict": _verdict(change) if change else None,
             "text_only": overall(model.prior) if model.prior else None,
             "controls": {name: overall(summarise(rows)) for name, rows in model.controls.items()},
+            "looked": not model.asked.keys().isdisjoint(("shuffled", "blank")),
         }
         for model, table, change in zip(models, tables, [None, *changes], strict=True)
     ]
@@ -384,8 +387,8 @@ def tell_several(
     blank: dict[str, list[str]] = {"good": [], "bad": [], "open": []}
     for line in models:
         cell = line["controls"].get("blank")
-        if not cell and "shuffled" in line["controls"]:
-            continue  # "Does it look?" says it by that
+        if not cell and line["looked"]:
+            continue  # "Does it look?" says it
         blank["open" if not cell else "good" if above(line["cell"], cell) else "bad"].append(line["name"])
     for worth, sentence in (
         ("good", "With the image blanked it scores less, so it looks at the image"),
@@ -395,25 +398,22 @@ def tell_several(
         if blank[worth]:
             story.append((worth, f"{sentence}: {_listed(blank[worth])}."))
 
-    text: dict[str, list[str]] = {"good": [], "open": [], "bad": [], "none": []}
+    text: dict[str, list[str]] = {}
     for line in models:
         cell = line["text_only"]
-        if not cell or not cell["n"]:
-            kind = "none" if line["cell"]["chance"] is not None else ""
-        elif not cell["ci95"] or cell["ci95"][0] <= cell["chance"]:
-            kind = "good"
-        else:
-            kind = "open" if above(line["cell"], cell) else "bad"
-        if kind:
-            text[kind].append(line["name"] + (f" ({percent(cell['accuracy'])})" if cell and cell["n"] else ""))
-    for kind, sentence in (
-        ("good", "Option texts alone do no better than guessing"),
-        ("open", "Option texts alone give some answers away, and the model does better"),
-        ("bad", "Option texts alone give answers away, and the model does no better"),
-        ("none", "No text-only control was run, so the options may give the answers away"),
+        if cell and cell["n"]:
+            text.setdefault(given_away(cell, line["cell"]), []).append(f"{line['name']} ({percent(cell['accuracy'])})")
+        elif line["cell"]["chance"] is not None:
+            text.setdefault("not asked", []).append(line["name"])
+    for kind, worth, sentence in (
+        ("nothing", "good", "Option texts alone do no better than guessing"),
+        ("unknown", "open", "Whether option texts alone do better than guessing cannot be told"),
+        ("some", "open", "Option texts alone give some answers away, and the model does better"),
+        ("all", "bad", "Option texts alone give answers away, and the model does no better"),
+        ("not asked", "open", "No text-only control was run, so the options may give the answers away"),
     ):
-        if text[kind]:
-            story.append(("open" if kind == "none" else kind, f"{sentence}: {_listed(text[kind])}."))
+        if kind in text:
+            story.append((worth, f"{sentence}: {_listed(text[kind])}."))
     return story
 
 

@@ -22,6 +22,8 @@ from medr1.trust.faithfulness import MARGIN
 
 Story = list[tuple[str, str]]
 """Sentences, each with its worth: "good", "bad" or "open"."""
+SMALL = 0.1
+"""A calibration error whose upper limit is not above it is good."""
 
 
 def calibration_section(
@@ -66,14 +68,20 @@ def calibration_section(
 
 def _tell_calibration(found: dict[str, Any], calibration: Calibration) -> Story:
     raw, scaled, answered = found["before"], found["after"], found["answered"]
-    gap = raw["confidence"] - raw["accuracy"]
-    low = raw["ece"]["ci95"] and raw["ece"]["ci95"][0]
+    gap, ece = raw["confidence"] - raw["accuracy"], raw["ece"]["value"]
     says = f"The trained model is right in {raw['accuracy']:.1%} of answers and {raw['confidence']:.1%} confident"
-    if low:
-        worth, judged = "bad", "over-confident" if gap > 0 else "under-confident"
-        story = [(worth, f"{says}: {judged}, calibration error {raw['ece']['value']:.1%}.")]
+    if raw["ece"]["ci95"] is None:
+        unknown = "one group outweighs the others, so whether that is more than noise cannot be told"
+        story = [("open", f"{says}: its calibration error is {ece:.1%}; {unknown}.")]
+    elif raw["ece"]["ci95"][0] > 0:
+        one_way = "over-confident" if gap > 0 else "under-confident"
+        most = abs(gap) > (ece - raw["ece"]["floor"]) / 2  # of what is no chance
+        judged = one_way if most else "miscalibrated, too sure here and not sure enough there"
+        story = [("bad", f"{says}: {judged}, calibration error {ece:.1%}.")]
     else:
-        story = [("good", f"{says}: its calibration error, {raw['ece']['value']:.1%}, is within the noise.")]
+        high = raw["ece"]["ci95"][1]
+        noise = f"{says}: its calibration error, {ece:.1%}, is within the noise"
+        story = [("good", f"{noise}.") if high <= SMALL else ("open", f"{noise}, but may be as large as {high:.1%}.")]
     before, after = raw["nll"]["value"], scaled["nll"]["value"]
     story.append(
         (

@@ -13,7 +13,7 @@ from medr1.study.pipeline import run_recipe
 
 
 def demo_config(seed: int) -> Config:
-    """The demo's recipe: what differs from the defaults, for a model of three million parameters."""
+    """The demo's recipe: what differs from the defaults, for a model of 2.5 million parameters."""
     return load_config(
         overrides={
             "model.name": "tiny",

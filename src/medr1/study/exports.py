@@ -222,22 +222,23 @@ def _averages(numbers: dict[str, Any]) -> Table:
 
 
 def _average(axis: str, label: str, side: str, cell: dict[str, Any], change: dict[str, Any] | None) -> dict[str, Any]:
-    return {"axis": axis, "model": label, "tested_on": side, **_cell(cell), **_change_fields(change)}
+    return {"axis": axis, "model": label, "tested_on": side, **_average_fields(cell), **_change_fields(change)}
 
 
 def _whole(numbers: dict[str, Any]) -> Table:
-    accuracy = {(line["axis"], line["label"]): line["whole"] for line in numbers["lines"]}
     records, lines = [], []
     for c in numbers["whole"]:
-        cell = accuracy[c["axis"], c["after"]]
         about = {"axis": c["axis"], "after": c["after"], "before": c["before"], "models": c["models"]}
-        records.append({**about, **_cell(cell), **_change_fields(c)})
-        told = [_axis(c["axis"]), f"{c['after']} against {c['before']}", str(c["models"]), _percent(cell)]
-        lines.append([*told, _change(c), p_value(c["holm_p"])])
-    head = ["trained on one", "comparison", "models of each", "the first, %", "change in points", "p, Holm"]
+        before = {"accuracy_before": c["accuracy_before"]["accuracy"]}
+        records.append({**about, **_average_fields(c["accuracy"]), **before, **_change_fields(c)})
+        told = [_axis(c["axis"]), f"{c['after']} against {c['before']}", str(c["models"])]
+        accuracies = [_percent(c[name]) for name in ("accuracy", "accuracy_before")]
+        lines.append([*told, *accuracies, _change(c), p_value(c["holm_p"])])
+    head = ["trained on one", "comparison", "models of each", "the first, %", "the second, %", "change in points",
+            "p, Holm"]  # fmt: skip
     caption = (
         "Every model on everything that is tested, its own domain among it, averaged over the matrix as in the "
-        f"published study; paired changes over the models that both have. {NOTICE}"
+        f"published study; accuracies and paired changes over the models that both have. {NOTICE}"
     )
     return Table("whole", caption, records, head, lines)
 
@@ -285,7 +286,7 @@ def _controls(numbers: dict[str, Any]) -> Table:
         for name, cell in seen.items():
             cost = cell.get("cost")
             about = {"axis": line["axis"], "model": line["label"], "condition": name}
-            records.append({**about, **_cell(cell), **_change_fields(cost)})
+            records.append({**about, **_average_fields(cell), **_change_fields(cost)})
         shown = ("image", *CONTROLS, "option text alone")
         cells = [_percent(seen[name]) if name in seen else "–" for name in shown]
         lines.append([_axis(line["axis"]), line["label"], *cells, percent(line["own"]["chance"])])
@@ -314,8 +315,9 @@ def _models(numbers: dict[str, Any]) -> Table:
     records, lines = [], []
     for model in numbers["untrained"]:
         about = {"method": model["method"], "model": model["model"], "mode": model["mode"]}
-        for name, cell in (("all questions", model["all"]), *((axis, model[axis]) for axis in AXES)):
-            records.append({**about, "average": name, **_cell(cell)})
+        whole = {**model["all"], "n": None, "questions": model["all"]["n"]}
+        for name, cell in (("all questions", whole), *((axis, model[axis]) for axis in AXES)):
+            records.append({**about, "average": name, **_average_fields(cell)})
         lines.append([model["model"], model["mode"], _percent(model["all"]), *(_percent(model[axis]) for axis in AXES)])
     head = ["model", "prompt", "all questions", "average of modalities", "average of question types"]
     return Table("models", f"Models as they are: accuracy (95 % interval). {NOTICE}", records, head, lines)
@@ -331,6 +333,13 @@ def _runs(study: StudyResults) -> Table:
 def _cell(cell: dict[str, Any]) -> dict[str, Any]:
     low, high = cell["ci95"] or (None, None)
     return {"accuracy": cell["accuracy"], "ci_low": low, "ci_high": high, "n": cell["n"], "chance": cell["chance"]}
+
+
+def _average_fields(cell: dict[str, Any]) -> dict[str, Any]:
+    """Of an average: how many values it is over, and how many questions."""
+    fields = _cell(cell)
+    num = fields.pop("n")
+    return {**fields, "num_values": num, "questions": cell["questions"]}
 
 
 def _change_fields(change: dict[str, Any] | None) -> dict[str, Any]:

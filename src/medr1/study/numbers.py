@@ -22,14 +22,22 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from medr1.data.claims import claims_to_see
 from medr1.data.prompts import MODES
 from medr1.errors import MedR1Error
 from medr1.evaluation.intervals import mean_interval
 from medr1.evaluation.looking import cell_of, paired, values
-from medr1.evaluation.metrics import AXES, Row, accuracy_table, flip_rate, judged, macro, paired_change, summarise
+from medr1.evaluation.metrics import (
+    AXES,
+    Row,
+    accuracy_table,
+    flip_rate,
+    judged,
+    macro,
+    paired_change,
+    shared_groups,
+    summarise,
+)
 from medr1.evaluation.rows import differing, read_rows
 
 METHODS = {"sft": "SFT", "grpo": "GRPO", "looking": "GRPO, looking,"}
@@ -159,8 +167,11 @@ def study_numbers(study: StudyResults) -> dict[str, Any]:
         bases: what `bases` gives.
         untrained: what `untrained` gives.
         order: what `option_order` gives.
+        not_ordered: methods, as labels name them, none of whose models was asked so.
     """
     lines = [line_numbers(study, line) for line in study.lines]
+    trained = {line.method for line in study.lines}
+    ordered = {entry.method for entry in study.entries if entry.condition == "permuted"}
     controls = [control for line in lines for control in line["controls"].values()]
     for control, cost in zip(controls, judged([control["cost"] for control in controls]), strict=True):
         control["cost"] = {**cost, "verdict": verdict(cost)}
@@ -172,11 +183,12 @@ def study_numbers(study: StudyResults) -> dict[str, Any]:
         "bases": bases(study),
         "untrained": untrained(study),
         "order": option_order(study),
+        "not_ordered": [METHODS[method].rstrip(",") for method in METHODS if method in trained - ordered],
     }
 
 
 def line_numbers(study: StudyResults, line: Line) -> dict[str, Any]:
-    """Averages of a line over its axis; accuracies are what `metrics.macro` gives.
+    """Averages of a line over its axis; accuracies are what `average` gives.
 
     Returns:
         axis, method, mode, label, seeds; values, those that it has models of, and num_values, those that any line has.
@@ -200,8 +212,9 @@ def line_numbers(study: StudyResults, line: Line) -> dict[str, Any]:
     for condition in CONTROLS:
         if without := study.own(line, condition):
             cost = paired_change(without, asked_too(own, without), line.axis)
-            controls[condition] = {**macro(without, line.axis), "cost": cost}
-    priors = [p for p in study.results["priors"] if p["axis"] == line.axis and p["trained_on"] in named]
+            controls[condition] = {**average(without, line.axis), "cost": cost}
+    priors = {p["trained_on"]: p["table"] for p in study.results["priors"] if p["axis"] == line.axis}
+    asked = [[row["group"] for row in own if row[line.axis] == value] for value in named]
     return {
         "axis": line.axis,
         "method": line.method,
@@ -211,14 +224,12 @@ def line_numbers(study: StudyResults, line: Line) -> dict[str, Any]:
         "values": named,
         "num_values": len({entry.trained_on for entry in study.entries if entry.axis == line.axis}),
         "num_seeded": len(seeded),
-        "own": macro(own, line.axis),
-        "others": macro(study.others(line), line.axis),
-        "whole": macro(study.whole(line), line.axis),
-        "base": macro(asked_too(study.base(line.mode), own), line.axis),
+        "own": average(own, line.axis),
+        "others": average(study.others(line), line.axis),
+        "whole": average(study.whole(line), line.axis),
+        "base": average(asked_too(study.base(line.mode), own), line.axis),
         "seeds_own": [macro(rows, line.axis)["accuracy"] for rows in by_seed],
-        "prior": _prior_average(
-            [prior["table"][f"by_{line.axis}"][prior["trained_on"]] for prior in priors], line.axis
-        ),
+        "prior": _prior_average([priors[value][f"by_{line.axis}"][value] for value in named], asked),
         "controls": controls,
         "looking": _looking(study, line),
         "replies": summarise([row for entry in entries for row in entry.rows if tested_on_own(entry, row)]),
@@ -268,8 +279,9 @@ def comparisons(study: StudyResults, sides: Sequence[str] = SIDES) -> list[dict[
     Returns:
         axis, side ("own", "others" or "whole"), kind ("base", "sft", "think", "looking", and "reliance": the last one's
         of accuracy with the own image less accuracy with another one of the modality, each question counting once),
-        after, before (labels), models (of each of the two), and what `metrics.judged` gives for the averages over the
-        axis, corrected over all comparisons, with its `verdict`.
+        after, before (labels), models (of each of the two), accuracy and accuracy_before (what `average` gives of
+        these models), and what `metrics.judged` gives for the averages over the axis, corrected over all comparisons,
+        with its `verdict`.
     """
 
     @cache  # the same models are compared with several
@@ -287,8 +299,10 @@ def comparisons(study: StudyResults, sides: Sequence[str] = SIDES) -> list[dict[
                 new = rows(after, side, among)
                 old = rows(before, side, among) if before else study.base(after.mode)
                 label = before.label if before else f"base {after.mode}"
+                old, new = asked_too(old, new), asked_too(new, old)
                 name = {"axis": axis, "side": side, "after": after.label, "before": label, "models": len(among)}
-                found = {kind: paired_change(asked_too(old, new), asked_too(new, old), axis)}
+                name |= {"accuracy": average(new, axis), "accuracy_before": average(old, axis)}
+                found = {kind: paired_change(old, new, axis)}
                 if kind == "looking" and before and side == "own":
                     lost, won = (_looked(study, study.of(of, among=among), tested_on_own) for of in (before, after))
                     if "reliance" in lost and "reliance" in won:
@@ -353,7 +367,7 @@ def bases(study: StudyResults) -> list[dict[str, Any]]:
     """The untrained model on the questions that the lines of an axis answer, for each axis and each mode.
 
     Returns:
-        axis, mode, own and others (`metrics.macro`), controls: condition to accuracy in the own domain.
+        axis, mode, own and others (`average`), controls: condition to accuracy in the own domain.
     """
     found = []
     for axis in dict.fromkeys(line.axis for line in study.lines):
@@ -363,8 +377,8 @@ def bases(study: StudyResults) -> list[dict[str, Any]]:
             if own := [row for row in rows if row[axis] in trained]:
                 others = [row for row in rows if {row[axis]} != trained]  # two values are each other's
                 asked = {name: asked_too(study.base(mode, name), own) for name in CONTROLS}
-                controls = {name: macro(without, axis) for name, without in asked.items() if without}
-                about = {"axis": axis, "mode": mode, "own": macro(own, axis), "others": macro(others, axis)}
+                controls = {name: average(without, axis) for name, without in asked.items() if without}
+                about = {"axis": axis, "mode": mode, "own": average(own, axis), "others": average(others, axis)}
                 found.append({**about, "controls": controls})
     return found
 
@@ -374,12 +388,12 @@ def untrained(study: StudyResults) -> list[dict[str, Any]]:
 
     Returns:
         method ("base" or "baseline"), model, mode, all (`metrics.summarise`), modality and question_type
-        (`metrics.macro`).
+        (`average`).
     """
     found = []
     for entry in study.entries:
         if entry.axis is None and entry.condition == "image":
-            averages = {axis: macro(entry.rows, axis) for axis in AXES}
+            averages = {axis: average(entry.rows, axis) for axis in AXES}
             about = {name: getattr(entry, name) for name in ("method", "model", "mode")}
             found.append({**about, "all": summarise(entry.rows), **averages})
     return found
@@ -414,6 +428,11 @@ def verdict(change: dict[str, Any]) -> str:
     if change["significant"] is None:
         return "too few"
     return "noise" if not change["significant"] else "up" if change["difference"] > 0 else "down"
+
+
+def average(rows: Sequence[Row], axis: str) -> dict[str, Any]:
+    """`metrics.macro`, with the number of questions."""
+    return {**macro(rows, axis), "questions": sum(row[axis] is not None for row in rows)}
 
 
 def averaged(entries: Iterable[Entry], keep: Callable[[Entry, Row], bool]) -> list[Row]:
@@ -459,16 +478,18 @@ def _pairs(lines: Sequence[Line]) -> list[tuple[str, Line | None, Line]]:
     return pairs
 
 
-def _prior_average(cells: Sequence[dict[str, Any]], axis: str) -> dict[str, Any]:
-    """Plain average of cells of different questions, as `metrics.macro` would give it; None throughout for none.
+def _prior_average(cells: Sequence[dict[str, Any]], groups: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Plain average of cells of different questions, as `average` would give it; None throughout for none.
 
-    An image that is asked about in several question types is in several cells, and how much these correlate is not in
-    the table: there they count as one and the same.
+    An image that is asked about in several question types is in several cells, and so is a patient with images of two
+    modalities. How much these correlate is not in the table: they do as much as they can.
+
+    Args:
+        groups: of the questions of each cell.
     """
-    shared = np.ones((len(cells), len(cells))) if axis == "question_type" else None
-    ci = mean_interval([(cell["accuracy"], cell["ci95"]) for cell in cells], shared)
+    ci = mean_interval([(cell["accuracy"], cell["ci95"]) for cell in cells], shared_groups(groups)) if cells else None
     means = {name: sum(c[name] for c in cells) / len(cells) if cells else None for name in ("accuracy", "chance")}
-    return {**means, "ci95": list(ci) if ci else None, "n": len(cells)}
+    return {**means, "ci95": list(ci) if ci else None, "n": len(cells), "questions": sum(c["n"] for c in cells)}
 
 
 def _read(path: Path, condition: str, mode: str) -> list[Row]:

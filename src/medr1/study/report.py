@@ -19,6 +19,7 @@ from markupsafe import Markup
 from medr1.data.records import LETTERS, read_jsonl, to_json, write_atomic
 from medr1.evaluation.looking import MEASURES
 from medr1.evaluation.metrics import AXES, MIN_N, Row
+from medr1.evaluation.rows import read_rows
 from medr1.report.pages import environment, p_value, percent, points, span, span_points, thumbnail
 from medr1.report.plots import curve_panel, curve_styles, standalone, study_plot
 from medr1.report.trust import faithfulness_section
@@ -81,7 +82,6 @@ def write_study_report(folder: Path) -> dict[str, Any]:
         story=story,
         plots=plots,
         compared={(c["axis"], c["side"], c["kind"], c["after"]): c for c in numbers["comparisons"]},
-        whole={(line["axis"], line["label"]): line["whole"] for line in numbers["lines"]},
         others=[c for c in numbers["comparisons"] if c["kind"] != "base"],
         faithfulness=[(f["cell"], faithfulness_section(f)) for f in study.results.get("faithfulness", ())],
         curves=curves,
@@ -399,7 +399,7 @@ def _replies(study: StudyResults, method: str, mode: str, axis: str | None = Non
     return {
         row["id"]: row
         for entry in firsts.values()
-        for row in read_jsonl(entry.file)
+        for row in read_rows(entry.file)
         if axis is None or row[axis] == entry.trained_on
     }
 

@@ -216,7 +216,8 @@ class Cell:
     trained_on: str | None = None
     seed: int | None = None
     flips: bool = False
-    """Whether the options are also permuted: the base, and the first model of each method."""
+    """Whether the options are also permuted: the base, and the first model of each method. What is done without stays
+    done: another was first then."""
 
     @property
     def name(self) -> str:
@@ -254,7 +255,7 @@ class Plan:
         return draw.sample(listed, min(self.study.faithfulness, len(listed)))
 
     def asked(self, cell: Cell) -> list[tuple[str, list[Record]]]:
-        """(condition, records) of each evaluation of a cell."""
+        """(condition, records) of each evaluation of a cell that is not done."""
         study = self.study
         own = [record for record in self.test if not cell.axis or getattr(record, cell.axis) == cell.trained_on]
         controls = [] if cell.method == "baseline" else [(control, own) for control in study.controls]
@@ -518,7 +519,8 @@ def _run_cell(plan: Plan, cell: Cell, out: Path) -> None:
 
 def _answer(plan: Plan, cell: Cell, out: Path) -> None:
     """Train where the cell is trained, then evaluate; each goes on from what it left."""
-    study, run, files = plan.study, out / "runs" / cell.name, _files(plan, cell, out)
+    study, run = plan.study, out / "runs" / cell.name
+    files = {condition: _file(cell, condition, out) for condition, _ in plan.asked(cell)}
     settings: dict[str, Any] = {
         "mode": cell.mode,
         "max_new_tokens": study.max_new_tokens[cell.mode],
@@ -548,8 +550,23 @@ def _answer(plan: Plan, cell: Cell, out: Path) -> None:
         )
 
 
+def _file(cell: Cell, condition: str, out: Path) -> Path:
+    return out / "evaluations" / f"{cell.name}-{condition}.jsonl"
+
+
 def _files(plan: Plan, cell: Cell, out: Path) -> dict[str, Path]:
-    return {name: out / "evaluations" / f"{cell.name}-{name}.jsonl" for name, _ in plan.asked(cell)}
+    """Of what is asked of a cell; of one that is done the flips that it has, whichever cell is first now."""
+    asked = {condition: _file(cell, condition, out) for condition, _ in plan.asked(cell)}
+    if not _count(cell, out).get("done"):
+        return asked
+    flips = {flip: file for flip in FLIPS if (file := _file(cell, flip, out)).exists()}
+    return {condition: file for condition, file in asked.items() if condition not in FLIPS} | flips
+
+
+def _edited(cell: Cell, out: Path) -> Path | None:
+    """The folder of what became of a cell's edited reasoning; None where it was not edited."""
+    folder = out / "faithfulness" / cell.name
+    return folder if (folder / NUMBERS).exists() else None
 
 
 def _count(cell: Cell, out: Path) -> dict[str, Any]:
@@ -558,8 +575,7 @@ def _count(cell: Cell, out: Path) -> dict[str, Any]:
 
 
 def _state(plan: Plan, cell: Cell, out: Path) -> str:
-    edited = [out / "faithfulness" / cell.name / NUMBERS] if plan.edited(cell) else []
-    there = [path.exists() for path in (*_files(plan, cell, out).values(), *edited)]
+    there = [path.exists() for path in _files(plan, cell, out).values()]
     if _count(cell, out).get("done") and all(there):
         return "done"
     run = out / "runs" / cell.name
@@ -576,27 +592,29 @@ def _finish(plan: Plan, cell: Cell, out: Path, keep: Path | None) -> None:
             seconds=_count(cell, out)["seconds"],
             evaluations=_files(plan, cell, out),
             log=out / "runs" / cell.name / LOG if cell.axis else None,
-            faithfulness=out / "faithfulness" / cell.name if plan.edited(cell) else None,
+            faithfulness=_edited(cell, out),
         )
     _discard(plan.study, cell, out)
 
 
 def _kept(plan: Plan, cell: Cell, keep: Path) -> dict[str, Any] | None:
-    """What is kept of a cell, if it is all that the plan asks of it."""
+    """What is kept of a cell, if it is all that the plan asks of each."""
     kept = kept_cell(kept_file(keep, cell.name))
-    if not kept or (plan.edited(cell) and not kept["faithfulness"]):
+    if not kept:
         return None
-    asked = {condition: sorted(record.id for record in records) for condition, records in plan.asked(cell)}
+    needed = [(condition, records) for condition, records in plan.asked(cell) if condition not in FLIPS]
+    asked = {condition: sorted(record.id for record in records) for condition, records in needed}
     there = {condition: columns["id"] for condition, columns in kept["evaluations"].items()}
     return kept if asked.items() <= there.items() else None
 
 
 def _take_up(plan: Plan, cell: Cell, out: Path, kept: dict[str, Any]) -> None:
     """Put a kept cell into the study's folder, as if it had been trained there."""
-    files, seed = _files(plan, cell, out), plan.study.recipe.data.split_seed
-    for condition, records in plan.asked(cell):
-        shown = as_shown(records, condition, seed, plan.donors)
-        write_jsonl(files[condition], whole_rows(kept["evaluations"][condition], shown, files[condition].parent))
+    seed = plan.study.recipe.data.split_seed
+    for condition, records in plan.asked(replace(cell, flips=True)):
+        if condition in kept["evaluations"]:
+            shown, file = as_shown(records, condition, seed, plan.donors), _file(cell, condition, out)
+            write_jsonl(file, whole_rows(kept["evaluations"][condition], shown, file.parent))
     if kept["log"]:
         write_jsonl(out / "runs" / cell.name / LOG, kept["log"])
     if kept["faithfulness"]:
@@ -674,9 +692,7 @@ def _results(plan: Plan, out: Path) -> dict[str, Any]:
             for axis, values in plan.values.items()
         },
         "faithfulness": [
-            {"cell": cell.name, **read_faithfulness(out / "faithfulness" / cell.name)}
-            for cell in plan.cells
-            if plan.edited(cell)
+            {"cell": cell.name, **read_faithfulness(numbers)} for cell in plan.cells if (numbers := _edited(cell, out))
         ],
         "versions": package_versions(),
         # Logs hold seconds, whose digits differ between two equal studies: whole megabytes do not.
