@@ -298,6 +298,43 @@ def test_an_answer_without_warnings_is_shown_large(
     assert '<p class="answer">' in page and "means nothing" not in page
 
 
+def test_only_checks_that_were_made_are_named(trained: Path, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (trained.parent / "recipe.toml").write_text(to_toml(load_config(overrides={"data.path": "somewhere"})))
+    respondent, no_answer = load_respondent(str(trained)), "Checked with a look at the picture itself: nothing"
+    Scripted(monkeypatch, [["<think>A ring, and"], ["<answer>A</answer>"] * 2], [0.6])
+    case = ask(respondent, question_about([picture], "Which?", OPTIONS))
+    assert case.letter is None and no_answer in case_page([case])
+    Scripted(monkeypatch, [["<answer>A</answer>"], ["<answer>Cyst</answer>"]], [0.6])
+    case = ask(respondent, question_about([], "Which?", OPTIONS), mode="no-think")
+    assert "Checked with another order of the options: nothing" in case_page([case])
+
+
+def test_a_sign_makes_another_answer(tiny: Respondent, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Scripted(monkeypatch, [["<answer>A</answer>"], ["<answer>B</answer>", "<answer>> 5 mm</answer>"]], [0.6])
+    case = ask(tiny, question_about([picture], "How large?", ("< 5 mm", "> 5 mm")), mode="no-think")
+    assert not case.ignores_image and "says “> 5 mm” instead of “< 5 mm”" in " ".join(case.warnings or ())
+
+
+def test_a_calibration_of_another_model_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "calibration.json"
+    for other in ({"model": "runs/a"}, {"weights": "0" * 16}):
+        write_calibration(path, calibration(**other))
+        with pytest.raises(MedR1Error, match=r"calibration\.json: is of model .*, and this is model tiny \(weights "):
+            load_respondent("tiny", path)
+
+
+def test_the_command_of_a_page_asks_the_same(tiny: Respondent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_series import write_slice
+
+    write_slice(tmp_path / "Jane.dcm", 30)
+    write_calibration(tmp_path / "calibration.json", calibration(mode="no-think"))
+    Scripted(monkeypatch, [["<answer>A</answer>"], ["<answer>B</answer>", "<answer>Cyst</answer>"]], [0.6])
+    record = question_about([Path(f"{tmp_path}/Jane.dcm#window=lung")], "Which?", OPTIONS, "CT")
+    case = ask(load_respondent("tiny", tmp_path / "calibration.json"), record, mode="no-think")
+    page = case_page([case])
+    assert "IMAGE#window=lung" in page and "--modality CT --calibration CALIBRATION" in page and "Jane" not in page
+
+
 def test_the_header_states_the_modality(tiny: Respondent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from test_series import write_slice
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
 from medr1.cli import main
@@ -244,6 +245,30 @@ def test_more_mistakes(run: Any, tmp_path: Path) -> None:
     assert_one_line(run("ask", tmp_path, "What?"), "holds no DICOM image")
     assert_one_line(run("data", "show", "phantoms", "--out", tmp_path / "a.pdf"), "name it a.html")
     assert_one_line(run("data", "check", tmp_path / "none"), "none")
+    assert_one_line(run("eval", "--out", tmp_path), "is a folder; name a .jsonl file")
+    (tmp_path / "file").write_text("mine")
+    for command in ("explain", "faithfulness", "train"):
+        said = run(command, "--limit" if command != "train" else "--steps", "1", "--out", tmp_path / "file")
+        assert_one_line(said, "file: cannot be a folder of results (it is a file)")
+    assert (tmp_path / "file").read_text() == "mine"
+    assert_one_line(run("eval", "tiny", "--checkpoints", "--calibration", "c.json"), "leave it out")
+
+
+def test_an_answer_is_said_also_where_its_heatmap_cannot_be_written(run: Any, tmp_path: Path) -> None:
+    image = tmp_path / "image.png"
+    Image.new("RGB", (64, 64), (0, 90, 0)).save(image)
+    said = run(
+        "ask", image, "Which?", "--max-new-tokens", "4", "--heatmap", tmp_path / "a.png", "--out", tmp_path / "a.html"
+    )
+    assert_one_line(said, "there is no heatmap")
+    assert "answer" in said.out and (tmp_path / "a.html").is_file()
+
+
+def test_a_terminal_that_is_not_utf_8_is_written_to(run: Any, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    code = "import sys; from medr1.cli.main import main; sys.argv = ['medr1', 'score', 'né.jsonl']; main()"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=False)
+    assert said.returncode == 1 and b"n?.jsonl" in said.stderr and b"Traceback" not in said.stderr
 
 
 def assert_one_line(said: Said, message: str) -> None:

@@ -12,7 +12,7 @@ from medr1.data.answers import extract_answer
 from medr1.data.prompts import build_messages
 from medr1.data.records import LETTERS, Record
 from medr1.errors import MedR1Error
-from medr1.evaluation.confidence import AFTER_REASONING, ANSWERS, continued, option_logprobs, spellings
+from medr1.evaluation.confidence import AFTER_REASONING, ANSWERS, continued, option_logprobs, reasoning_of, spellings
 from medr1.policy.encoding import PromptBatch, encode_prompts
 from medr1.policy.vlm import VLM
 
@@ -36,6 +36,22 @@ def make_records() -> list[Record]:
         )
         for place, (images, options) in enumerate(zip(IMAGES, OPTIONS, strict=True))
     ]
+
+
+@pytest.mark.parametrize(
+    ("reply", "reasoning"),
+    [
+        ("<think> A ring. </think><answer>B</answer>", " A ring. "),
+        ("A ring.</think><answer>B</answer>", "A ring."),  # a template that opens the tag itself
+        ("A ring.<answer>B</answer>", "A ring."),
+        ("<think>A ring.<answer>B</answer>", "A ring."),  # not its own answer
+        ("<think>A ring, and", "A ring, and"),  # cut off
+        ("<answer>B</answer>", ""),
+        ("It is B, a ring.", ""),
+    ],
+)
+def test_the_reasoning_of_a_reply(reply: str, reasoning: str) -> None:
+    assert reasoning_of(reply) == reasoning
 
 
 def encoded(vlm: VLM, records: list[Record], mode: str) -> PromptBatch:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +21,8 @@ from medr1 import NOTICE
 from medr1.bases.export import export_model, push_to_hub
 from medr1.cli import app
 from medr1.config import load_config
+from medr1.data.parts import tell_older
+from medr1.data.records import read_jsonl, write_jsonl
 from medr1.errors import MedR1Error
 from medr1.evaluation.run import evaluate
 from medr1.policy.adapters import add_lora
@@ -104,6 +107,42 @@ def test_card(adapter: Path, tmp_path: Path) -> None:
     assert NOTICE in card.text and "base with a LoRA adapter merged" in card.text
     assert "condition blank, mode no-think." in card.text
     assert "| CT                | 3   | 0.0" in card.text and "| all " in card.text
+    [source] = {row["source"] for row in read_jsonl(answers)}
+    assert card.data.eval_results[0].dataset_name == f"{source}, condition blank", "not what was trained on"
+    # Known by its weights under another name; another model's are refused, also where its name is no folder.
+    rows = read_jsonl(answers)
+    write_jsonl(answers, [{**row, "model": "moved"} for row in rows])
+    export_model(str(adapter), tmp_path / "out", answers=[answers])
+    write_jsonl(answers, [{**row, "model": "tiny", "weights": "0" * 16} for row in rows])
+    with pytest.raises(MedR1Error, match=r"holds answers of model tiny \(weights 00000000\), not of"):
+        export_model(str(adapter), tmp_path / "out", answers=[answers])
+    write_jsonl(answers, [{**row, "seen_by_run": "trained on"} for row in rows])
+    with pytest.raises(MedR1Error, match="no answer to a multiple-choice question"):
+        export_model(str(adapter), tmp_path / "out", answers=[answers])
+
+
+def test_an_export_says_nothing_of_this_machine_and_can_be_exported_again(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {
+        "model.name": str(adapter / "base"),
+        "rollout.vllm_url": "http://ward-7:8000",
+        "grpo.rewards": {"accuracy": 1, "/home/anna/rewards.py:short": 1, "judge": 1},
+        "grpo.judge": "openai:Qwen/Qwen3-8B@http://ward-7:8001/v1",
+        "draws.weights": "/home/anna/draws.py:rare",
+    }
+    run = tmp_path / "run"
+    shutil.copytree(adapter / "model", run / "model")
+    write_recipe(load_config(overrides=settings), run)
+    export_model(str(run), tmp_path / "out")
+    text = (tmp_path / "out" / "recipe.toml").read_text()
+    assert "anna" not in text and "ward-7" not in text
+    recipe = load_config(tmp_path / "out" / "recipe.toml")
+    assert list(recipe.grpo.rewards) == ["accuracy", "rewards.py:short", "judge"]
+    assert (recipe.draws.weights, recipe.grpo.judge) == ("draws.py:rare", "openai:Qwen/Qwen3-8B")
+    assert export_model(str(tmp_path / "out"), tmp_path / "half", dtype="float16")["dtype"] == "float16"
+    tell_older(str(tmp_path / "out"))
+    assert "is an export, which carries no list of what its run held out" in capsys.readouterr().err
 
 
 def test_mistakes_are_one_line(adapter: Path, tmp_path: Path) -> None:

@@ -159,6 +159,14 @@ def test_edits_by_hand() -> None:
     planted = made["planted"]
     assert planted.reasoning == f"One two. A {FINDINGS[planted.argued]}, not cystic." and planted.argued in (1, 2)
     assert edits(silent, [own], 0) == []
+    # A letter stands for another option there, and stays where only the text is exchanged.
+    by_letter = row("h", [0.1, 0.8, 0.1], "A tumour, so the answer is A.")
+    assert "swapped" not in {edit.name for edit in edits(own, [by_letter], 0)}
+    assert "swapped" in {edit.name for edit in edits(own, [by_letter | {"reply": "A tumour: answer B.</think>"}], 0)}
+    rest = "A cyst is seen. So the answer is A."
+    assert "planted" not in {edit.name for edit in edits(row("i", [0.7, 0.2, 0.1], rest), [], 0)}
+    *_, labelled = edits(row("j", [0.7, 0.2, 0.1], "So the answer is A) Cyst"), [], 0)
+    assert labelled.reasoning == f"So the answer is {LETTERS[labelled.argued]}) {FINDINGS[labelled.argued]}"
     assert "swapped" not in {edit.name for edit in edits(own, [same_answer], 0)}
     assert "planted" not in {edit.name for edit in edits(row("g", [0.7, 0.2, 0.1], "Nothing named."), [], 0)}
     assert replaced("Stage II, a stage iii", "Stage II", r"Stage \1") == r"Stage \1, a stage iii"

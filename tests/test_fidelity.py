@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,34 @@ def test_maps_that_are_no_better_than_chance_are_not_praised() -> None:
     assert "good" not in worths and "bad" in worths
 
 
+def test_a_comparison_that_was_not_made_is_not_lost() -> None:
+    """Maps of images of other sizes have other grids, and say nothing of this image's region."""
+
+    def of_grid(number: int, columns: int) -> dict[str, Any]:
+        cells = np.eye(2 * columns)[number % 4].reshape(2, columns)
+        other = np.eye(2 * columns)[3].reshape(2, columns)
+        inside = {"cells": (cells == 1).tolist(), "boxes": []}
+        changed = {"maps": [cells.tolist()], "shuffled_maps": [other.tolist()], "regions": [inside]}
+        return row(str(number), 0, 0, 0) | changed
+
+    alone = [of_grid(number, 2 + number) for number in range(40)]
+    (worth, said), *_ = tell(conclude(alone))
+    assert worth == "good"
+    assert said.endswith(
+        "beyond the noise it beats a random cell and shuffled weights; "
+        "no other map of the same grid is there to compare with."
+    )
+    (worth, said), *_ = tell(conclude([*alone, *(of_grid(number, 2) for number in range(40, 60))]))
+    assert worth == "good" and "another image's map (21 maps have one of the same grid)" in said
+    missed = [of_grid(number, 2 + number) for number in range(40)]
+    for number, one in enumerate(missed):
+        one["maps"] = [np.eye(2 * (2 + number))[-1 - number % 4].reshape(2, -1).tolist()]
+    (worth, said), *_ = tell(conclude(missed))
+    assert worth == "bad" and "another image" not in said
+    alone_here = "; no other map of the same grid is there to compare with."
+    assert said.endswith(f"it is not clearly above a random cell or shuffled weights{alone_here}")
+
+
 @pytest.fixture(scope="module")
 def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_phantoms(tmp_path_factory.mktemp("phantoms") / "p", num_images=64, seed=11)
@@ -148,6 +177,24 @@ def test_the_shipped_model_looks_at_the_lesion_and_a_shuffled_one_does_not(phant
     assert {worth for worth, _ in tell(numbers)} == {"good"}
 
 
+@pytest.fixture
+def letters(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """The letters that the replies are read as: a model of random weights names none."""
+    real, given = module.evaluate, []
+    monkeypatch.setattr(
+        module,
+        "evaluate",
+        lambda *arguments, **settings: [
+            {**answer, "letter": letter} for answer, letter in zip(real(*arguments, **settings), given, strict=True)
+        ],
+    )
+
+    def give(*named: str | None) -> None:
+        given[:] = named
+
+    return give
+
+
 def measured(records: list[Record], out: Path, **settings: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return measure_heatmaps(tiny_vlm("qwen2_vl"), records, out=out, max_new_tokens=4, **settings)
 
@@ -161,8 +208,25 @@ def made_records(folder: Path, num: int = 3) -> list[Record]:
     return records
 
 
-def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reply_is_explained_by_the_option_that_it_chose(tmp_path: Path, letters: Callable[..., None]) -> None:
     records = made_records(tmp_path)
+    letters("B", None, "A")
+    rows, numbers = measured(records, tmp_path / "out", mode="think")
+    assert [(row["id"], row["letter"], row["right"]) for row in rows] == [
+        ("r0", "B", "B" in records[0].right_letters),
+        ("r2", "A", "A" in records[2].right_letters),
+    ]
+    assert (numbers["n"], numbers["left_out"]) == (2, 1)
+    letters(None, None, None)
+    with pytest.raises(MedR1Error, match="none of 3 replies chose an option to explain"):
+        measured(records, tmp_path / "other", mode="think")
+
+
+def test_a_stopped_run_goes_on_and_ends_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, letters: Callable[..., None]
+) -> None:
+    records = made_records(tmp_path)
+    letters("A", "A", "A")
     regions = {records[0].images[0]: [(10.0, 10.0, 30.0, 40.0)]}
     whole, numbers = measured(records, tmp_path / "whole", regions=regions, mode="think")
     assert [len(line["maps"]) for line in whole] == [1, 2, 1] and len(whole[1]["overlays"]) == 2
@@ -226,3 +290,5 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         measured([record.model_copy(update={"images": ()})], tmp_path / "out")
     with pytest.raises(MedR1Error, match=r"0\.png: no pixel of the 84 x 56 image lies in its region"):
         measured([record], tmp_path / "out", regions={record.images[0]: [(90.0, 0.0, 99.0, 9.0)]})
+    with pytest.raises(MedR1Error, match=r"0\.png: its box to 85, 9 reaches beyond the 84 x 56 image; mend its line"):
+        measured([record], tmp_path / "out", regions={record.images[0]: [(10.0, 0.0, 85.0, 9.0)]})

@@ -12,7 +12,7 @@ from medr1.cli import main
 from medr1.data.records import Record, read_jsonl, write_jsonl
 from medr1.errors import MedR1Error
 from medr1.evaluation.metrics import summarise
-from medr1.evaluation.reader import read_again, reader_messages, with_reader
+from medr1.evaluation.reader import read_again, reader_letter, reader_messages, with_reader
 from medr1.evaluation.run import Row
 from medr1.evaluation.scoring import score
 
@@ -67,6 +67,14 @@ def test_unsettled_rows_are_read_once_and_told_apart(reader: Reader, tmp_path: P
     assert len(reader.asked) == 3
     assert read_again(reader.name, read_jsonl(out), out) == read_jsonl(out) and len(reader.asked) == 3
     assert [row["correct"] for row in score(after)] == [False] * 6
+
+
+def test_none_is_no_option_whatever_one_is_called() -> None:
+    options = ("Nodule", "None")
+    for said in ("<answer>none</answer>", "<think>B?</think><answer> None. </answer>", "<answer>**none**</answer>"):
+        assert reader_letter(said, options) is None
+    for said in ("<answer>B</answer>", "<answer>B) None</answer>", "B"):
+        assert reader_letter(said, options) == "B"
 
 
 def test_a_failing_reader_loses_nothing(reader: Reader, tmp_path: Path) -> None:

@@ -403,6 +403,7 @@ def test_replies_as_servers_give_them(server: Server, records: list[Record], tmp
     assert (filtered["reply"], filtered["finish"], filtered["correct"]) == ("", "content_filter", False)
     assert filtered["outcome"] == "refusal"
     assert reply(message={"content": "A half \ud83d"})["reply"] == "A half ?"
+    assert reply(message={"content": None, "refusal": "No \ud83d"}, choice={"finish_reason": "content_filter"})
 
 
 @pytest.mark.parametrize(

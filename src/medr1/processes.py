@@ -32,6 +32,19 @@ def num_launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
 
 
+def make_folder(out: Path) -> None:
+    """A folder for results, where it is not there yet.
+
+    Raises:
+        MedR1Error: a file has its name, or it cannot be made.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "it is a file" if out.is_file() else error.strerror
+        raise MedR1Error(f"{out}: cannot be a folder of results ({reason}); choose another --out") from error
+
+
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
     """Nobody else writes into a file or an existing folder of results until the block is left, or this process dies.

@@ -97,7 +97,7 @@ def running(
     """The app, listening while the block runs; its address.
 
     Args:
-        models: one or several (see `models.load_vlm`), shown side by side.
+        models: one or several (see `policy.vlm.load_vlm`), shown side by side.
         calibration: of the first model (see `ask.load_respondent`).
         port: None takes the first free one from 7860.
         max_upload_mb: size limit of a request, in millions of bytes.
@@ -434,7 +434,7 @@ def _series(paths: Sequence[Path]) -> Iterator[Path]:
         folder.mkdir(exist_ok=True)
         for number, path in enumerate(paths):
             with suppress(FileExistsError):
-                os.link(path, folder / f"{number:05}-{path.name}")
+                (folder / f"{number:05}-{path.name}").symlink_to(path)  # so the image goes when Gradio removes it
         yield folder
 
 

@@ -24,11 +24,12 @@ from medr1.data.answers import extract_answer
 from medr1.data.datasets.rows import plain_options
 from medr1.data.images import Reading, read_image
 from medr1.data.prompts import build_messages, check_mode
-from medr1.data.records import LETTERS, Record, normalise_answer
+from medr1.data.records import LETTERS, Record, normalise_answer, normalise_option
 from medr1.errors import MedR1Error
 from medr1.evaluation.calibration import Calibration, abstains, read_calibration, tempered
 from medr1.evaluation.confidence import option_logprobs, reasoning_of
 from medr1.evaluation.controls import blank_image, permuted
+from medr1.evaluation.rows import differing, said
 from medr1.evaluation.run import weights_fingerprint
 from medr1.policy.encoding import PromptBatch, check_lengths, encode_prompts
 from medr1.policy.rollouts import sample
@@ -126,9 +127,24 @@ class Case:
         return self.record.options[LETTERS.index(self.letter)] if self.letter else self.text
 
     @property
+    def reasoning(self) -> str:
+        """What its probabilities in mode "think" stand after."""
+        return reasoning_of(self.reply).strip()
+
+    @property
     def confidence(self) -> float | None:
         """Probability of the chosen option."""
         return self.probabilities[LETTERS.index(self.letter)] if self.letter and self.probabilities else None
+
+    @property
+    def checks(self) -> tuple[str, ...]:
+        """What its warnings are made of, in words: without an answer nothing is asked again."""
+        made = {
+            "a blanked image": self.answer and self.pictures,
+            "another order of the options": self.answer and self.record.options,
+            "a look at the picture itself": self.pictures,
+        }
+        return tuple(check for check, was_made in made.items() if was_made)
 
     @property
     def abstained(self) -> bool:
@@ -172,11 +188,19 @@ def load_respondent(name: str, calibration: Path | None = None) -> Respondent:
         calibration: a file that `medr1 calibrate` wrote for this model.
 
     Raises:
-        MedR1Error: see `models.load_vlm`; or the calibration or the recipe beside the model is damaged.
+        MedR1Error: see `policy.vlm.load_vlm`; the calibration or the recipe beside the model is damaged; or the
+            calibration is of another model.
     """
     calibrated = read_calibration(calibration) if calibration else None
     vlm = load_vlm(name)
-    return Respondent(vlm, weights_fingerprint(vlm.model), recipe_of(name), calibrated)
+    fingerprint = weights_fingerprint(vlm.model)
+    about = {"model": vlm.name, "weights": fingerprint[:16]}
+    if calibrated and differing(fitted := calibrated.model_dump(), about, ("model",)):
+        raise MedR1Error(
+            f"{calibration}: is of {said(fitted, 'model')}, and this is {said(about, 'model')}; calibrate rows of this"
+            " model, in the type of numbers that it is asked in"
+        )
+    return Respondent(vlm, fingerprint, recipe_of(name), calibrated)
 
 
 def question_about(
@@ -351,7 +375,8 @@ def _about_evidence(case: Case, vlm: VLM, images: Sequence[Image.Image], setting
     prompts = encode_prompts(vlm, messages, [shown for _, shown in asked], thinking=case.mode == "think")
     replies = sample(vlm, prompts, num_completions=1, greedy=True, **settings).texts
     answers = [_said(reply, each) for reply, (each, _) in zip(replies, asked, strict=True)]
-    if images and normalise_answer(answers[0] or "") == normalise_answer(said):
+    plain = normalise_option if record.options else normalise_answer  # of options a sign may be all that differs
+    if images and plain(answers[0] or "") == plain(said):
         if case.confidence is None:
             yield f"The image may not matter: {PAINTED}, the answer stays “{said}”."
         else:
@@ -362,7 +387,7 @@ def _about_evidence(case: Case, vlm: VLM, images: Sequence[Image.Image], setting
                     f"The image barely matters: {PAINTED}, the answer stays {case.letter} with"
                     f" {100 * without:.0f} % ({100 * case.confidence:.0f} % with the image)."
                 )
-    if record.options and normalise_answer(answers[-1] or "") != normalise_answer(said):
+    if record.options and plain(answers[-1] or "") != plain(said):
         instead = f"“{answers[-1]}”" if answers[-1] else "no single option"
         yield f"The order of the options matters: in another order the model says {instead} instead of “{said}”."
 

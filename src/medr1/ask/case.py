@@ -80,13 +80,16 @@ def _parts() -> Any:
 
 
 def _command(cases: Sequence[Case]) -> str:
-    """The command that asks this again; files have no name here."""
+    """The command that asks this again; files have no name here, only what is selected in them."""
     first, *others = cases
-    words = ["medr1", "ask", *["IMAGE"] * len(first.pictures), first.record.question]
+    selected = (str(path).rpartition("#")[2] if "#" in path.name else "" for path in first.record.images)
+    words = ["medr1", "ask", *(f"IMAGE#{pairs}" if pairs else "IMAGE" for pairs in selected), first.record.question]
     words += [word for option in first.record.options for word in ("--option", option)]
     words += ["--model", first.model, *(word for other in others for word in ("--compare", other.model))]
     words += ["--mode", first.mode, "--max-new-tokens", str(first.max_new_tokens)]
     words += ["--samples", str(first.num_samples)] * bool(first.num_samples)
+    words += ["--modality", first.record.modality] if first.record.modality else []
+    words += ["--calibration", "CALIBRATION"] * (first.calibration is not None)
     return shlex.join(words)
 
 

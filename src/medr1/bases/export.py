@@ -24,7 +24,7 @@ from medr1 import NOTICE
 from medr1.config import EXPORTED, RECIPE, Config, load_config, to_toml
 from medr1.errors import MedR1Error
 from medr1.evaluation.metrics import summarise
-from medr1.evaluation.rows import read_rows
+from medr1.evaluation.rows import read_rows, said
 from medr1.evaluation.run import weights_fingerprint
 from medr1.policy import four_bit
 from medr1.policy.vlm import load_vlm, merged, refuse_not_finite
@@ -58,11 +58,13 @@ def export_model(
         raise MedR1Error(f"{out}: holds files that are not of an export; name a new folder")
     run = Path(model).expanduser()
     recipe = load_config(run / RECIPE) if (run / RECIPE).is_file() else None
-    if recipe and not (run / "model").is_dir():
+    is_run = recipe is not None and not (run / "config.json").is_file()  # an export holds its recipe too
+    if is_run and not (run / "model").is_dir():
         raise MedR1Error(f"{run}: holds no model yet; train to the end with the command that began it")
-    source = str(run / "model") if recipe else model
-    evaluations = [_evaluation(path, model, source) for path in answers]
+    source = str(run / "model") if is_run else model
     vlm = load_vlm(source, dtype="float32", device="cpu")
+    weights = weights_fingerprint(vlm.model) if answers else ""
+    evaluations = [_evaluation(path, (model, source), weights) for path in answers]
     has_adapter, in_four_bits = vlm.core is not vlm.model, four_bit.is_four_bit(vlm.core)
     core: Any = merged(vlm)
     core = (four_bit.dequantised(core) if four_bit.is_four_bit(core) else core).to(DTYPES[dtype])
@@ -155,34 +157,58 @@ def _public_name(name: str) -> str:
 
 
 def _without_folders(recipe: Config) -> Config:
-    """The recipe with the names of its folders only."""
-    data = {"path": _public_name(recipe.data.path), "image_root": _public_name(recipe.data.image_root)}
-    model = {"name": _public_name(recipe.model.name)}
+    """The recipe with nothing of this machine: of folders, and of files with own functions, the names alone, and no
+    addresses of servers.
+    """
+
+    def of_a_file(function: str) -> str:
+        module, colon, name = function.rpartition(":")
+        return f"{Path(module).name}{colon}{name}" if Path(module).suffix == ".py" or "/" in module else function
+
+    parts = {
+        "data": {"path": _public_name(recipe.data.path), "image_root": _public_name(recipe.data.image_root)},
+        "model": {"name": _public_name(recipe.model.name)},
+        "rollout": {"vllm_url": tuple(f"http://server-{place}" for place in range(len(recipe.rollout.vllm_url)))},
+        "grpo": {
+            "rewards": {of_a_file(name): weight for name, weight in recipe.grpo.rewards.items()},
+            "judge": recipe.grpo.judge.partition("@http")[0],
+        },
+        "draws": {"weights": of_a_file(recipe.draws.weights)},
+    }
     return recipe.model_copy(
-        update={"data": recipe.data.model_copy(update=data), "model": recipe.model.model_copy(update=model)}
+        update={name: getattr(recipe, name).model_copy(update=part) for name, part in parts.items()}
     )
 
 
-def _evaluation(path: Path, model: str, source: str) -> dict[str, Any]:
-    """What the card says of one file of answers: a caption, a Markdown table and the overall result."""
+def _evaluation(path: Path, names: Sequence[str], weights: str) -> dict[str, Any]:
+    """What the card says of one file of answers: a caption, a Markdown table and the overall result.
+
+    Args:
+        names: what the model may be called in it.
+        weights: the model's `weights_fingerprint` in float32, by which it is known under any name.
+    """
     rows = read_rows(path)
-    answered_by = Path(rows[0]["model"]).expanduser().resolve()
-    if answered_by.is_dir() and answered_by not in (Path(model).expanduser().resolve(), Path(source).resolve()):
+    first = rows[0]
+    places = {Path(name).expanduser().resolve() for name in names}
+    by_weights = bool(first.get("weights")) and weights.startswith(first["weights"])
+    if not by_weights and Path(first["model"]).expanduser().resolve() not in places:
         raise MedR1Error(
-            f"{path}: holds answers of model {rows[0]['model']}, not of {model}; give the answers of this one"
+            f"{path}: holds answers of {said(first, 'model')}, not of {names[0]}; give the answers of this one"
         )
     summary = summarise(rows)
-    cells = {**summary["by_modality"], **summary["by_question_type"], "all": summary}
+    if summary["accuracy"] is None:
+        raise MedR1Error(f"{path}: holds no answer to a multiple-choice question that was not trained on; leave it out")
+    cells = [*summary["by_modality"].items(), *summary["by_question_type"].items(), ("all", summary)]
     lines = [
         [name, cell["n"], f"{100 * cell['accuracy']:.1f}", _span(cell["ci95"]), f"{100 * cell['chance']:.1f}"]
-        for name, cell in cells.items()
+        for name, cell in cells
         if cell["accuracy"] is not None
     ]
     head = ["", "n", "accuracy, %", "95 % interval", "chance, %"]
-    first = rows[0]
     return {
         "caption": f"`{path.name}`: condition {first['condition']}, mode {first['mode']}.",
         "table": tabulate(lines, head, tablefmt="github", disable_numparse=True),
+        "data": ", ".join(sorted({row["source"] for row in rows})),
         "condition": first["condition"],
         "accuracy": summary["accuracy"],
     }
@@ -197,8 +223,7 @@ def _card(name: str, about: dict[str, Any], recipe: Config | None, evaluations: 
         EvalResult(
             task_type="visual-question-answering",
             dataset_type="multiple-choice",
-            dataset_name=f"{_public_name(recipe.data.path) if recipe else 'held-out questions'}, condition "
-            f"{evaluation['condition']}",
+            dataset_name=f"{evaluation['data']}, condition {evaluation['condition']}",
             metric_type="accuracy",
             metric_value=round(evaluation["accuracy"], 4),
         )

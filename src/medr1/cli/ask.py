@@ -27,6 +27,7 @@ from medr1.cli.options import (
     known_model,
 )
 from medr1.cli.printing import LISTED, console, finish, percent, shown
+from medr1.errors import MedR1Error
 
 if TYPE_CHECKING:
     from medr1.ask.ask import Case
@@ -98,11 +99,15 @@ def ask(
     models = [load_respondent(model, calibration), *map(load_respondent, compare or [])]
     cases = [run(each, record, heatmap=bool(heatmap), **settings) for each in models]
     made: dict[str, str] = {}
-    if heatmap:
-        made["heatmap"] = ", ".join(map(str, write_heatmaps(cases, heatmap)))
-    if out:
-        write_case(cases, out)
-        made["page"] = str(out)
+    failed: MedR1Error | None = None  # what was answered is said first
+    try:
+        if out:
+            write_case(cases, out)
+            made["page"] = str(out)
+        if heatmap:
+            made["heatmap"] = ", ".join(map(str, write_heatmaps(cases, heatmap)))
+    except MedR1Error as error:
+        failed = error
     if not as_json:
         for case in cases:
             _print_case(case)
@@ -110,6 +115,8 @@ def ask(
     then = None if out else f"the same with --out case.html for a page, or medr1 app --model {shown(model)}"
     first |= {"left_out": cases[0].left_out} | ({"compared": others} if others else {})
     finish(first, as_json, made=made, then=then)
+    if failed:
+        raise failed
 
 
 def _print_case(case: "Case") -> None:

@@ -198,13 +198,15 @@ def evaluate_command(
         "num_samples": samples,
         "reader": reader,
         "looking": looking,
+        "concurrency": concurrency,
     }
     if checkpoints:
+        if calibration:
+            raise MedR1Error(f"--calibration {calibration}: is of one model, not of all checkpoints; leave it out")
         summaries = evaluate_checkpoints(Path(model), resolved, out, **how)
         print_checkpoints(summaries, as_json, cut_at=cut_at, out=out)
         return
-    how |= {"concurrency": concurrency, "calibration": calibration}
-    summary = evaluate_named(model, resolved, out, **how)
+    summary = evaluate_named(model, resolved, out, calibration=calibration, **how)
     then = f"medr1 report --base BASE.jsonl --trained {shown(out)}" if condition == "image" else None
     print_summary(summary, as_json, cut_at=cut_at, made={"rows": out}, then=then)
 
@@ -427,20 +429,25 @@ def explain_command(
 ) -> None:
     """Heatmaps of the model's answers, and what they are worth: pointing, hiding, shuffled weights."""
     from medr1.data.parts import image_folder, load_parts
-    from medr1.data.regions import read_regions
+    from medr1.data.regions import REGIONS, num_unmatched, read_regions
     from medr1.evaluation.named import limited
     from medr1.policy.vlm import load_vlm
     from medr1.report.heatmaps import tell, write_heatmaps_page
     from medr1.trust.fidelity import measure_heatmaps
 
     resolved = asked(model, data, modality, question_type, settings, {"rollout.mode": mode})
+    train, test = load_parts(resolved.data, run_asked(model, settings))
+    regions = read_regions(image_folder(resolved.data))
+    if num := num_unmatched(regions, train, test):
+        boxes = sum(map(len, regions.values()))
+        console.print(f"{REGIONS}: {num} of {boxes} boxes are of an image that none of these questions shows")
     rows, numbers = measure_heatmaps(
         load_vlm(model, **resolved.model.loading),
-        limited(not_trained_on(model, load_parts(resolved.data, run_asked(model, settings))[1]), limit, resolved),
+        limited(not_trained_on(model, test), limit, resolved),
         out=out,
         method=method,
         mode=mode,
-        regions=read_regions(image_folder(resolved.data)),
+        regions=regions,
         max_new_tokens=resolved.rollout.max_new_tokens,
         seed=seed,
     )
@@ -449,7 +456,14 @@ def explain_command(
     finish(
         {"page": str(page), **numbers},
         as_json,
-        said=[sentence for _, sentence in tell(numbers)],
+        said=[
+            *(sentence for _, sentence in tell(numbers)),
+            *(
+                [f"{left} questions without an image, options or a chosen option were left out"]
+                if (left := numbers["left_out"])
+                else []
+            ),
+        ],
         made={"page": page, "maps": out / "overlays", "numbers": out / "heatmaps.json"},
         then="open the page in a browser; it needs no network",
     )

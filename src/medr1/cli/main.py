@@ -5,7 +5,9 @@ import os
 import re
 import sys
 import warnings
+from contextlib import suppress
 from importlib.metadata import version
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -70,6 +72,10 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for stream in (sys.stdout, sys.stderr):  # of a terminal that is not UTF-8; None where there is none
+        if isinstance(stream, TextIOWrapper):
+            with suppress(OSError):  # "Illegal seek" of some that were a pipe's
+                stream.reconfigure(errors="replace")
     try:
         status = app(standalone_mode=False, prog_name="medr1") or 0
     except MedR1Error as error:

@@ -106,8 +106,13 @@ def spellings(options: tuple[str, ...], answers: tuple[str, ...] = ANSWERS) -> d
 
 
 def reasoning_of(reply: str) -> str:
-    """What stands inside the first <think></think> of a reply, or in one that was never closed; "" without any."""
-    return reply.partition("<think>")[2].partition("</think>")[0]
+    """The reasoning of a reply: what stands in <think></think>, also where only one of the two is there (of a reply
+    that was cut off as far as it goes), or before <answer> where neither is; "" where it is not parted from the answer.
+    """
+    before, opened, after = reply.partition("<think>")
+    text = after if opened else before
+    thought = text.partition("</think>")[0].partition("<answer>")[0]
+    return thought if opened or "</think>" in text or "<answer>" in text else ""
 
 
 def continued(vlm: VLM, prompts: PromptBatch, ids: Sequence[Sequence[int]]) -> PromptBatch:

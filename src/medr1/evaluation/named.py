@@ -24,7 +24,7 @@ from medr1.evaluation.metrics import summarise
 from medr1.evaluation.run import Row, evaluate, leave_out_too_long
 from medr1.policy.names import checkpoints, step_of
 from medr1.policy.vlm import VLM, load_vlm
-from medr1.processes import alone
+from medr1.processes import alone, make_folder
 
 Part = Literal["test", "train", "all"]
 
@@ -89,10 +89,9 @@ def evaluate_named(
     train_records, test_records = load_parts(config.data, run)
     asked = _of_part(part, train_records, test_records)
     records: Sequence[Record] = limited(asked, limit, config)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MedR1Error(f"{out}: its folder cannot be made ({error.strerror}); choose another --out") from error
+    if out.is_dir():
+        raise MedR1Error(f"{out}: is a folder; name a .jsonl file for the rows, such as {out / 'answers.jsonl'}")
+    make_folder(out.parent)
     if config.data.skip_unreadable:
         records = leave_out_unreadable(records, out)
     settings: dict[str, Any] = {
@@ -193,11 +192,9 @@ def evaluate_checkpoints(folder: Path, config: Config, out: Path, **settings: An
     if recipe is None or not (folder / RECIPE).is_file():
         raise MedR1Error(f"{folder}: no folder of a run (it holds no {RECIPE}); --checkpoints needs one")
     kept = [(place.name, step_of(place), str(place)) for place in checkpoints(folder)]
-    model = folder / "model"
-    last = kept[-1][1] if kept else 0
-    if model.is_dir() and (result := folder / "result.json").is_file():
-        last = json.loads(result.read_text(encoding="utf-8"))["steps"]
-    if model.is_dir():
+    model, result = folder / "model", folder / "result.json"
+    if model.is_dir() and (result.is_file() or not kept):  # while a run is extended its model is that of the old end
+        last = json.loads(result.read_text(encoding="utf-8"))["steps"] if result.is_file() else 0
         kept = [place for place in kept if place[1] != last] + [("model", last, str(model))]
     if not kept:
         raise MedR1Error(f"{folder}: a run without a checkpoint yet; let `medr1 train` go on first")

@@ -81,7 +81,7 @@ async def _ask(server: Server, rows: list[Row], pending: Sequence[int], out: Pat
                 except NoCompletion:
                     reply = {"reply": ""}
                 said = reply["reply"]
-                letter = extract_answer(said, row["options"]).letter
+                letter = reader_letter(said, row["options"])
                 rows[place] = {**row, "reader": {"model": server.model, "letter": letter, "said": said}}
                 done += 1
                 if done % WRITE_EVERY == 0:
@@ -98,6 +98,12 @@ def reader_messages(row: Row) -> list[dict[str, Any]]:
     return [{"role": "user", "content": text}]
 
 
+def reader_letter(said: str, options: Sequence[str]) -> str | None:
+    """The option that a reader says a reply chose; its "none" is none, also where an option is called so."""
+    named = said.rpartition("<answer>")[2].partition("</answer>")[0]
+    return None if named.strip(" \n.*").casefold() == "none" else extract_answer(said, options).letter
+
+
 def with_reader(rows: Sequence[Row]) -> dict[str, Any] | None:
     """Accuracy of multiple choice where the reader's letter counts for the rows that it read.
 
@@ -109,7 +115,7 @@ def with_reader(rows: Sequence[Row]) -> dict[str, Any] | None:
     read = [row for row in choice if "reader" in row and row["outcome"] in UNSETTLED]
     if not read:
         return None
-    letters = {row["key"]: extract_answer(row["reader"]["said"], row["options"]).letter for row in read}
+    letters = {row["key"]: reader_letter(row["reader"]["said"], row["options"]) for row in read}
     judged = [
         {**row, "correct": letters[row["key"]] in record_of(row).right_letters} if row["key"] in letters else row
         for row in choice

@@ -221,14 +221,18 @@ class Server:
 
 def _row(completion: Completion) -> Row:
     return {
-        "reply": completion.text.encode(errors="replace").decode(),  # half a surrogate pair could not be written
+        "reply": _writable(completion.text),
         "finish": completion.finish,
         "tokens": completion.completion_tokens,
         "prompt_tokens": completion.prompt_tokens,
-        "served_model": completion.model,
-        **({"server_said": completion.said} if completion.said else {}),
+        "served_model": completion.model and _writable(completion.model),
+        **({"server_said": _writable(completion.said)} if completion.said else {}),
         "seconds": 0.0,
     }
+
+
+def _writable(text: str) -> str:
+    return text.encode(errors="replace").decode()  # half a surrogate pair has no UTF-8
 
 
 def parse_name(name: str, option: str = "--model") -> tuple[str, str]:

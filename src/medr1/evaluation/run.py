@@ -28,9 +28,9 @@ from torch.distributed.tensor import DTensor
 
 from medr1.data.answers import EXTRACTOR_VERSION
 from medr1.data.heldout import RunSplit, Seen, split_of
-from medr1.data.images import all_cores, content_digest, load_image
+from medr1.data.images import all_cores, by_warning, content_digest, load_image, read_image
 from medr1.data.kept import taken
-from medr1.data.parts import skipped_list
+from medr1.data.parts import skipped_list, tell_once
 from medr1.data.prompts import build_messages
 from medr1.data.records import LETTERS, Record, append_jsonl, read_jsonl, write_jsonl
 from medr1.errors import MedR1Error
@@ -394,24 +394,32 @@ def _digest(content: Any) -> str:
 
 
 def _read_images(records: Sequence[Record], progress: Progress) -> dict[Path, str]:
-    """`content_digest` of each image, all of them decoded once to see that they can be."""
+    """`content_digest` of each image, all of them decoded once to see that they can be; warnings about them are counted
+    on stderr.
+    """
     asking = {
         path: record.id for record in reversed(records) for path in reversed(record.images)
     }  # the first that does
     paths = list(reversed(asking))
     read = progress.track(all_cores(_read_image, paths), total=len(paths), description="images")
-    digests = dict(zip(paths, read, strict=True))
-    failures = [f"record {asking[path]}: {error}" for path, error in digests.items() if isinstance(error, MedR1Error)]
+    looked = dict(zip(paths, read, strict=True))
+    failures = [f"record {asking[path]}: {error}" for path, error in looked.items() if isinstance(error, MedR1Error)]
     if failures:
         others = f" (the first of {len(failures)} unreadable images)" if len(failures) > 1 else ""
         raise MedR1Error(f"{failures[0]}{others}; or leave their records out")
-    return {path: digest for path, digest in digests.items() if isinstance(digest, str)}
+    told = {path: look for path, look in looked.items() if not isinstance(look, MedR1Error)}
+    if warned := by_warning({path: warnings for path, (_, warnings) in told.items()}):
+        counts = "; ".join(f"{warning} ({len(images)}, first {images[0]})" for warning, images in warned.items())
+        num_warned = len({image for images in warned.values() for image in images})
+        tell_once(f"{num_warned} of {len(told)} images are read with a warning: {counts}")
+    return {path: digest for path, (digest, _) in told.items()}
 
 
-def _read_image(path: Path) -> str | MedR1Error:
+def _read_image(path: Path) -> tuple[str, list[str]] | MedR1Error:
+    """Digest of what the image's reference names, and what `read_image` warns of."""
     try:
-        load_image(path)
-        return content_digest(path)
+        warnings = read_image(path).decisions["warnings"]
+        return content_digest(path), warnings
     except MedR1Error as error:
         return error
 

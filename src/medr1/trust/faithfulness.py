@@ -27,6 +27,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
+from medr1.data.answers import extract_answer
 from medr1.data.images import load_image
 from medr1.data.prompts import build_messages
 from medr1.data.records import LETTERS, Record, append_jsonl, normalise_option, resume_jsonl, to_json, write_atomic
@@ -37,7 +38,7 @@ from medr1.evaluation.metrics import Row
 from medr1.evaluation.run import evaluate
 from medr1.policy.encoding import encode_prompts
 from medr1.policy.vlm import VLM, evaluating
-from medr1.processes import alone
+from medr1.processes import alone, make_folder
 
 KEPT = (0.0, 0.25, 0.5, 0.75)
 """Shares of the reasoning's words that the truncation curve keeps; all of it agrees with itself."""
@@ -79,7 +80,7 @@ def measure_faithfulness(
     Raises:
         MedR1Error: as `evaluate`; an open question; or rows of another model, data or seed in `out`.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     with alone(out):
         return _measure(vlm, records, out, max_new_tokens, batch_size, seed)
 
@@ -107,7 +108,8 @@ def most_probable(row: Row) -> int:
 
 
 def edits(row: Row, others: Sequence[Row], seed: int) -> list[Edit]:
-    """The edits of one question's reasoning, by `seed` and its id; none where there is no reasoning.
+    """The edits of one question's reasoning, by `seed` and its id; none where there is no reasoning. One that is to
+    argue for an option and whose words settle on another, as by its letter, is not made.
 
     Args:
         row: of the question, in mode think with option_probs.
@@ -123,21 +125,29 @@ def edits(row: Row, others: Sequence[Row], seed: int) -> list[Edit]:
     made.append(Edit("repeat", f"{reasoning} {reasoning}"))
     texts = [normalise_option(option) for option in row["options"]]
     elsewhere = {text: place for place, text in enumerate(texts) if text != texts[own]}
+
+    def argues(told: str, place: int) -> bool:
+        """Whether a reasoning settles on no other option than this: a letter in it may stand for another one here."""
+        return extract_answer(told, row["options"]).letter in (None, LETTERS[place])
+
     donors = [
         other
         for other in others
         if other["group"] != row["group"]
         and other["question_type"] == row["question_type"]
-        and reasoning_of(other["reply"]).strip()
+        and (told := reasoning_of(other["reply"])).strip()
         and _own_text(other) in elsewhere
+        and argues(told, elsewhere[_own_text(other)])
     ]
     if donors:
         donor = draw.choice(donors)
         made.append(Edit("swapped", reasoning_of(donor["reply"]), elsewhere[_own_text(donor)]))
     if elsewhere:
         place = draw.choice(list(elsewhere.values()))
-        planted = replaced(reasoning, row["options"][own], row["options"][place])
-        if planted != reasoning:
+        named, other = row["options"][own].strip(), row["options"][place]
+        label = rf"\b{LETTERS[own]}(?=[).:]\s*{re.escape(named)}(?!\w))"  # "A) Cyst" becomes "B) Tumour"
+        planted = replaced(re.sub(label, LETTERS[place], reasoning, flags=re.IGNORECASE), named, other)
+        if planted != reasoning and argues(planted, place):
             made.append(Edit("planted", planted, place))
     return made
 

@@ -44,7 +44,7 @@ from medr1.evaluation.intervals import DIFFERENCE, SHARE, Interval, interval, ja
 from medr1.evaluation.metrics import NOT_STATED, Row
 from medr1.evaluation.run import evaluate
 from medr1.policy.vlm import VLM
-from medr1.processes import alone
+from medr1.processes import alone, make_folder
 from medr1.trust.explain import METHODS, Heatmap, Subject, overlay
 
 STEPS = 8
@@ -68,7 +68,8 @@ def measure_heatmaps(
 ) -> tuple[list[Row], dict[str, Any]]:
     """Map the answer to every question, measure the maps, and write what this module's head lists but the page.
 
-    Questions without an image and open questions are left out; goes on from what `out` already has.
+    Questions without an image, open questions, and replies that chose no option are left out; goes on from what `out`
+    already has.
 
     Args:
         method: one of explain.METHODS.
@@ -89,7 +90,8 @@ def measure_heatmaps(
     mapped = [record for record in records if record.images and record.options]
     if not mapped:
         raise MedR1Error(f"{out}: no question with both an image and options to explain; widen the filters")
-    (out / OVERLAYS).mkdir(parents=True, exist_ok=True)
+    make_folder(out)
+    make_folder(out / OVERLAYS)
     with alone(out):
         rows = _map(vlm, mapped, out, method, mode, regions or {}, max_new_tokens, batch_size, seed)
         numbers = conclude(rows) | {
@@ -97,7 +99,7 @@ def measure_heatmaps(
             "method": method,
             "mode": mode,
             "seed": seed,
-            "left_out": len(records) - len(mapped),
+            "left_out": len(records) - len(rows),
         }
         write_atomic(out / NUMBERS, to_json(numbers, indent=1) + "\n")
     return rows, numbers
@@ -131,7 +133,10 @@ def _map(
             boxes_R,
         )
         for record, answer, boxes_R in zip(mapped, answers, boxes, strict=True)
+        if mode == "no-think" or answer["letter"]
     }
+    if not jobs:
+        raise MedR1Error(f"{out}: none of {len(mapped)} replies chose an option to explain; see answers.jsonl there")
     path = out / "heatmaps.jsonl"
     rows = resume_jsonl(path, jobs.keys())
     pending = {key: job for key, job in jobs.items() if key not in rows}
@@ -139,8 +144,9 @@ def _map(
     for key, (record, answer, of_images) in track(
         pending.items(), f"heatmaps, {method}", console=Console(stderr=True), disable=not pending
     ):
-        reply = None if mode == "no-think" else answer["reply"] or None
-        chosen = max(record.letters, key=lambda letter: answer["option_probs"][LETTERS.index(letter)])
+        reply, chosen = None, max(record.letters, key=lambda letter: answer["option_probs"][LETTERS.index(letter)])
+        if mode != "no-think":
+            reply, chosen = answer["reply"], answer["letter"]
         asked: dict[str, Any] = {"mode": mode, "reply": reply, "letter": chosen}
         maps, others = (METHODS[method](model, record, **asked) for model in (vlm, shuffled))
         subject = Subject.read(vlm, record, mode=mode, reply=reply)

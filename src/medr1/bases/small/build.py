@@ -40,6 +40,7 @@ from medr1.data.prompts import MODES, build_messages
 from medr1.data.records import QUESTION_TYPES, Record, append_jsonl, read_jsonl, write_atomic, write_jsonl
 from medr1.errors import MedR1Error
 from medr1.policy.vlm import VLM
+from medr1.processes import make_folder
 from medr1.report.plots import curve_panel, standalone
 
 STAGES = ("seeing", "aligning", "answering")
@@ -177,7 +178,7 @@ class Builder:
             MedR1Error: an unreadable image, a full disk, or a state whose last stage was begun with other steps, for
                 which it had another learning rate.
         """
-        self.out.mkdir(parents=True, exist_ok=True)
+        make_folder(self.out)
         state_file, curve = self.out / "state.pt", self.out / "curve.jsonl"
         done: dict[str, Any] = {"stage": 0, "step": 0, "optimizer": None}
         if state_file.exists():
