@@ -1,4 +1,6 @@
 # `make help` lists what there is. Everything is installed into .venv; what comes out lies in runs/ and build/.
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 PYTHON ?= python3
 BIN := .venv/bin
 # For every day: the logic of each wing and one short end-to-end run; tests/test_house.py keeps the list honest.
@@ -27,7 +29,7 @@ check: install ## lint, format, types, layers, and the documentation built stric
 	$(MAKE) --no-print-directory docs
 
 docs: install ## the documentation site, in build/site
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict 2>&1 | { grep -v '^INFO' || true; }  # --quiet would undo --strict
 
 test: check ## the checks and every test, at most 25 minutes on two cores
 	$(BIN)/pytest -n 2 --dist loadfile

@@ -1,6 +1,6 @@
 """Does training keep looking where the text gives most answers away? Plain GRPO, and the objective that we advise.
 
-    python benchmarks/looking.py --json                                        # half an hour at most on two cores
+    python benchmarks/looking.py --json                                        # 46 minutes on two cores
     python benchmarks/looking.py --shortcut-in texts --out runs/looking-texts
     python benchmarks/looking.py --no-shortcut --out runs/looking-none         # what it costs where nothing is amiss
     python benchmarks/looking.py --arms hold_to_chance --arms perception …     # other objectives beside them

@@ -8,6 +8,7 @@
 import ast
 import builtins
 import logging
+import posixpath
 import re
 import textwrap
 import typing
@@ -41,10 +42,20 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **kwargs: Any) -> str:
-    if page.file.src_uri == "CONTRIBUTING.md":  # written for the repository's root
-        return markdown.replace("](docs/", "](")
+    """Links are written for the repository, in which docs/ is a folder; on the site it is the root."""
+    uri = page.file.src_uri
+    in_repository = f"docs/{uri}" if (ROOT / "docs" / uri).is_file() or not (ROOT / uri).is_file() else uri
+
+    def link(found: re.Match[str]) -> str:
+        target, sharp, anchor = found[1].partition("#")
+        if not target or "://" in target:
+            return found[0]
+        there = posixpath.normpath(posixpath.join(posixpath.dirname(in_repository), target)).removeprefix("docs/")
+        return f"]({posixpath.relpath(there, posixpath.dirname(uri) or '.')}{sharp}{anchor})"
+
+    markdown = re.sub(r"\]\(([^)\s]+)\)", link, markdown)
     head, marker, _ = markdown.partition("<!-- modules -->")
-    return f"{head}{modules()}" if marker and page.file.src_uri == "layout.md" else markdown
+    return f"{head}{modules()}" if marker and uri == "layout.md" else markdown
 
 
 def on_post_page(output: str, page: Page, **kwargs: Any) -> str:
