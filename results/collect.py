@@ -32,6 +32,8 @@ def main() -> None:
     shutil.copy(study / "samples.md", out / "samples.md")
     found = StudyResults(study)
     about = {name: found.results[name] for name in ("versions", "data_sha256", "examples")}
+    rows = [Path(entry["rows"]).stem for entry in found.results["evaluations"] if entry["condition"] == "image"]
+    about["cells"] = sorted(name.removesuffix("-image") for name in rows)  # more may be kept before the next tables
     write_atomic(out / "about.json", json.dumps(about, indent=1) + "\n")
     write_atomic(out / "gains.md", gains(found))
     if (out / "cells").is_dir():  # of `medr1 study --keep`, with every log and reply
