@@ -332,6 +332,10 @@ def test_the_command_of_a_page_asks_the_same(tiny: Respondent, tmp_path: Path, m
     record = question_about([Path(f"{tmp_path}/Jane.dcm#window=lung")], "Which?", OPTIONS, "CT")
     case = ask(load_respondent("tiny", tmp_path / "calibration.json"), record, mode="no-think")
     page = case_page([case])
+    shutil.copy(tmp_path / "Jane.dcm", tmp_path / "scan#Jane=Doe.dcm")  # a sign in a file's name selects nothing
+    Scripted(monkeypatch, [["<answer>A</answer>"], ["<answer>B</answer>", "<answer>Cyst</answer>"]], [0.6])
+    named = question_about([tmp_path / "scan#Jane=Doe.dcm"], "Which?", OPTIONS)
+    assert "Jane" not in case_page([ask(load_respondent("tiny"), named, mode="no-think")])
     assert "IMAGE#window=lung" in page and "--modality CT --calibration CALIBRATION" in page and "Jane" not in page
 
 

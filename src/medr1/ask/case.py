@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from medr1.ask.ask import Case, shrunk
+from medr1.data.images import selector_of
 from medr1.data.records import write_atomic
 from medr1.errors import MedR1Error
 from medr1.report.pages import environment, html_file, package_versions
@@ -82,8 +83,7 @@ def _parts() -> Any:
 def _command(cases: Sequence[Case]) -> str:
     """The command that asks this again; files have no name here, only what is selected in them."""
     first, *others = cases
-    selected = (str(path).rpartition("#")[2] if "#" in path.name else "" for path in first.record.images)
-    words = ["medr1", "ask", *(f"IMAGE#{pairs}" if pairs else "IMAGE" for pairs in selected), first.record.question]
+    words = ["medr1", "ask", *(f"IMAGE{selector_of(path)}" for path in first.record.images), first.record.question]
     words += [word for option in first.record.options for word in ("--option", option)]
     words += ["--model", first.model, *(word for other in others for word in ("--compare", other.model))]
     words += ["--mode", first.mode, "--max-new-tokens", str(first.max_new_tokens)]

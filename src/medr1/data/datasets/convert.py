@@ -19,7 +19,7 @@ from typing import Any
 
 from medr1.data.datasets.rows import answer_letter, letter_of, plain_options
 from medr1.data.datasets.tables import is_missing, without_missing
-from medr1.data.images import file_of
+from medr1.data.images import file_of, selector_of
 from medr1.data.records import LETTERS, Record, write_atomic
 from medr1.errors import MedR1Error
 
@@ -90,7 +90,7 @@ def _place_images(records: Sequence[Record], out: Path) -> dict[Path, str]:
                 if not file.is_file():
                     raise MedR1Error(f"{file}: no such image, wanted by record {record.id}; add the file first")
                 shutil.copyfile(file, target)  # no link: who blackens a copy must not blacken the original
-            names[image] = files[file] + str(image)[len(str(file)) :]
+            names[image] = files[file] + selector_of(image)
     return names
 
 

@@ -5,7 +5,7 @@ from medr1.data.images.identity import group_of, is_salted, name_of_content
 from medr1.data.images.kinds import kind_of
 from medr1.data.images.limits import MAX_PIXELS
 from medr1.data.images.read import Reading, by_warning, expand_reference, file_reference, load_image, read_image
-from medr1.data.images.reference import content_digest, file_of, resolve_inside
+from medr1.data.images.reference import content_digest, file_of, resolve_inside, selector_of
 
 __all__ = [
     "MAX_PIXELS",
@@ -25,5 +25,6 @@ __all__ = [
     "name_of_content",
     "read_image",
     "resolve_inside",
+    "selector_of",
     "with_contents",
 ]

@@ -75,6 +75,11 @@ def file_of(reference: Path | str) -> Path:
     return Path(before) if before and sharp and _PAIRS.fullmatch(after) and not os.path.exists(text) else Path(text)
 
 
+def selector_of(reference: Path | str) -> str:
+    """What a reference says after its file's name, "#" first; "" where that is all."""
+    return str(reference)[len(str(file_of(reference))) :]
+
+
 def content_digest(reference: Path | str) -> str:
     """SHA-256 (hex) of the file's bytes, and of the selector where there is one. The file's name is not in it.
 
