@@ -32,16 +32,14 @@ data_app = typer.Typer(
 command = partial(data_app.command, cls=Command)
 
 
-def _given(image_root: Path | None, language: str) -> str:
-    """These two as options of the next command on the data, where they were given."""
-    root = f" --image-root {shown(image_root)}" if image_root else ""
-    return root + (f" --language {shown(language)}" if language != "en" else "")
-
-
-def _set(image_root: Path | None, language: str) -> str:
-    """The same as settings of a recipe."""
-    root = f" --set {shown(f'data.image_root={image_root}')}" if image_root else ""
-    return root + (f" --set {shown(f'data.language={language}')}" if language != "en" else "")
+def _given(image_root: Path | None, language: str, *, of_recipe: bool = False) -> str:
+    """These two as options of the next command on the data, or as settings of its recipe, where they were given."""
+    given = {"image_root": image_root, "language": language if language != "en" else None}
+    return "".join(
+        f" --set {shown(f'data.{name}={value}')}" if of_recipe else f" --{name.replace('_', '-')} {shown(value)}"
+        for name, value in given.items()
+        if value
+    )
 
 
 @command("check", epilog=examples("medr1 data check OmniMedVQA --out check", "medr1 data check questions.csv --json"))
@@ -67,7 +65,8 @@ def data_check(
         report,
         as_json,
         made={"page": out / "check.html", "numbers": out / "check.json"} if out else None,
-        then=again or f"medr1 train --data {shown(path)}{_set(image_root, language)} --out runs/first",
+        then=again
+        or f"medr1 train --data {shown(path)}{_given(image_root, language, of_recipe=True)} --out runs/first",
     )
 
 

@@ -452,18 +452,13 @@ def explain_command(
         seed=seed,
     )
     write_heatmaps_page(rows, numbers, out)
-    page = out / "explain.html"
+    page, said = out / "explain.html", [sentence for _, sentence in tell(numbers)]
+    if left := numbers["left_out"]:
+        said.append(f"{left} questions without an image, options or a chosen option were left out")
     finish(
         {"page": str(page), **numbers},
         as_json,
-        said=[
-            *(sentence for _, sentence in tell(numbers)),
-            *(
-                [f"{left} questions without an image, options or a chosen option were left out"]
-                if (left := numbers["left_out"])
-                else []
-            ),
-        ],
+        said=said,
         made={"page": page, "maps": out / "overlays", "numbers": out / "heatmaps.json"},
         then="open the page in a browser; it needs no network",
     )

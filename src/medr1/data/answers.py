@@ -21,7 +21,7 @@ from typing import Literal
 
 from medr1.data.option_texts import CJK, OptionTexts, option_texts
 from medr1.data.prompts import check_mode
-from medr1.data.records import LETTERS, Record, normalise_answer, normalise_option, words_and_signs
+from medr1.data.records import LETTERS, Record, normalise_answer, normalise_option, plain
 from medr1.data.sentences import BOX, END_BOX, read, refuses
 
 EXTRACTOR_VERSION = 3
@@ -101,16 +101,12 @@ def _says_more(text: str, options: Sequence[str], letter: str) -> bool:
     """Whether a short text has all words of a longer option that holds the chosen one, but apart: "cancer of the lung"
     of "Lung" and "Lung cancer". Where they stand together, they have been read.
     """
-    said = _words(text)
+    said = plain(text)
     if len(set(said.split())) > SHORT:
         return False
-    chosen = set(_words(options[LETTERS.index(letter)]).split())
-    longer = map(_words, options)
+    chosen = set(plain(options[LETTERS.index(letter)]).split())
+    longer = map(plain, options)
     return any(chosen < set(option.split()) <= set(said.split()) and option not in said for option in longer)
-
-
-def _words(text: str) -> str:
-    return " ".join(words_and_signs(text.casefold()))  # "a" too, which is no article in "Hepatitis A"
 
 
 _LONE = re.compile(r"(?<![^\W_])[A-Za-z](?![^\W_])|[^\x00-\x7f]")

@@ -217,6 +217,11 @@ def words_and_signs(text: str) -> list[str]:
     return _WORD.findall(_MINUS.sub("−", text))
 
 
+def plain(text: str) -> str:
+    """Case-folded `words_and_signs` with single spaces: "ER+" is not "ER-", and "Hepatitis A" keeps its "A"."""
+    return " ".join(words_and_signs(text.casefold()))
+
+
 def normalise_answer(text: str) -> str:
     """An open answer as it is compared: compatible characters made one (NFKC), case-folded `words_and_signs` with
     single spaces between, no other punctuation, and no English article before a word or a comparison.

@@ -57,6 +57,8 @@ def read_regions(folder: Path) -> dict[Path, list[Box]]:
 
 def num_unmatched(regions: Mapping[Path, list[Box]], *parts: Iterable[Record]) -> int:
     """Number of boxes whose image no record of these parts shows."""
+    if not regions:
+        return 0  # no need to go through all records
     shown = {image for records in parts for record in records for image in record.images}
     return sum(len(boxes) for image, boxes in regions.items() if image not in shown)
 

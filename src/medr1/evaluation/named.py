@@ -70,6 +70,8 @@ def evaluate_named(
     Raises:
         MedR1Error: settings that exclude each other, bad data, or what the evaluation raises.
     """
+    if out.is_dir():
+        raise MedR1Error(f"{out}: is a folder; name a .jsonl file for the rows, such as {out / 'answers.jsonl'}")
     if score_options and num_samples:
         raise MedR1Error("--score-options and --samples are two ways to weigh options; give one of them")
     weighed = score_options or num_samples > 0
@@ -89,8 +91,6 @@ def evaluate_named(
     train_records, test_records = load_parts(config.data, run)
     asked = _of_part(part, train_records, test_records)
     records: Sequence[Record] = limited(asked, limit, config)
-    if out.is_dir():
-        raise MedR1Error(f"{out}: is a folder; name a .jsonl file for the rows, such as {out / 'answers.jsonl'}")
     make_folder(out.parent)
     if config.data.skip_unreadable:
         records = leave_out_unreadable(records, out)

@@ -184,7 +184,7 @@ def write_report(data: ReportData, out: Path, *, max_samples: int = MAX_SAMPLES)
             " none saw"
         )
     base, trained, change = summarise(before), summarise(after), compare(before, after)
-    trained["trained_on"] = summarise(data.trained)["trained_on"]
+    trained["trained_on"] = summarise([row for row in data.trained if row["id"] in known])["trained_on"]
     samples, thumbnails = viewer_samples((before, after), data.image_root, max_samples)
     for sample in samples:
         sample["before"], sample["after"] = sample.pop("replies")

@@ -143,9 +143,11 @@ def run_recipe(
 
 def _forget_others(out: Path, fingerprint: str) -> None:
     """Take away what the run's model answered before it was extended, with which no evaluation goes on."""
+    from medr1.evaluation.looking import folder_of
+
     trained = out / "trained.jsonl"
     if trained.exists() and any(not fingerprint.startswith(row.get("weights", "")) for row in read_jsonl(trained)):
-        shutil.rmtree(out / "trained.looking", ignore_errors=True)
+        shutil.rmtree(folder_of(trained), ignore_errors=True)
         for name in (*CONTROLS, "trained"):  # that one last, since it tells
             (out / f"{name}.jsonl").unlink(missing_ok=True)
 

@@ -8,12 +8,11 @@ from typing import Any
 
 from medr1.config import DataConfig
 from medr1.data.kept import kept, taken
-from medr1.data.records import Record
+from medr1.data.records import Record, plain
 from medr1.data.splits import joined, split_by_group
 from medr1.errors import MedR1Error
 from medr1.evaluation.controls import group_disjoint, image_disjoint, text_only_prior
 from medr1.report.checks.images import Pictures
-from medr1.report.checks.texts import plain
 
 Parts = tuple[Sequence[Record], Sequence[Record]]
 

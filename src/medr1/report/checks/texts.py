@@ -17,7 +17,7 @@ from medr1.data.datasets.omnimedvqa import question_files
 from medr1.data.datasets.rows import letter_of
 from medr1.data.datasets.tables import Table, read_table
 from medr1.data.kept import taken
-from medr1.data.records import LETTERS, MODALITIES, QUESTION_TYPES, Record, normalise_option, words_and_signs
+from medr1.data.records import LETTERS, MODALITIES, QUESTION_TYPES, Record, normalise_option, plain
 from medr1.evaluation.metrics import NOT_STATED
 
 NEAR_STEM = 0.9
@@ -25,11 +25,6 @@ NEAR_STEM = 0.9
 NUM_ANSWERS = 5
 """Answers shown for a question type, the most frequent ones."""
 OPEN_KINDS = ("open, a text", "open, yes or no")
-
-
-def plain(text: str) -> str:
-    """Case-folded words without punctuation but for signs that change the meaning: "ER+" is not "ER-"."""
-    return " ".join(words_and_signs(text.casefold()))
 
 
 def questions(files: Iterable[Sequence[Record]], content: Mapping[Path, str]) -> dict[str, list[Any]]:
@@ -182,7 +177,7 @@ def _variants(texts: Iterable[str]) -> list[dict[str, int]]:
     """Sets of texts that agree up to case, punctuation and spacing, each with its count; the most frequent first."""
     by_key: dict[str, dict[str, int]] = defaultdict(dict)
     for text, times in Counter(texts).items():
-        by_key["".join(words_and_signs(text.casefold()))][text] = times
+        by_key[plain(text).replace(" ", "")][text] = times
     sets = [dict(sorted(same.items(), key=lambda item: -item[1])) for same in by_key.values() if len(same) > 1]
     return sorted(sets, key=lambda same: -sum(same.values()))
 
