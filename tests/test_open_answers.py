@@ -15,7 +15,7 @@ from medr1.evaluation.controls import permuted, text_only_prior
 from medr1.evaluation.metrics import accuracy_table, compare, flip_rate, open_table, summarise
 from medr1.evaluation.run import evaluate
 from medr1.evaluation.scoring import score
-from medr1.report.run import ReportData, write_report
+from medr1.report.run import ReportData, num_counted, write_report
 from medr1.training.rewards import load_rewards
 
 
@@ -270,6 +270,16 @@ def test_open_questions_are_summed_up_apart() -> None:
     assert summarise(rows[:2])["open"] is None
     only_open = summarise(rows[2:])
     assert (only_open["n"], only_open["accuracy"], only_open["macro"]["accuracy"]) == (0, None, None)
+
+
+def test_the_headline_is_of_multiple_choice_of_stated_modalities() -> None:
+    rows = mixed_rows()
+    assert num_counted(summarise(rows)) == 2
+    assert num_counted(summarise(rows[2:])) == 5  # open questions where there are no others
+    rows[0]["modality"], rows[1]["modality"] = "CT", None
+    assert num_counted(summarise(rows)) == 1
+    rows[0]["modality"] = None
+    assert num_counted(summarise(rows)) == 2
 
 
 def test_change_of_open_questions_is_told_apart() -> None:

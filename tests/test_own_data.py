@@ -19,7 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from medr1.cli import app
-from medr1.data.datasets import load_records
+from medr1.data.datasets import load_records, num_refused
 from medr1.data.datasets.convert import convert
 from medr1.data.datasets.embedded import keep_image
 from medr1.data.heldout import read_split
@@ -353,6 +353,7 @@ def test_a_table_beside_good_ones_that_cannot_be_read_is_told(
         load_records(tmp_path)
     told = dict(tell(check_data(tmp_path)))["bad"]
     assert "1 file left out, first" in told and name in told
+    assert num_refused([line, "x.csv: row 2: no answer"], 1_998) == "1 file and 1 of 1,999 rows"
 
 
 def test_tables_of_one_name_and_ids_that_begin_anew_in_each(tmp_path: Path) -> None:
@@ -799,6 +800,7 @@ def test_check_lists_refused_rows_and_open_questions(tmp_path: Path) -> None:
     assert (report["records"], report["open"], report["chance"]) == (8, 2, 0.5)
     assert report["refused"] == {
         "num": 1,
+        "said": "1 of 9 rows",
         "listed": [f"{file}: row 9: the answer 'E' is not among the options ['Cyst', 'Tumour']"],
     }
     assert report["counts"]["num_options"] == {"2": 6, "open": 2}
@@ -823,7 +825,7 @@ def test_page_of_samples(tmp_path: Path) -> None:
     assert page.count("<article") == 8 and page.count("data:image/webp") == 9
     assert page.count('class="gold"') == 8
     assert "&lt;b&gt;it&lt;/b&gt;" in page and "<b>it</b>" not in page
-    assert "1 row left out" in page and "Research use only" in page
+    assert "1 of 9 rows left out" in page and "Research use only" in page
     assert "http://" not in page and "https://" not in page
     (tmp_path / "a.png").unlink()
     again = write_samples(records, tmp_path / "page.html", name="mine", num=3, seed=1)

@@ -11,8 +11,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
+
+from rich.console import Console
 
 from medr1.errors import MedR1Error
 
@@ -25,6 +28,22 @@ PATIENCE = timedelta(minutes=30)
 def is_first() -> bool:
     """Whether this process writes files and speaks to the user: the only one, or rank 0 of several."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def tell(line: str, style: str = "") -> None:
+    """Say one line to the user on stderr, in the first process alone; nothing in it is read as markup.
+
+    Args:
+        style: of Rich: "yellow" for what may change a number, "dim" for what only explains.
+    """
+    if is_first():
+        Console(stderr=True, soft_wrap=True).print(line, style=style, markup=False, highlight=False)
+
+
+@cache  # a study divides its data again and again, and a command may look at a name more than once
+def tell_once(line: str, style: str = "yellow") -> None:
+    """As `tell`, and the same line never again."""
+    tell(line, style)
 
 
 def num_launched() -> int:

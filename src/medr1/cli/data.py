@@ -114,7 +114,7 @@ def data_show(
     as_json: JsonOption = False,
 ) -> None:
     """Draw questions at random into one self-contained HTML page, the right answer marked."""
-    from medr1.data.datasets import load_records
+    from medr1.data.datasets import load_records, num_refused
     from medr1.report.show import write_samples
 
     refused: list[str] = []
@@ -126,7 +126,7 @@ def data_show(
     if lost := result["lost_images"]:
         drawn += f"; {lost:,} of their images cannot be read"
     if refused:
-        drawn += f"; {len(refused):,} rows are left out"
+        drawn += f"; {num_refused(refused, result['records'])} are left out"
     check = f"medr1 data check {shown(path)}{_given(image_root, language)}"
     then = f"open the page in a browser; `{check}` looks at all of them"
     finish(result, as_json, said=[drawn], made={"page": out}, then=then)

@@ -83,6 +83,10 @@ def finish_run(result: Mapping[str, Any], out: Path, as_json: bool, *, complete:
         said.append(
             f"{adds} ({interval(cell)})" + (f"; before training {100 * before['value']:+.1f}" if before else "")
         )
+    if apart := result.get("num_apart"):  # none in a result of an earlier version
+        said.append(
+            f"{apart:,} more held-out questions, open or of no stated modality, are counted apart in the report"
+        )
     model = shown(result["model"])
     made = {"report": result["report"], "model": result["model"], "answers": f"{out}/*.jsonl"}
     finish(result, as_json, said=said, made=made, then=f"open the report, or ask the model: medr1 app --model {model}")

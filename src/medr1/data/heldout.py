@@ -213,7 +213,7 @@ def tell_seen(split: RunSplit | None, seen: Sequence[Seen], what: str) -> None:
         said.append(f"{num} were trained on ({what})")
     if num := counts["never seen"]:
         said.append(f"{num} never seen by it")
-    tell(", ".join(said))
+    tell(", ".join(said), "yellow")
 
 
 def _contents(record: Record, contents: Mapping[Path, Content]) -> list[str]:

@@ -5,7 +5,6 @@ which images are held out.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +15,7 @@ from rich.progress import track
 
 from medr1.config import EXPORTED, DataConfig, recipe_of
 from medr1.data.cache import cache_folder
-from medr1.data.datasets import load_records, require_images, select_records
+from medr1.data.datasets import load_records, num_refused, require_images, select_records
 from medr1.data.heldout import RunSplit
 from medr1.data.images import load_image
 from medr1.data.kept import in_order, taken
@@ -24,7 +23,7 @@ from medr1.data.phantoms import write_phantoms
 from medr1.data.records import Record, write_jsonl
 from medr1.data.splits import divided, joined, tell
 from medr1.errors import MedR1Error
-from medr1.processes import is_first
+from medr1.processes import is_first, tell_once
 
 
 def load_parts(config: DataConfig, run: RunSplit | None = None) -> tuple[Sequence[Record], Sequence[Record]]:
@@ -99,12 +98,6 @@ def split_of_run(model: str, path: str) -> dict[str, Any]:
     return {f"data.{name}": getattr(trained, name) for name in kept}
 
 
-@lru_cache  # a study divides its data again and again
-def tell_once(line: str) -> None:
-    """Say it on stderr, once and in the first process alone."""
-    tell(line)
-
-
 def tell_older(model: str) -> None:
     """Say on stderr that there is no list of what a model's run held out: it is an export, or of an older version."""
     if (Path(model).expanduser() / EXPORTED).is_file():
@@ -154,7 +147,7 @@ def leave_out_unreadable(records: Sequence[Record], out: Path) -> Sequence[Recor
         if skipped:
             write_jsonl(listing, skipped)
             told = f"{len(skipped)} of {len(records)} records left out: an image cannot be read; see {listing}"
-            Console(stderr=True, soft_wrap=True).print(told, style="yellow", markup=False, highlight=False)
+            tell(told, "yellow")
         else:
             listing.unlink(missing_ok=True)
     if len(left_out) == len(records):
@@ -176,10 +169,10 @@ def _problem(image: Path) -> str | None:
 
 
 def tell_refused(path: str, num_records: int, refused: tuple[str, ...]) -> None:
-    """Say on stderr, once, how many rows of a data set were left out."""
+    """Say on stderr, once, how much of a data set was left out."""
     if refused:
-        line = f"{path}: {len(refused)} of {num_records + len(refused)} rows left out, first {refused[0]}"
-        tell_once(f"{line}; `medr1 data check {path}` lists them")
+        lost = f"{num_refused(refused, num_records)} left out, first {refused[0]}"
+        tell_once(f"{path}: {lost}; `medr1 data check {path}` lists them")
 
 
 def phantom_folder(num_images: int, seed: int = 0) -> Path:

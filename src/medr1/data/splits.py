@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
@@ -31,7 +30,7 @@ from medr1.data.images import Content, file_of, is_salted, with_contents
 from medr1.data.kept import code, in_order, kept, taken
 from medr1.data.records import MODALITIES, Record, normalise_option
 from medr1.errors import MedR1Error
-from medr1.processes import is_first
+from medr1.processes import tell
 
 MAX_RATIO = 2.0
 """A part that is larger than asked for by more than this is not left to the hash."""
@@ -60,7 +59,7 @@ def split_by_group(
     """
     train, test, note = divided(records, test_fraction, seed)
     if note:
-        tell(note)
+        tell(note, "yellow")
     return train, test
 
 
@@ -257,9 +256,3 @@ def _undividable(records: Sequence[Record]) -> str:
         f"no division is possible: all {len(records)} records hang together by shared groups or images, {num} of"
         f" them by {shared}; give data of more patients, or groups that tell them apart"
     )
-
-
-def tell(note: str) -> None:
-    """Say it on stderr, in the first process alone."""
-    if is_first():
-        Console(stderr=True, soft_wrap=True).print(note, style="yellow", markup=False, highlight=False)

@@ -12,13 +12,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from PIL import Image, ImageStat
-from rich.console import Console
 
 from medr1.data.images import file_of
 from medr1.data.records import LETTERS, Record, normalise_option
 from medr1.data.splits import links_of
 from medr1.errors import MedR1Error
 from medr1.evaluation.metrics import accuracy_table
+from medr1.processes import tell
 
 SHUFFLED = ("shuffled", "shuffled_other")
 CONDITIONS = ("image", "blank", "shuffled", "shuffled_other", "no_image", "permuted", "repeat")
@@ -119,7 +119,7 @@ def can_be_asked(records: Sequence[Record], condition: str, donors: Sequence[Rec
         as_shown(records, condition, 0, donors)
     except MedR1Error as error:
         line = f"the {condition} control is left out: {error}"
-        Console(stderr=True, soft_wrap=True).print(line, style="yellow", markup=False, highlight=False)
+        tell(line, "yellow")
         return False
     return True
 

@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-
 from medr1.config import RECIPE, Config, recipe_of
 from medr1.data.heldout import RunSplit, split_of, tell_seen
 from medr1.data.parts import leave_out_unreadable, load_parts
@@ -24,7 +22,7 @@ from medr1.evaluation.metrics import summarise
 from medr1.evaluation.run import Row, evaluate, leave_out_too_long
 from medr1.policy.names import checkpoints, step_of
 from medr1.policy.vlm import VLM, load_vlm
-from medr1.processes import alone, make_folder
+from medr1.processes import alone, make_folder, tell
 
 Part = Literal["test", "train", "all"]
 
@@ -160,7 +158,7 @@ def reader_of(model: str, vlm: VLM) -> VLM | None:
         return load_vlm(recipe.model.name, **recipe.model.loading)
     except MedR1Error as error:
         line = f"whether answers follow from their reasoning is left out, the run's base cannot be loaded: {error}"
-        Console(stderr=True, soft_wrap=True).print(line, style="yellow", markup=False, highlight=False)
+        tell(line, "yellow")
         return None
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from medr1.data.answers import EXTRACTOR_VERSION, extract_answer, format_ok, is_correct, read_answer, token_f1
 from medr1.data.records import LETTERS, Record, normalise_option, read_jsonl
 from medr1.errors import MedR1Error
+from medr1.processes import tell_once
 
 Row = dict[str, Any]
 
@@ -49,7 +50,6 @@ def read_rows(path: Path) -> list[Row]:
                 f"{path}: holds rows of {said(rows[0], name)} and of {said(row, name)}; evaluate anew, one file each"
             )
     if former := {row.get("extractor_version", EXTRACTOR_VERSION) for row in rows} - {EXTRACTOR_VERSION}:
-        from medr1.data.parts import tell_once
         from medr1.evaluation.scoring import score  # which knows rows by this module
 
         tell_once(

@@ -30,7 +30,7 @@ from medr1.data.answers import EXTRACTOR_VERSION
 from medr1.data.heldout import RunSplit, Seen, split_of
 from medr1.data.images import all_cores, by_warning, content_digest, load_image, read_image
 from medr1.data.kept import taken
-from medr1.data.parts import skipped_list, tell_once
+from medr1.data.parts import skipped_list
 from medr1.data.prompts import build_messages
 from medr1.data.records import LETTERS, Record, append_jsonl, read_jsonl, write_jsonl
 from medr1.errors import MedR1Error
@@ -42,7 +42,7 @@ from medr1.policy.drafts import Drafts
 from medr1.policy.encoding import PromptBatch, check_lengths, encode_prompts, text_too_long
 from medr1.policy.rollouts import sample
 from medr1.policy.vlm import VLM, evaluating
-from medr1.processes import alone, is_first, num_cores
+from medr1.processes import alone, is_first, num_cores, tell, tell_once
 
 Asked = list[tuple[str, Record]]
 """Key and record of each question of a batch."""
@@ -185,7 +185,7 @@ def leave_out_too_long(
         listing = skipped_list(out)
         append_jsonl(listing, [{"id": records[place].id, "reason": reason} for place, reason in reasons.items()])
         told = f"{len(reasons)} of {len(records)} records left out: too long for the model; see {listing}"
-        Console(stderr=True, soft_wrap=True).print(told, style="yellow", markup=False, highlight=False)
+        tell(told, "yellow")
     if len(reasons) == len(records):
         raise MedR1Error(f"{out}: all {len(records)} records are too long for {vlm.name}; shorten them")
     return taken(records, (place for place in range(len(records)) if place not in reasons))

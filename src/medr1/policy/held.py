@@ -15,13 +15,13 @@ Shapes: B prompts, G completions each, N = B*G rows in prompt-major order, T com
 from collections.abc import Callable
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from medr1.policy.attention import Decoding, Prefill, arranged_by, laid_out
 from medr1.policy.encoding import PromptBatch
 from medr1.policy.repeated import padded, up_to_stop
 from medr1.policy.vlm import VLM
+from medr1.processes import tell
 
 LEAST = 16
 """With fewer new tokens a step is not worth holding."""
@@ -126,9 +126,7 @@ def _held(vlm: VLM, step: Step) -> Step:
 def _give_up(vlm: VLM, reason: str) -> None:
     """Say it once: this model is decoded the plain way from now on."""
     vlm.not_held = reason
-    Console(stderr=True, soft_wrap=True).print(
+    tell(
         f"{vlm.name}: decoding is not held in a CUDA graph ({reason}); each kernel is launched by itself, exact but"
-        " slower",
-        markup=False,
-        highlight=False,
+        " slower"
     )

@@ -15,14 +15,11 @@ import json
 import os
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from medr1.errors import MedR1Error
-from medr1.processes import is_first
+from medr1.processes import tell_once
 
 TINY = Path(__file__).parents[1] / "bases" / "tiny" / "checkpoint"
 """The checkpoint that the package carries."""
@@ -110,12 +107,12 @@ def model_in(folder: Path) -> Path:
     kept = checkpoints(folder)
     # While a run is extended its model is still the one of its old end, and nothing says that it is complete.
     if _holds_model(folder / "model") and (not kept or (folder / "result.json").is_file()):
-        _say(f"{folder}: a run; taking {folder / 'model'}")
+        tell_once(f"{folder}: a run; taking {folder / 'model'}", "dim")
         return folder / "model"
     if not kept:
         raise MedR1Error(f"{folder}: a run without a model or a checkpoint yet; let `medr1 train` go on first")
     newest = kept[-1]
-    _say(f"{folder}: an unfinished run; taking its newest checkpoint, {newest}")
+    tell_once(f"{folder}: an unfinished run; taking its newest checkpoint, {newest}", "dim")
     return newest
 
 
@@ -169,12 +166,12 @@ def _processor_beside(name: str, weights: Path, root: Path, roots_name: str) -> 
     if (weights / "adapter_config.json").is_file() or not (missing := _missing(weights)):
         return weights
     if root != weights and not _missing(root):
-        _say(f"{name}: holds no {missing}; taking the processor of {roots_name}")
+        tell_once(f"{name}: holds no {missing}; taking the processor of {roots_name}", "dim")
         return root
     base = _base_of(weights)
     if not base:
         return weights  # what is missing is told when it is read
-    _say(f"{name}: holds no {missing}; taking the processor of {base}, its base model")
+    tell_once(f"{name}: holds no {missing}; taking the processor of {base}, its base model", "dim")
     return (
         found if (found := check_name(base)) else _download(base, {"repo_id": base, "revision": None}, [*PROCESSOR], [])
     )
@@ -242,11 +239,5 @@ def _download(name: str, settings: dict[str, Any], patterns: list[str], ignored:
         reason = str(error).strip().split("\n")[0]
         raise MedR1Error(f"{name}: the model hub did not give it ({reason}). {OFFLINE}") from error
     if offline and not constants.is_offline_mode():
-        _say(f"{name}: the model hub cannot be reached; using what was downloaded before")
+        tell_once(f"{name}: the model hub cannot be reached; using what was downloaded before", "dim")
     return found
-
-
-@lru_cache  # a command may look at a name more than once
-def _say(line: str) -> None:
-    if is_first():
-        Console(stderr=True, soft_wrap=True).print(line, style="dim", markup=False, highlight=False)

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import ValidationError
-from rich.console import Console
 from torch import Tensor, distributed, nn
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -36,7 +35,7 @@ from medr1.policy.mismatch import TOP, Greedy, Watch, check_prompt
 from medr1.policy.pixels import as_scaled
 from medr1.policy.rollouts import Rollout, rollout_of, seeds_of
 from medr1.policy.vlm import VLM
-from medr1.processes import gather, is_first
+from medr1.processes import gather, tell
 
 ENGINE = "rollout.engine = vllm-colocate"
 FORMAT = "medr1"
@@ -289,13 +288,11 @@ class ColocatedVLLM(Watch):
     def _hand_over(self) -> None:
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights_as_saved(self.vlm)})
         stale = [name for names in self.llm.apply_model(renew_heads) for name in names]
-        if stale and not self.told and is_first():
+        if stale and not self.told:
             self.told = True
-            Console(stderr=True, soft_wrap=True).print(
+            tell(
                 f"vLLM's CPU build kept {stale[0]}, which is tied to the embeddings, as it was before the update; it is"
-                " renewed after each",
-                markup=False,
-                highlight=False,
+                " renewed after each"
             )
         engine = self.llm.llm_engine
         engine.reset_mm_cache()

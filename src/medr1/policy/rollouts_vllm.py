@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from rich.console import Console
 
 from medr1.data.images import load_image
 from medr1.data.prompts import build_messages
@@ -36,6 +35,7 @@ from medr1.policy.mismatch import TOP, Greedy, Watch, check_prompt
 from medr1.policy.pixels import as_scaled
 from medr1.policy.rollouts import Completion, Rollout, rollout_of, seeds_of
 from medr1.policy.vlm import VLM
+from medr1.processes import tell
 
 WAIT = 600.0
 """Seconds that lost servers may take until one comes back."""
@@ -248,7 +248,7 @@ class VLLMServer(Watch):
             if bool(server.lost) != server.told_lost:
                 server.told_lost = bool(server.lost)
                 state = "left out until it is back" if self._there else "waiting for the server"
-                say(f"{server.url}: {f'{server.reason}; {state}' if server.lost else 'is back'}")
+                tell(f"{server.url}: {f'{server.reason}; {state}' if server.lost else 'is back'}")
 
 
 class Server:
@@ -511,7 +511,3 @@ def _messages(vlm: VLM, record: Record, mode: str) -> Any:
     # Scaled here, so that the recipe's limits hold whatever those of the server are.
     images = (as_scaled(vlm.processor, load_image(path)) for path in record.images)
     return api_messages(build_messages(record, mode), images)
-
-
-def say(line: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(line, markup=False, highlight=False)

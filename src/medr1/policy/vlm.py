@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -26,6 +25,7 @@ from medr1.errors import MedR1Error, NotFiniteError
 from medr1.policy import attention, four_bit, layers
 from medr1.policy.names import find_model
 from medr1.policy.pixels import limit_as_published, limit_pixels
+from medr1.processes import tell
 
 MEDIA = re.compile(r"(image|img|video|vision|audio|\b[be]o[iav])(_\w+)?_token")
 """What configurations, tokenizers and processors call the tokens that stand for images, videos or sounds."""
@@ -196,11 +196,9 @@ def _load(name: str, dtype: str, device: str | torch.device | None, quantize: st
     limit_as_published(processor, name, folder)
     vlm = VLM(model.to(device), processor, name, folder)
     if vlm.not_shared:
-        Console(stderr=True, soft_wrap=True).print(
+        tell(
             f"{name}: {vlm.not_shared} keeps the completions of a question from sharing its images and text; each reads"
-            " its own, exact but slower: G completions cost about G times the prompt's time",
-            markup=False,
-            highlight=False,
+            " its own, exact but slower: G completions cost about G times the prompt's time"
         )
     return vlm
 

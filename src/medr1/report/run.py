@@ -23,7 +23,7 @@ from medr1.errors import MedR1Error
 from medr1.evaluation.calibration import Calibration, read_calibration
 from medr1.evaluation.controls import CONDITIONS, text_only_prior
 from medr1.evaluation.looking import Asked, of_all, read_looking
-from medr1.evaluation.metrics import OPEN_SCORES, Row, compare, summarise, untrained
+from medr1.evaluation.metrics import NOT_STATED, OPEN_SCORES, Row, compare, summarise, untrained
 from medr1.evaluation.rows import check_pair, differing, read_rows, record_of, said
 from medr1.report.looking import BASE, TRAINED, looking_section
 from medr1.report.pages import (
@@ -401,6 +401,15 @@ def overall(table: dict[str, Any]) -> dict[str, Any]:
     if table["macro"]["n"]:
         return table["macro"]
     return table if table["n"] else table.get("open") or table
+
+
+def num_counted(table: dict[str, Any]) -> int:
+    """Questions that `overall` is of: not those of no stated modality beside others that state one, nor open ones
+    beside multiple choice.
+    """
+    if table["macro"]["n"]:
+        return sum(cell["n"] for name, cell in table["by_modality"].items() if name != NOT_STATED)
+    return int(overall(table)["n"])
 
 
 def above(cell: dict[str, Any], other: dict[str, Any]) -> bool:

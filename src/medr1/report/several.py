@@ -44,6 +44,7 @@ from medr1.report.run import (
     given_away,
     how_trained,
     named_control,
+    num_counted,
     open_table,
     overall,
     text_table,
@@ -312,7 +313,7 @@ def _write(
     write_atomic(out, page)
     return {
         "report": str(out),
-        "n": len(base.rows),
+        "n": num_counted(tables[0]),
         "left_out": left_out,
         "chance": lines[0]["cell"]["chance"],
         "base_macro": lines[0]["cell"]["accuracy"],

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from medr1.data.datasets import num_refused
 from medr1.data.records import Record, write_atomic
 from medr1.report.pages import environment, html_file, thumbnail
 
@@ -38,6 +39,7 @@ def write_samples(
             seed=seed,
             samples=samples,
             refused=refused,
+            left_out=num_refused(refused, len(records)),
             num_records=len(records),
             num_images=len({image for record in records for image in record.images}),
             num_groups=len({record.group for record in records}),

@@ -61,8 +61,9 @@ def run_recipe(
     Returns:
         base_macro, trained_macro, chance, text_only, and one for each of CONTROLS that can be asked: accuracies in
         [0, 1] averaged over modalities (over all rows where no modality is stated); gain_points; ci95 (of each of these
-        by name, in [0, 1]; of gain_points in points); looking (see `write_report`; None without); n, num_modalities,
-        steps, seconds (of all calls together), model, report.
+        by name, in [0, 1]; of gain_points in points); looking (see `write_report`; None without); n (questions
+        that the accuracies are of), num_apart (others that were asked: open ones beside multiple choice, those of no
+        stated modality), num_modalities, steps, seconds (of all calls together), model, report.
 
     Raises:
         MedR1Error: bad data, another recipe in the folder, or what the parts raise.
@@ -77,7 +78,7 @@ def run_recipe(
     from medr1.evaluation.named import limited
     from medr1.evaluation.run import evaluate, weights_fingerprint
     from medr1.policy.vlm import load_vlm
-    from medr1.report.run import overall, report_from_files
+    from medr1.report.run import num_counted, overall, report_from_files
     from medr1.training.folder import finished
     from medr1.training.run import train
 
@@ -117,7 +118,8 @@ def run_recipe(
         controls=[f"{name}={out / f'{name}.jsonl'}" for name in possible],
         out=out / "report.html",
     )
-    cells = {"base_macro": overall(summarise(before)), "trained_macro": overall(summarise(after))}
+    table = summarise(after)
+    cells = {"base_macro": overall(summarise(before)), "trained_macro": overall(table)}
     cells |= {"text_only": overall(prior)} | {name: overall(summarise(rows)) for name, rows in controls.items()}
     change = overall(compare(before, after))
     gain = change["difference"]
@@ -130,8 +132,9 @@ def run_recipe(
             "gain_points": change["ci95"] and [100 * end for end in change["ci95"]],
         },
         "looking": page.get("looking"),
-        "n": len(after),
-        "num_modalities": summarise(after)["macro"]["n"],
+        "n": num_counted(table),
+        "num_apart": len(after) - num_counted(table),
+        "num_modalities": table["macro"]["n"],
         "steps": run["steps"],
         "seconds": _add_seconds(out / SECONDS, time.perf_counter() - began),
         "model": run["model"],

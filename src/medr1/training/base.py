@@ -22,7 +22,6 @@ from typing import Any, cast
 
 import torch
 from peft import load_peft_weights, set_peft_model_state_dict
-from rich.console import Console
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -52,7 +51,7 @@ from medr1.policy.adapters import add_lora, compile_text_layers, freeze_vision
 from medr1.policy.encoding import PromptBatch, check_lengths, encode_prompts
 from medr1.policy.pixels import limit_pixels
 from medr1.policy.vlm import VLM, computes_in_bfloat16, first_not_finite
-from medr1.processes import agree, gather
+from medr1.processes import agree, gather, tell
 from medr1.training.checkpoints import newest_whole, seal
 from medr1.training.draws import draw_order, record_weights
 from medr1.training.dry import DryRunEndsError, dry_step
@@ -302,11 +301,8 @@ class RecordTrainer(Trainer):
         last, passed_over = gather(
             agree(lambda: newest_whole(self.out) if self.is_world_process_zero() else (None, []))
         )[0]
-        if self.is_world_process_zero():
-            for line in passed_over:
-                Console(stderr=True, soft_wrap=True).print(
-                    f"{line}; going on from {last.name if last else 'the beginning'}", markup=False, highlight=False
-                )
+        for line in passed_over:
+            tell(f"{line}; going on from {last.name if last else 'the beginning'}")
         return str(last) if last else None
 
     def encode(self, records: list[Record]) -> PromptBatch:

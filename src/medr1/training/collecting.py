@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from rich.console import Console
 from torch import Tensor
 
 from medr1.config import Config
@@ -31,7 +30,7 @@ from medr1.policy.encoding import FeatureCache, PromptBatch, with_vision_feature
 from medr1.policy.rollouts import Rollout, sample
 from medr1.policy.shared_prefix import completion_logprobs
 from medr1.policy.vlm import VLM, evaluating
-from medr1.processes import agree, gather
+from medr1.processes import agree, gather, tell
 from medr1.training.base import RecordTrainer
 from medr1.training.draws import Draws, stratum
 from medr1.training.folder import COMPLETIONS, LOG
@@ -364,13 +363,11 @@ class CollectingTrainer(RecordTrainer):
     def _tell_unscored(self) -> None:
         """Say once that no reward applied to a reply, which may be meant and may be a mistake in them."""
         row = next((row for row in self.completions if row["reward"] is None), None)
-        if row and not self.told_unscored and self.is_world_process_zero():
+        if row and not self.told_unscored:
             self.told_unscored = True
-            Console(stderr=True, soft_wrap=True).print(
+            tell(
                 f"step {row['step']}: every reward gave None for a reply to record {row['id']}, which is left out of"
-                f" its group; {LOG} counts such replies as unscored_rate",
-                markup=False,
-                highlight=False,
+                f" its group; {LOG} counts such replies as unscored_rate"
             )
 
     def _read(self, records: list[Record]) -> PromptBatch:

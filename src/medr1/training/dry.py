@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 from PIL import Image
-from rich.console import Console
 
 from medr1.data.images import load_image
 from medr1.data.prompts import build_messages
 from medr1.data.records import Record
 from medr1.errors import MedR1Error
-from medr1.processes import gather
+from medr1.processes import gather, tell
 from medr1.training.plan import GB, count, image_tokens, remedies, remedy
 
 if TYPE_CHECKING:
@@ -67,15 +66,12 @@ def dry_step(trainer: "RecordTrainer", records: Sequence[Record]) -> dict[str, A
     rollout = trainer.config.rollout
     replies = f", {rollout.num_completions} completions of {rollout.max_new_tokens:,} tokens each"
     measured = {"peak_gb": peak / GB, "memory_gb": total / GB, "prompts": len(chosen), "prompt_tokens": tokens}
-    if trainer.is_world_process_zero():
-        prompts = "prompt" if len(chosen) == 1 else f"{len(chosen)} prompts"
-        Console(stderr=True, soft_wrap=True).print(
-            f"dry step: {peak / GB:.2f} of {total / GB:.1f} GB, with the longest {prompts} (up to {tokens:,} tokens)"
-            f"{replies if trainer.config.method == 'grpo' else ''}",
-            style="dim",
-            markup=False,
-            highlight=False,
-        )
+    prompts = "prompt" if len(chosen) == 1 else f"{len(chosen)} prompts"
+    tell(
+        f"dry step: {peak / GB:.2f} of {total / GB:.1f} GB, with the longest {prompts} (up to {tokens:,} tokens)"
+        f"{replies if trainer.config.method == 'grpo' else ''}",
+        "dim",
+    )
     return {name: round(value, 3) for name, value in measured.items()}
 
 

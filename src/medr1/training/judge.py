@@ -20,8 +20,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from medr1.data.answers import exact_match, extract_answer, is_correct, read_answer
 from medr1.data.records import (
     Record,
@@ -36,6 +34,7 @@ from medr1.errors import MedR1Error
 from medr1.evaluation.intervals import interval
 from medr1.evaluation.remote import Server, parse_name
 from medr1.policy.client import NoCompletion, api_key, at_once
+from medr1.processes import tell
 from medr1.training.own import awaited
 
 FOLDER = "judge"
@@ -176,7 +175,7 @@ class Judge:
             raise MedR1Error(
                 f"{line}; that is less than grpo.judge_agreement = {least}; name another judge, or lower it"
             )
-        Console(stderr=True, soft_wrap=True).print(line, markup=False, highlight=False)
+        tell(line)
         return found
 
 

@@ -1,9 +1,9 @@
 """Readers of questions: `load_records`, for every supported layout."""
 
 from medr1.data.datasets.load import (
-    WHOLE,
     is_omnimedvqa,
     load_records,
+    num_refused,
     question_tables,
     require_images,
     select_records,
@@ -11,11 +11,11 @@ from medr1.data.datasets.load import (
 from medr1.data.datasets.rows import canonical_modality, canonical_question_type
 
 __all__ = [
-    "WHOLE",
     "canonical_modality",
     "canonical_question_type",
     "is_omnimedvqa",
     "load_records",
+    "num_refused",
     "question_tables",
     "require_images",
     "select_records",

@@ -26,6 +26,15 @@ WHOLE = "the whole file is left out"
 """End of the line for a table that cannot be read."""
 
 
+def num_refused(refused: Sequence[str], num_records: int) -> str:
+    """What the lines of `load_records` left out beside so many records, in words: "1 file and 2 of 50 rows"."""
+    num_files = sum(line.endswith(WHOLE) for line in refused)
+    num_rows = len(refused) - num_files
+    files = f"{num_files:,} file{'' if num_files == 1 else 's'}"
+    rows = f"{num_rows:,} of {num_records + num_rows:,} rows"
+    return " and ".join(words for num, words in ((num_files, files), (num_rows, rows)) if num)
+
+
 def is_omnimedvqa(path: Path) -> bool:
     """Whether a folder has OmniMedVQA's layout."""
     return (path / "QA_information").is_dir()

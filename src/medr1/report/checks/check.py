@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medr1.data.datasets import load_records
+from medr1.data.datasets import load_records, num_refused
 from medr1.data.kept import taken
 from medr1.data.records import Record
 from medr1.evaluation.metrics import NOT_STATED
@@ -62,7 +62,7 @@ def check_data(path: Path | str, *, image_root: Path | None = None, language: st
         "path": str(path),
         "folder": str(folder),
         "records": len(records),
-        "refused": {"num": len(refused), "listed": refused[:LISTED]},
+        "refused": {"num": len(refused), "said": num_refused(refused, len(records)), "listed": refused[:LISTED]},
         "groups": len({record.group for record in records}),
         "open": len(records) - len(choice),
         "chance": mean_chance(choice) if choice else None,

@@ -7,7 +7,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from medr1.data.datasets import WHOLE
 from medr1.data.records import to_json, write_atomic
 from medr1.report.checks.images import MAX_DISTANCE, MIN_CORRELATION, SIDE
 from medr1.report.pages import environment, percent, thumbnail, with_span
@@ -114,12 +113,9 @@ def _parts(parts: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 def _words(report: dict[str, Any]) -> list[tuple[str, str]]:
     found, story = report["questions"], []
-    if num := report["refused"]["num"]:
-        listed = report["refused"]["listed"]
-        whole = sum(line.endswith(WHOLE) for line in listed)  # they come first
-        lost = [_count(lost, what) for lost, what in ((whole, "file"), (num - whole, "row")) if lost]
-        first = listed[0].rstrip(".")
-        story.append(("bad", f"{' and '.join(lost)} left out, first {first}. Now: mend them in their file."))
+    if (refused := report["refused"])["num"]:
+        first = refused["listed"][0].rstrip(".")
+        story.append(("bad", f"{refused['said']} left out, first {first}. Now: mend them in their file."))
     else:
         story.append(("good", "Every row could be read."))
     if found["conflicting"]["num"]:
