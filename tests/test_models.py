@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_vlms import FAMILIES, conversation, picture, plain_logprobs, ragged_images, ragged_prompts, tiny_vlm
 from transformers import (
     AutoTokenizer,
@@ -25,6 +26,7 @@ from medr1.policy.encoding import encode_prompts
 from medr1.policy.rollouts import sample
 from medr1.policy.shared_prefix import completion_logprobs
 from medr1.policy.vlm import VLM, computes_in_bfloat16, load_vlm
+from medr1.training.plan import count
 
 
 @pytest.fixture
@@ -143,6 +145,39 @@ def test_errors_are_one_line_with_a_remedy(tmp_path: Path, saved: Path) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(MedR1Error, match="choose auto, float32"):
         load_vlm(str(torn), dtype="int3")
+
+
+def test_no_pickle_is_loaded_and_no_code_of_a_repository_is_run(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is the user asked whether to; whoever said yes by habit would have run it."""
+
+    def asked(*_: object) -> str:
+        return "y"
+
+    monkeypatch.setattr("builtins.input", asked)
+    (saved / "ran.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    config = json.loads((saved / "config.json").read_text())
+    code = {"AutoConfig": "ran.Config", "AutoModelForImageTextToText": "ran.Model", "AutoProcessor": "ran.Processor"}
+    (saved / "config.json").write_text(json.dumps(config | {"model_type": "unheard of", "auto_map": code}))
+    with pytest.raises(MedR1Error, match="custom code"):
+        load_vlm(str(saved))
+    with pytest.raises(MedR1Error, match="custom code"):
+        count(str(saved))
+    assert not (tmp_path / "ran").exists()
+    (saved / "config.json").write_text(json.dumps(config))
+    weights = load_file(saved / "model.safetensors")
+    (saved / "model.safetensors").unlink()
+    torch.save(weights, saved / "pytorch_model.bin")
+    with pytest.raises(MedR1Error, match="safetensors"):
+        load_vlm(str(saved))
+    adapter = tmp_path / "adapter"
+    add_lora(tiny_vlm("qwen2_vl"), rank=2, alpha=4).model.save_pretrained(adapter)
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "tiny"}))
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(MedR1Error, match=r"holds no adapter_model\.safetensors; save the adapter as safetensors"):
+        load_vlm(str(adapter))
 
 
 def test_a_package_that_a_family_needs_is_named(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,8 @@ PROCESSOR = (
 PUBLISHERS = {"qwen": "Qwen", "gemma": "google", "internvl": "OpenGVLab", "llava": "llava-hf"}
 """Beginning of a model type to who publishes such models on the hub under the names that people keep for folders."""
 WEIGHTS = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
+NO_SHIPPED_CODE = {"trust_remote_code": False}
+"""For whatever transformers loads: it would ask on the terminal else, and a yes runs the code of a repository."""
 OFFLINE = "On a machine without network: download it elsewhere and pass the folder, or set HF_HOME to a filled cache"
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(/[\w./-]+)?(@[\w./-]+)?")
 

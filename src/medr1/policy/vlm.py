@@ -23,7 +23,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from medr1.errors import MedR1Error, NotFiniteError
 from medr1.policy import attention, four_bit, layers
-from medr1.policy.names import find_model
+from medr1.policy.names import NO_SHIPPED_CODE, find_model
 from medr1.policy.pixels import limit_as_published, limit_pixels
 from medr1.processes import tell
 
@@ -170,7 +170,7 @@ def _load(name: str, dtype: str, device: str | torch.device | None, quantize: st
     if (folder / "adapter_config.json").is_file():
         return _load_adapter(name, folder, dtype, device, quantize)
     loader: Any = AutoModelForImageTextToText
-    settings: dict[str, Any] = {"dtype": _torch_dtype(dtype, device)}
+    settings: dict[str, Any] = {"dtype": _torch_dtype(dtype, device), "use_safetensors": True, **NO_SHIPPED_CODE}
     if is_saved_quantised(folder):
         quantize = "as saved"
     elif quantize == "nf4":
@@ -179,7 +179,7 @@ def _load(name: str, dtype: str, device: str | torch.device | None, quantize: st
     if quantize != "none":
         settings["device_map"] = {"": device}
     try:
-        processor = AutoProcessor.from_pretrained(str(place.processor))
+        processor = AutoProcessor.from_pretrained(str(place.processor), **NO_SHIPPED_CODE)
         model, loading = loader.from_pretrained(source, **settings, output_loading_info=True)
     except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise MedR1Error(_load_failure(name, folder, error)) from error
@@ -244,12 +244,14 @@ def _load_adapter(name: str, folder: Path, dtype: str, device: str | torch.devic
         raise MedR1Error(_load_failure(name, folder, error)) from error
     if not base:
         raise MedR1Error(f"{folder}: adapter_config.json names no base model; add base_model_name_or_path")
+    if not (folder / "adapter_model.safetensors").is_file():  # PEFT would unpickle adapter_model.bin
+        raise MedR1Error(f"{folder}: holds no adapter_model.safetensors; save the adapter as safetensors")
     vlm = load_vlm(base, dtype=dtype, device=device, quantize="nf4" if is_saved_quantised(folder) else quantize)
     try:
         model = PeftModel.from_pretrained(merged(vlm), str(folder))
         # As the adapter was trained: its folder says how large images are.
         has_processor = any((folder / file).is_file() for file in ("processor_config.json", "preprocessor_config.json"))
-        processor = AutoProcessor.from_pretrained(str(folder)) if has_processor else vlm.processor
+        processor = AutoProcessor.from_pretrained(str(folder), **NO_SHIPPED_CODE) if has_processor else vlm.processor
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise MedR1Error(_load_failure(name, folder, error)) from error
     refuse_not_finite(model, name)

@@ -26,7 +26,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from medr1.errors import MedR1Error
 from medr1.policy import four_bit
 from medr1.policy.adapters import lora_layers
-from medr1.policy.names import find_model
+from medr1.policy.names import NO_SHIPPED_CODE, find_model
 from medr1.policy.pixels import PUBLISHED, is_tiled, scales_by_pixels
 from medr1.policy.shared_prefix import MAX_LOGITS
 
@@ -169,7 +169,7 @@ def count(model: str) -> Sizes:
     try:
         config, facts = described(model)
         with torch.device("meta"):
-            network: Any = AutoModelForImageTextToText.from_config(config)
+            network: Any = AutoModelForImageTextToText.from_config(config, **NO_SHIPPED_CODE)
         return _counted(network, facts)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         reason = str(error).strip().split("\n")[0]
@@ -263,9 +263,9 @@ def described(model: str) -> tuple[Any, dict[str, Any]]:
         images = {name: facts[name] for name in ("min_pixels", "tiles", "tiled_always") if name in facts}
         return AutoConfig.for_model(**facts["config"]), images
     place = find_model(model, weights=False)
-    config = AutoConfig.from_pretrained(str(place.weights))
+    config = AutoConfig.from_pretrained(str(place.weights), **NO_SHIPPED_CODE)
     try:
-        images = AutoImageProcessor.from_pretrained(str(place.processor))
+        images = AutoImageProcessor.from_pretrained(str(place.processor), **NO_SHIPPED_CODE)
     except (OSError, ValueError, KeyError):  # a configuration alone
         return config, {}
     if scales_by_pixels(images):
