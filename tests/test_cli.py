@@ -179,6 +179,35 @@ def break_data(phantoms: Path, folder: Path, kind: str) -> Path:
     return folder
 
 
+def test_what_a_file_says_is_shown_and_not_obeyed_by_the_terminal(run: Any, phantoms: Path, tmp_path: Path) -> None:
+    """A title, a cleared screen, hidden text: sequences in a cell of a table, which errors and findings quote."""
+    shutil.copy(next(phantoms.rglob("*.png")), tmp_path / "a.png")
+    rows = ["id,image,question,option_a,option_b,answer", "1,a.png,What?,CT,MRI,A"]
+    rows += ["2,a.png,Which?,CT,MRI,\x1b[8mZ", '"\x1b]0;owned\x07\x9b2J3",\x1b[2Jb.png,Where?,CT,MRI,A']
+    (tmp_path / "questions.csv").write_text("\n".join(rows), encoding="utf-8")
+    told = run("data", "check", tmp_path)
+    refused = run("data", "convert", tmp_path, "--to", "csv", "--out", tmp_path / "out")
+    assert told.status == 0 and "b.png" in told.out
+    assert_one_line(refused, "owned")
+    for text in (told.out, told.err, refused.out, refused.err):
+        assert not {"\x1b", "\x07", "\x9b"} & set(text)
+
+
+def test_a_name_that_is_not_utf_8_ends_in_one_line(run: Any, phantoms: Path, tmp_path: Path) -> None:
+    """As folders of older systems have them; rows and pages, which are UTF-8, would name it."""
+    latin = Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9"))
+    shutil.copytree(phantoms, latin)
+    for words in (
+        ("eval", "--data", latin, "--limit", "1", "--max-new-tokens", "2", "--out", tmp_path / "rows.jsonl"),
+        ("data", "check", latin, "--out", tmp_path / "check"),
+        ("data", "show", latin, "--out", tmp_path / "show.html"),
+        ("train", "--data", latin, "--steps", "1", "--out", tmp_path / "run", *SMALL),
+    ):
+        assert_one_line(run(*words), "is not UTF-8, near ")
+    image = next(phantoms.rglob("*.png"))
+    assert_one_line(run("ask", image, "caf\udce9?"), "the question cannot be asked: it is not in UTF-8")
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [

@@ -172,6 +172,8 @@ def test_names(tmp_path: Path) -> None:
     assert names_of((None, one), (None, three), (None, two)) == [
         "runs/model (weak) (rows.jsonl)", "runs/model (weak) (again.jsonl)", "runs/model (strong)",
     ]  # fmt: skip
+    odd = [("runs/#123abc", one), (r"$\frac{$", two)]  # like a colour, and like a formula
+    assert names_of(*odd) == ["runs/#123abc", r"$\frac{$"]
     for given, name in ((((None, one), (None, one)), "runs/model"), ((("a", one), ("a", two)), "a")):
         with pytest.raises(MedR1Error, match=rf"rows\.jsonl: a second model of the page is called {name}"):
             names_of(*given)

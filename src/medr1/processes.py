@@ -15,11 +15,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rich import control
 from rich.console import Console
 
 from medr1.errors import MedR1Error
 
 T = TypeVar("T")
+
+# What models, files and servers wrote is shown to a terminal, never obeyed: of a text's control characters Rich drops a
+# few, and passes on those that begin a sequence.
+control._CONTROL_STRIP_TRANSLATE.update(dict.fromkeys([*range(9), *range(0x0B, 0x20), *range(0x7F, 0xA0)]))
 
 PATIENCE = timedelta(minutes=30)
 """How long a process waits for another, which may be downloading a model or writing it."""

@@ -209,8 +209,12 @@ def question_about(
     """A record of a question that is asked, not evaluated; without options it is open.
 
     Raises:
-        MedR1Error: an empty question, one option, or an unknown modality.
+        MedR1Error: an empty question, one option, an unknown modality, or what is no text.
     """
+    try:
+        "".join((question, *options)).encode()
+    except UnicodeEncodeError as error:  # halves of surrogate pairs: a terminal's or a file's bytes of another encoding
+        raise MedR1Error("the question cannot be asked: it is not in UTF-8; type it in a terminal that is") from error
     try:
         return Record(
             id="ask",

@@ -97,7 +97,7 @@ def data_convert(
     if not as_json:
         typer.echo(f"{out}: {result['records']:,} questions, {result['images']:,} images")
         for line in result["refused"][:LISTED]:
-            typer.echo(f"left out: {line}")
+            Console().print(f"left out: {line}", highlight=False, markup=False, soft_wrap=True)
         if (more := len(result["refused"]) - LISTED) > 0:
             typer.echo(f"left out: {more:,} more; --json lists all")
     finish(result, as_json, made={"data": out}, then=f"medr1 data check {shown(out)}")

@@ -261,6 +261,18 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_json(path: Path) -> Any:
+    """What stands in a JSON file that medr1 keeps for its own going on.
+
+    Raises:
+        MedR1Error: it is damaged, by a failing disk or a copy that broke off: we write it whole or not at all.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MedR1Error(f"{path}: is damaged; restore it, or delete it and run the same command again") from error
+
+
 def resume_jsonl(path: Path, keys: Collection[str]) -> dict[str, dict[str, Any]]:
     """Rows by their "key" that a former run left in a file, which may not exist; a torn last line is cut off it.
 
@@ -299,20 +311,32 @@ def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Append rows to a JSON-lines file and force them to disk: all of them, or on a full disk none.
 
     Raises:
-        MedR1Error: the disk is full or the folder cannot be written.
+        MedR1Error: the disk is full, the folder cannot be written, or a row names what is not UTF-8.
     """
-    text = "".join(to_json(row) + "\n" for row in rows)
+    content = _utf8("".join(to_json(row) + "\n" for row in rows), path)
     size = path.stat().st_size if path.exists() else 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(text)
+        with path.open("ab") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         if path.exists():
             os.truncate(path, size)
         raise MedR1Error(f"{path}: cannot be written ({error.strerror}); free space and run again") from error
+
+
+def _utf8(text: str, path: Path) -> bytes:
+    """The text as it is written. Readers refuse data that are not UTF-8; what is not is a name in the file system."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        near = ascii(text[max(0, error.start - 40) : error.end + 20])
+        raise MedR1Error(
+            f"{path}: cannot be written, since it names a file or folder that is not UTF-8, near {near}; rename that"
+            " and run again"
+        ) from error
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -324,7 +348,7 @@ def write_atomic(path: Path, content: str | bytes | Iterable[str]) -> None:
     """Write a file (text as UTF-8, whole or in pieces) so that a reader sees the old or the new content, never a half.
 
     Raises:
-        MedR1Error: the disk is full or the folder cannot be written.
+        MedR1Error: the disk is full, the folder cannot be written, or the content names what is not UTF-8.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -332,7 +356,7 @@ def write_atomic(path: Path, content: str | bytes | Iterable[str]) -> None:
         try:
             with os.fdopen(handle, "wb") as file:
                 pieces = [content] if isinstance(content, str | bytes) else content
-                file.writelines(piece.encode() if isinstance(piece, str) else piece for piece in pieces)
+                file.writelines(_utf8(piece, path) if isinstance(piece, str) else piece for piece in pieces)
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(temporary, 0o644)  # mkstemp makes it private; results are for everybody who may read the folder

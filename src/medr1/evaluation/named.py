@@ -2,7 +2,6 @@
 `evaluate` or `evaluate_remote`.
 """
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -13,7 +12,7 @@ from typing import Any, Literal
 from medr1.config import RECIPE, Config, recipe_of
 from medr1.data.heldout import RunSplit, split_of, tell_seen
 from medr1.data.parts import leave_out_unreadable, load_parts
-from medr1.data.records import Record, write_jsonl
+from medr1.data.records import Record, read_json, write_jsonl
 from medr1.errors import MedR1Error
 from medr1.evaluation.calibration import answered, applied, calibrating, read_calibration
 from medr1.evaluation.controls import SHUFFLED
@@ -192,7 +191,7 @@ def evaluate_checkpoints(folder: Path, config: Config, out: Path, **settings: An
     kept = [(place.name, step_of(place), str(place)) for place in checkpoints(folder)]
     model, result = folder / "model", folder / "result.json"
     if model.is_dir() and (result.is_file() or not kept):  # while a run is extended its model is that of the old end
-        last = json.loads(result.read_text(encoding="utf-8"))["steps"] if result.is_file() else 0
+        last = read_json(result)["steps"] if result.is_file() else 0
         kept = [place for place in kept if place[1] != last] + [("model", last, str(model))]
     if not kept:
         raise MedR1Error(f"{folder}: a run without a checkpoint yet; let `medr1 train` go on first")

@@ -34,7 +34,13 @@ NAMES = {
 WIDE, NARROW = 440, 320
 """Width of a figure in SVG units, in which text is 11 high."""
 
-STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "medr1", "font.family": "sans-serif", "font.size": 11}
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "medr1",
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "text.parse_math": False,  # in the name of a model a dollar sign is one
+}
 
 Cell = dict[str, Any]
 """{accuracy, ci95, …} as metrics.py gives it."""
@@ -458,7 +464,8 @@ def _svg(figure: Figure, title: str, width: float = WIDE) -> str:
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub("#[0-9a-f]{6}", lambda found: f"var(--{NAMES[found[0]]}, {found[0]})", text)
+    colours = "|".join(NAMES)  # and no other, such as what is like one in the name of a model
+    text = re.sub(colours, lambda found: f"var(--{NAMES[found[0]]}, {found[0]})", text)
     size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)
     assert size, "matplotlib writes a view box"
     kind = "plot" if width == WIDE else "plot narrow"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from medr1.config import Config, to_toml
-from medr1.data.records import read_jsonl, write_atomic
+from medr1.data.records import read_json, read_jsonl, write_atomic
 from medr1.processes import make_folder
 from medr1.training.folder import check_recipe
 
@@ -40,7 +40,7 @@ def completed(config: Config, out: Path, *, limit: int = 0, extend: bool = False
     path = out / RESULT
     if not path.is_file():
         return None
-    there = json.loads(path.read_text(encoding="utf-8"))
+    there = read_json(path)
     whole = there["recipe"] == to_toml(config) and there["limit"] == limit and (out / "report.html").is_file()
     places = {"report": str(out / "report.html"), "model": str(out / "train" / "model")}  # a folder may be moved
     return {**there["result"], **places} if whole else None
@@ -71,7 +71,7 @@ def run_recipe(
     if found := completed(config, out, limit=limit, extend=extend):
         return found
     from medr1.data.heldout import split_of
-    from medr1.data.parts import load_parts  # torch and all the rest, which a complete run does not need
+    from medr1.data.parts import leave_out_unreadable, load_parts  # and torch, which a complete run does not need
     from medr1.evaluation.controls import can_be_asked, text_only_prior
     from medr1.evaluation.looking import folder_of, look
     from medr1.evaluation.metrics import compare, summarise
@@ -85,6 +85,8 @@ def run_recipe(
     began = time.perf_counter()
     make_folder(out)
     train_records, held_out = load_parts(config.data, split_of(out / "train"))  # gone on with: by its own list
+    if config.data.skip_unreadable:
+        held_out = leave_out_unreadable(held_out, out / "base.jsonl")
     records = limited(held_out, limit, config)
     settings: dict[str, Any] = {
         "mode": config.rollout.mode,
@@ -157,6 +159,6 @@ def _forget_others(out: Path, fingerprint: str) -> None:
 
 def _add_seconds(path: Path, seconds: float) -> float:
     """Seconds of this call and of those that it went on from."""
-    earlier = json.loads(path.read_text()) if path.exists() else 0.0
+    earlier = read_json(path) if path.exists() else 0.0
     write_atomic(path, json.dumps(earlier + seconds))
     return round(earlier + seconds, 1)

@@ -17,7 +17,7 @@ Started again beside itself, on another GPU or machine, it shares the cells, see
 
 What is done is decided by the folder alone:
 
-    OUT/study.json           the resolved study and a digest of its data; another one is refused
+    OUT/study.json           the resolved study and digests of its data and base; another one is refused
     OUT/cells/CELL.json      {"done", "seconds"}; seconds of a call that was killed are not counted
     OUT/runs/CELL/           the training run; its weights go when the cell is done, its logs stay
     OUT/evaluations/CELL-CONDITION.jsonl
@@ -42,13 +42,22 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from medr1.config import Config, known_keys, mistakes
 from medr1.data.parts import load_parts
-from medr1.data.records import MODALITIES, QUESTION_TYPES, Record, read_jsonl, to_json, write_atomic, write_jsonl
+from medr1.data.records import (
+    MODALITIES,
+    QUESTION_TYPES,
+    Record,
+    read_json,
+    read_jsonl,
+    to_json,
+    write_atomic,
+    write_jsonl,
+)
 from medr1.errors import MedR1Error
 from medr1.evaluation.controls import as_shown, text_only_prior
 from medr1.evaluation.run import evaluate
@@ -102,7 +111,9 @@ class Study(BaseModel):
         description="sft: in no-think alone; grpo; looking: GRPO with what [looking] changes, beside the plain one",
     )
     modes: tuple[Mode, ...] = Field(MODES, min_length=1, description="modes of GRPO, and of looking")
-    seeds: tuple[int, ...] = Field((0,), min_length=1, description="training seeds; each repeats every cell")
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(
+        (0,), min_length=1, description="training seeds; each repeats every cell"
+    )
     cells: tuple[str, ...] = Field(
         (),
         description="cells to train, by the names that --list shows or patterns such as 'modality-*-grpo-think-seed0',"
@@ -161,6 +172,14 @@ class Study(BaseModel):
         for name in ("axes", "methods", "modes", "seeds", "cells", "baselines", "controls"):
             if twice := [item for item, count in Counter(getattr(self, name)).items() if count > 1]:
                 raise ValueError(f"{name} names {twice[0]} twice")
+        by_file: dict[str, str] = {}
+        for model in self.baselines:
+            other = by_file.setdefault(Cell("baseline", MODES[0], model=model).name, model)
+            if other != model:
+                raise ValueError(
+                    f"baselines: {other} and {model} would have the same files, since only a to z and 0 to 9 count in"
+                    " their names; give one by another path, such as a link"
+                )
         if absent := [mode for mode in self.base_modes if mode not in self.max_new_tokens]:
             raise ValueError(f"max_new_tokens lacks {absent[0]}")
         first, *others = self.methods
@@ -413,7 +432,6 @@ def run_study(study: Study, out: Path, keep: Path | None = None) -> dict[str, An
     if keep:
         write_atomic(keep / STUDY, _identity(plan, keep, "--keep"))
     write_atomic(out / STUDY, _identity(plan, out))
-    (out / "evaluations").mkdir(exist_ok=True)
     waiting = plan.cells
     while waiting:
         taken = {cell for cell in waiting if _take(plan, cell, out, keep)}
@@ -426,15 +444,18 @@ def run_study(study: Study, out: Path, keep: Path | None = None) -> dict[str, An
 
 def _take(plan: Plan, cell: Cell, out: Path, keep: Path | None) -> bool:
     """See to it that a cell is done and kept; False where another process is at it."""
-    (place := (keep or out) / "cells").mkdir(exist_ok=True)
-    with if_free(place / cell.name) as free:
+    with if_free((keep or out) / "cells" / cell.name) as free:
         if not free:
             return False
-        if keep and _state(plan, cell, out) != "done" and (kept := _kept(plan, cell, keep)):
-            _take_up(plan, cell, out, kept)
         if _state(plan, cell, out) != "done":
-            print(f"study: {_progress(plan, out, keep)}; now {cell.name}", file=sys.stderr)
-            _run_cell(plan, cell, out)
+            kept = _kept(plan, cell, keep) if keep else None
+            for flip in {*FLIPS} - ({} if kept else dict(plan.asked(cell))).keys():
+                _file(cell, flip, out).unlink(missing_ok=True)  # begun when this cell was first: a part is no number
+            if kept:
+                _take_up(plan, cell, out, kept)
+            else:
+                print(f"study: {_progress(plan, out, keep)}; now {cell.name}", file=sys.stderr)
+                _run_cell(plan, cell, out)
         _finish(plan, cell, out, keep)  # also of what was done: a kill may have come between the last answer and this
     return True
 
@@ -466,30 +487,32 @@ def list_cells(study: Study, out: Path, keep: Path | None = None) -> list[dict[s
 def _identity(plan: Plan, folder: Path, option: str = "--out") -> str:
     """Content of study.json; refuses a folder that holds another.
 
-    What is kept also says which weights a local base has, since elsewhere it may have been built anew, and does not say
-    where the data lie.
+    It says which weights a local base has, since that may have been built anew. What is kept does not say where the
+    data lie.
     """
     path, weights = folder / STUDY, hashlib.sha256()
     study = plan.study.model_dump(mode="json")
-    for file in sorted(Path(plan.study.recipe.model.name).glob("*.safetensors")) if option == "--keep" else ():
+    for file in sorted(Path(plan.study.recipe.model.name).glob("*.safetensors")):
         with file.open("rb") as content:
             weights.update(hashlib.file_digest(content, "sha256").digest())
     if path.exists():
-        there = json.loads(path.read_text(encoding="utf-8"))
+        there = read_json(path)
         try:
             same_study = _rested_on(there["study"]) == _rested_on(study)
-        except ValidationError:  # a field of its recipe is gone
-            same_study = False
+        except (ValidationError, LookupError, TypeError):  # a field of its recipe is gone, or it is no study's file
+            same_study, there = False, {}
         differing = {
             "another study": not same_study,
-            "other data": there["data_sha256"] != plan.data_sha256,
+            "other data": there.get("data_sha256") != plan.data_sha256,
             "another base": there.get("base_sha256", weights.hexdigest()) != weights.hexdigest(),
         }
         if what := [name for name, differs in differing.items() if differs]:
             raise MedR1Error(f"{folder}: holds results of {what[0]} (see {STUDY}); choose another {option}")
-    identity = {"study": study, "data_sha256": plan.data_sha256}
-    if option == "--keep":
-        identity |= {"study": _rested_on(study), "base_sha256": weights.hexdigest()}
+    identity = {
+        "study": _rested_on(study) if option == "--keep" else study,
+        "data_sha256": plan.data_sha256,
+        "base_sha256": weights.hexdigest(),
+    }
     return json.dumps(identity, ensure_ascii=False, indent=1)
 
 
@@ -534,7 +557,8 @@ def _answer(plan: Plan, cell: Cell, out: Path) -> None:
         return
     if cell.axis and not (run / "model").is_dir():
         train(cell_recipe(study, cell), run)
-    vlm = load_vlm(cell.model or str(run / "model"), **study.recipe.model.loading)
+    recipe = study.recipe_of(cell.method) if cell.axis else study.recipe  # images as large as in training
+    vlm = load_vlm(cell.model or str(run / "model"), **recipe.model.loading)
     vlm.name = cell.model or cell.name  # rows shall not name this machine's folders
     settings |= {"batch_size": study.batch_size, "donors": plan.donors}
     for condition, records in plan.asked(cell):
@@ -571,7 +595,7 @@ def _edited(cell: Cell, out: Path) -> Path | None:
 
 def _count(cell: Cell, out: Path) -> dict[str, Any]:
     path = out / "cells" / f"{cell.name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def _state(plan: Plan, cell: Cell, out: Path) -> str:

@@ -13,13 +13,12 @@ be extended, and where trackers write.
     RUN/result.json          {"steps", "train_records", "test_records"}; there once the run is complete
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from medr1.config import RECIPE, Config, differences, load_config, to_toml
-from medr1.data.records import append_jsonl, read_jsonl, write_atomic
+from medr1.data.records import append_jsonl, read_json, read_jsonl, write_atomic
 from medr1.errors import MedR1Error
 from medr1.policy.names import checkpoints, step_of
 
@@ -55,8 +54,11 @@ def finished(config: Config, out: Path) -> dict[str, Any] | None:
     path = out / RESULT
     if check_recipe(config, out, extend=True) or not (path.is_file() and (out / MODEL).is_dir()):
         return None
-    counts = json.loads(path.read_text(encoding="utf-8"))
-    return {"model": str(out / MODEL), **counts, "last": read_jsonl(out / LOG)[-1]}
+    counts = read_json(path)
+    rows = read_jsonl(out / LOG)
+    if not rows or rows[-1]["step"] != counts["steps"]:
+        raise MedR1Error(f"{out / LOG}: ends before the run did; restore it, or choose another --out")
+    return {"model": str(out / MODEL), **counts, "last": rows[-1]}
 
 
 def check_recipe(config: Config, out: Path, *, extend: bool = False) -> dict[str, Any] | None:
