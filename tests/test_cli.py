@@ -148,6 +148,10 @@ def test_phantoms_with_a_shortcut_on_request(run: Any, tmp_path: Path) -> None:
     assert sum(record.answer == "A" for record in load_records(Path(planted["train"]))) > 60
     assert len(load_records(Path(planted["test"]))) == 20
     assert_one_line(run("data", "phantoms", "--n", 16, "--out", tmp_path / "plain"), "holds something already")
+    (tmp_path / "file").touch()
+    nowhere = tmp_path / "file" / "plain"
+    assert_one_line(run("data", "phantoms", "--n", 16, "--out", nowhere), "plain: cannot be written (Not a directory)")
+    assert_one_line(run("data", "check", tmp_path / "plain", "--out", nowhere), "cannot be a folder of results")
 
 
 def test_data_check_and_config(run: Any, phantoms: Path, tmp_path: Path) -> None:

@@ -783,6 +783,28 @@ def test_what_a_layout_cannot_hold_is_told(tmp_path: Path) -> None:
         convert(records, "csv", tmp_path / "other")
 
 
+def test_a_conversion_that_breaks_off_can_be_given_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was there already stood in its way, and Ctrl-C says that the same command goes on."""
+    pictures(tmp_path, "a.png", "b.png")
+    rows = [f"{name}.png,Which?,Cyst,Tumour,,B,CT,Disease Diagnosis,p1,s" for name in "ab"]
+    records = load_records(table(tmp_path, HEADER + "\n".join(rows) + "\n"))
+    copyfile = shutil.copyfile
+    for fault in (OSError(28, "No space left on device"), KeyboardInterrupt()):
+
+        def copy(source: Path, target: Path, fault: BaseException = fault) -> None:
+            copyfile(source, target)
+            if target.name.startswith("000002"):
+                raise fault
+
+        monkeypatch.setattr(shutil, "copyfile", copy)
+        with pytest.raises((MedR1Error, KeyboardInterrupt)) as raised:
+            convert(records, "csv", tmp_path / "out")
+        assert isinstance(raised.value, KeyboardInterrupt) or "out: cannot be written (No space" in str(raised.value)
+        assert not any((tmp_path / "out").iterdir())
+    monkeypatch.undo()
+    assert convert(records, "csv", tmp_path / "out")["records"] == 2
+
+
 # -- check, show, command line -------------------------------------------------------------------------------
 
 

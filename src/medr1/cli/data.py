@@ -20,7 +20,7 @@ from medr1.cli.options import (
     help_when_alone,
 )
 from medr1.cli.printing import LISTED, finish, shown
-from medr1.errors import MedR1Error
+from medr1.processes import make_folder
 
 data_app = typer.Typer(
     cls=Group,
@@ -55,6 +55,8 @@ def data_check(
     """Find copies and look-alikes of images, what train and test share, refused rows, defects of questions."""
     from medr1.report.checks import check_data, print_check, write_check
 
+    if out:
+        make_folder(out)  # rather than be told after all the work that it cannot be
     report = check_data(data_path(path), image_root=image_root, language=language)
     if not as_json:
         print_check(report, Console())
@@ -161,16 +163,17 @@ def data_phantoms(
 ) -> None:
     """Draw phantoms into a folder, on request with a shortcut past the image, to see whether training takes it."""
     from medr1.data.phantoms import Shortcut, write_phantoms, write_planted
+    from medr1.data.records import new_folder
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise MedR1Error(f"{out}: holds something already; name a new folder")
     if shortcut is None:
-        write_phantoms(out, num_images=num, seed=seed)
+        with new_folder(out):
+            write_phantoms(out, num_images=num, seed=seed)
         finish(
             {"data": str(out)}, as_json, made={"data": out}, then=f"medr1 data show {shown(out)} --out phantoms.html"
         )
         return
-    write_planted(out, num_images=num, seed=seed, shortcut=Shortcut(shortcut_in, shortcut))
+    with new_folder(out):
+        write_planted(out, num_images=num, seed=seed, shortcut=Shortcut(shortcut_in, shortcut))
     train, test = out / "train", out / "test"
     then = f"medr1 train --data {shown(train)} --out runs/planted; medr1 eval --data {shown(test)} asks what it learned"
     finish({"train": str(train), "test": str(test)}, as_json, made={"to train on": train, "to ask": test}, then=then)

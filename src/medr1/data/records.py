@@ -9,10 +9,12 @@ import json
 import math
 import os
 import re
+import shutil
 import string
 import tempfile
 import unicodedata
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -337,6 +339,27 @@ def _utf8(text: str, path: Path) -> bytes:
             f"{path}: cannot be written, since it names a file or folder that is not UTF-8, near {near}; rename that"
             " and run again"
         ) from error
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[None]:
+    """A folder to fill within the block. What is broken off leaves nothing in it, so that the same command can be given
+    again.
+
+    Raises:
+        MedR1Error: it holds something already, or cannot be written.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise MedR1Error(f"{out}: holds something already; name a new folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException as error:
+        for place in out.iterdir() if out.is_dir() else ():
+            shutil.rmtree(place) if place.is_dir() else place.unlink()
+        if isinstance(error, OSError):
+            raise MedR1Error(f"{out}: cannot be written ({error.strerror}); free space and run again") from error
+        raise
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -53,7 +53,6 @@ from medr1.data.records import (
     QUESTION_TYPES,
     Record,
     read_json,
-    read_jsonl,
     to_json,
     write_atomic,
     write_jsonl,
@@ -66,7 +65,7 @@ from medr1.processes import if_free
 from medr1.report.pages import package_versions
 from medr1.study.keep import keep_cell, kept_cell, kept_file, whole_rows
 from medr1.study.report import write_study_report
-from medr1.training.folder import LOG
+from medr1.training.folder import LOG, last_line
 from medr1.training.looking import OtherImages
 from medr1.training.run import train
 from medr1.trust.faithfulness import NUMBERS, measure_faithfulness, read_faithfulness
@@ -689,7 +688,7 @@ def _results(plan: Plan, out: Path) -> dict[str, Any]:
             evaluations.append({**identity, "model": model, "condition": condition, "rows": rows})
         if cell.axis:
             config = cell_recipe(study, cell)
-            steps = read_jsonl(out / folder / LOG)[-1]["step"]
+            steps = last_line(out / folder)["step"]
             updates = config.grpo.num_iterations if config.method == "grpo" else 1
             examples = math.ceil(steps / updates) * config.optimizer.prompts_per_step
             seconds = _count(cell, out)["seconds"]

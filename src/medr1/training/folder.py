@@ -54,11 +54,19 @@ def finished(config: Config, out: Path) -> dict[str, Any] | None:
     path = out / RESULT
     if check_recipe(config, out, extend=True) or not (path.is_file() and (out / MODEL).is_dir()):
         return None
-    counts = read_json(path)
-    rows = read_jsonl(out / LOG)
-    if not rows or rows[-1]["step"] != counts["steps"]:
-        raise MedR1Error(f"{out / LOG}: ends before the run did; restore it, or choose another --out")
-    return {"model": str(out / MODEL), **counts, "last": rows[-1]}
+    return {"model": str(out / MODEL), **read_json(path), "last": last_line(out)}
+
+
+def last_line(run: Path) -> dict[str, Any]:
+    """The last line in the log of a run that came to its end.
+
+    Raises:
+        MedR1Error: the log ends before.
+    """
+    rows = read_jsonl(run / LOG)
+    if not rows or "train_loss" not in rows[-1]:
+        raise MedR1Error(f"{run / LOG}: ends before the run did; restore it, or choose another --out")
+    return rows[-1]
 
 
 def check_recipe(config: Config, out: Path, *, extend: bool = False) -> dict[str, Any] | None:

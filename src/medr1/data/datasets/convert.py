@@ -20,7 +20,7 @@ from typing import Any
 from medr1.data.datasets.rows import answer_letter, letter_of, plain_options
 from medr1.data.datasets.tables import is_missing, without_missing
 from medr1.data.images import file_of, selector_of
-from medr1.data.records import LETTERS, Record, write_atomic
+from medr1.data.records import LETTERS, Record, new_folder, write_atomic
 from medr1.errors import MedR1Error
 
 QUESTIONS = "questions"
@@ -42,8 +42,6 @@ def convert(records: Sequence[Record], to: str, out: Path) -> dict[str, Any]:
     """
     if to not in WRITERS:
         raise MedR1Error(f"--to {to}: choose {', '.join(WRITERS)}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise MedR1Error(f"{out}: holds something already; name a new folder")
     check, write = WRITERS[to]
     kept, refused = [], []
     groups: dict[Path, str] = {}
@@ -61,11 +59,9 @@ def convert(records: Sequence[Record], to: str, out: Path) -> dict[str, Any]:
             kept.append(record)
     if not kept:
         raise MedR1Error(f"--to {to}: none of {len(records)} records can be written so; first {refused[0]}")
-    try:
+    with new_folder(out):
         names = _place_images(kept, out)
         write(kept, names, out)
-    except OSError as error:
-        raise MedR1Error(f"{out}: cannot be written ({error.strerror}); free space and use a new folder") from error
     num_images = len({file_of(image) for image in names})
     return {"out": str(out), "records": len(kept), "images": num_images, "refused": refused}
 
