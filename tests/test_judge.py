@@ -112,6 +112,27 @@ def test_a_server_that_fails_is_asked_again_and_loses_nothing(
     assert len(read_jsonl(tmp_path / "verdicts.jsonl")) == 6 and len(server.asked) == 3 + 5
 
 
+def test_a_mute_judge_has_judged_nothing(server: JudgeServer, tmp_path: Path) -> None:
+    replies = [f"<answer>finding {number}</answer>" for number in range(3)]
+    server.fault = lambda number: (200, {"choices": []}, {})
+    with pytest.raises(MedR1Error, match="answers nothing at record r0"):
+        rewards_of("judge", Judge(server.name, tmp_path), replies, [HEART] * 3, "think")
+    server.fault = lambda number: (200, {"choices": []}, {}) if number == 4 else None
+    given = rewards_of("judge", Judge(server.name, tmp_path), replies, [HEART] * 3, "think")
+    assert sorted(given, key=str) == [0.0, 0.0, None]
+
+
+def test_a_key_that_the_judge_repeats_is_in_no_file(
+    server: JudgeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run writes down what a reward raised, with what led to it."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-1")
+    server.fault = lambda number: (401, {"error": {"message": "no such key: sk-secret-1"}}, {})
+    with pytest.raises(MedR1Error, match="refuses the key") as error:
+        rewards_of("judge", Judge(server.name, tmp_path), ["<answer>spleen</answer>"], [HEART], "think")
+    assert "secret" not in str(error.value) and error.value.__cause__ is None
+
+
 def test_known_answers_are_of_the_run() -> None:
     records = [record(number, f"finding {number % 4}", f"Question {number % 3}?") for number in range(80)]
     asked = known_answers(records, 0)

@@ -89,6 +89,21 @@ def test_a_failing_reader_loses_nothing(reader: Reader, tmp_path: Path) -> None:
     assert len(reader.asked) == 4
 
 
+def test_a_mute_reader_has_read_nothing(reader: Reader, tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    reader.fault = lambda number: (200, {"choices": []}, {})
+    with pytest.raises(MedR1Error, match="answers nothing at record 1"):
+        read_again(reader.name, rows(), out)
+    assert not any("reader" in row for row in read_jsonl(out))
+    reader.fault = lambda number: (200, {"choices": []}, {}) if number == len(reader.asked) == 4 else None
+    read = [
+        row["reader"]["letter"]
+        for row in read_again(reader.name, read_jsonl(out), out, concurrency=1)
+        if "reader" in row
+    ]
+    assert read == [None, None, "B"]
+
+
 def test_a_reader_sees_question_options_and_reply_alone() -> None:
     (turn,) = reader_messages(rows()[1])
     assert "Question: Which?\nA) CT\nB) MRI\n\nReply:\nEither A or B" in turn["content"]

@@ -382,6 +382,42 @@ def test_the_key_is_sent_and_nowhere_else(
     assert "secret" not in str(error.value)
 
 
+def test_a_key_that_a_server_repeats_is_in_no_row_and_no_line(
+    server: Server, records: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    taken = {"message": f"not for {SECRET}", "code": "content_filter"}
+    faults = {
+        1: (400, {"error": taken}, {}),
+        2: (200, {"error": taken}, {}),
+        3: (200, {"choices": [], "to": SECRET}, {}),
+    }
+    server.fault = faults.get
+    rows = run(server, records, tmp_path / "run.jsonl", concurrency=1)
+    assert [row["id"] for row in rows if "server_said" in row] == ["r0", "r1", "r2"]
+    assert SECRET not in (tmp_path / "run.jsonl").read_text()
+    for length in (272, 276):  # a line that is cut off within the key
+        server.fault = lambda number, words="x" * length + SECRET: (400, {"error": {"message": words}}, {})
+        assert SECRET[:4] not in fails(server, records[:1], tmp_path / "cut.jsonl")
+
+
+def test_a_server_of_several_models_or_of_little_room_is_told(
+    server: Server, records: list[Record], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """vLLM fits a reply into what an image leaves of its --max-model-len, and says only that it was cut."""
+    run(server, records[:4], tmp_path / "run.jsonl", max_new_tokens=3)
+    server.change = {"choice": {"finish_reason": "length"}}
+    run(server, records[:4], tmp_path / "cut.jsonl", max_new_tokens=3)
+    assert "of several models" not in (said := capsys.readouterr().err) and "were cut" not in said
+    run(server, records[:6], tmp_path / "room.jsonl", max_new_tokens=4)
+    assert "6 of 6 replies were cut before --max-new-tokens = 4" in (said := capsys.readouterr().err)
+    assert "record r0's after 3" in said
+    answer = server.answer
+    server.answer = lambda body: answer(body) | {"model": "another"}  # type: ignore[method-assign]
+    run(server, records, tmp_path / "run.jsonl", max_new_tokens=3)
+    assert f"of several models by the server's word: {MODEL}-2026 (4), another (4)" in capsys.readouterr().err
+
+
 def test_replies_as_servers_give_them(server: Server, records: list[Record], tmp_path: Path):
     def reply(**change: Any) -> dict[str, Any]:
         server.change = change
@@ -402,7 +438,7 @@ def test_replies_as_servers_give_them(server: Server, records: list[Record], tmp
     filtered = reply(choice={"finish_reason": "content_filter"}, message={"content": None})
     assert (filtered["reply"], filtered["finish"], filtered["correct"]) == ("", "content_filter", False)
     assert filtered["outcome"] == "refusal"
-    assert reply(message={"content": "A half \ud83d"})["reply"] == "A half ?"
+    assert reply(message={"content": "A half \ud83d"}, choice={"finish_reason": "\ud83d"})["reply"] == "A half ?"
     assert reply(message={"content": None, "refusal": "No \ud83d"}, choice={"finish_reason": "content_filter"})
 
 
@@ -537,6 +573,20 @@ def test_a_server_without_a_choice(server: Server, records: list[Record], tmp_pa
     line = fails(server, records, tmp_path / "never.jsonl", concurrency=1)
     assert "answers nothing at record r0 (no choice in its reply" in line and "busy elsewhere" in line
     assert len(server.asked) == 3
+
+
+def test_a_server_that_falls_silent_leaves_no_rows_without_a_reply(
+    server: Server, records: list[Record], tmp_path: Path
+):
+    """Whether it answered earlier in this session or in one before, it is asked again for what it has answered."""
+    out, empty = tmp_path / "run.jsonl", (200, {"choices": []}, {})
+    server.fault = lambda number: empty if number > 2 else None
+    assert "answers nothing at record r2" in fails(server, records, out, concurrency=1)
+    assert len(server.asked) == 2 + 3 + 1
+    assert "answers nothing at record r2" in fails(server, records, out, concurrency=1)
+    assert [row["finish"] for row in read_jsonl(out)] == ["stop"] * 2
+    server.fault = lambda number: None
+    assert {row["finish"] for row in run(server, records, out)} == {"stop"}
 
 
 def test_a_passing_fault_in_a_reply_of_status_200(

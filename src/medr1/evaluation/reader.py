@@ -70,24 +70,32 @@ def read_again(name: str, rows: Sequence[Row], out: Path, *, concurrency: int = 
 async def _ask(server: Server, rows: list[Row], pending: Sequence[int], out: Path, concurrency: int) -> None:
     places = iter(pending)
     done = 0
+    silent: dict[int, NoCompletion] = {}
+
+    def read(place: int, said: str) -> None:
+        row = rows[place]
+        letter = reader_letter(said, row["options"])
+        rows[place] = {**row, "reader": {"model": server.model, "letter": letter, "said": said}}
+
     async with server.client() as client:
 
         async def work() -> None:
             nonlocal done
             for place in places:
-                row = rows[place]
                 try:
-                    reply = await server.reply(client, reader_messages(row), record_of(row))
-                except NoCompletion:
-                    reply = {"reply": ""}
-                said = reply["reply"]
-                letter = reader_letter(said, row["options"])
-                rows[place] = {**row, "reader": {"model": server.model, "letter": letter, "said": said}}
+                    reply = await server.reply(client, reader_messages(rows[place]), record_of(rows[place]))
+                except NoCompletion as error:
+                    silent[place] = error
+                    continue
+                read(place, reply["reply"])
                 done += 1
                 if done % WRITE_EVERY == 0:
                     write_jsonl(out, rows)
 
         await at_once(work, concurrency)
+    server.check_answers([(record_of(rows[place]), error) for place, error in silent.items()], len(pending))
+    for place in silent:
+        read(place, "")
 
 
 def reader_messages(row: Row) -> list[dict[str, Any]]:

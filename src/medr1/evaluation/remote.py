@@ -8,8 +8,10 @@ elsewhere, through OpenAI's own client, which retries and times out. Every image
 """
 
 import asyncio
+import contextlib
 import re
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,6 @@ from medr1.errors import MedR1Error
 from medr1.evaluation.rows import Row
 from medr1.evaluation.run import Evaluation, open_evaluation
 from medr1.policy.client import (
-    NO_KEY,
     TIMEOUT,
     Completion,
     NoCompletion,
@@ -32,10 +33,12 @@ from medr1.policy.client import (
     at_once,
     is_filter,
     openai,
+    quoted,
     read_completion,
     reason_of,
     run_async,
 )
+from medr1.processes import tell
 
 MAX_RETRIES = 4
 """Further attempts at a request that met no server, 408, 409, 429 or 5xx; the client waits longer each time."""
@@ -92,7 +95,23 @@ def evaluate_remote(
     ) as evaluation:
         server = Server(model, url, key, max_new_tokens)
         run_async(server.answer(evaluation, concurrency))
+    _tell_doubts(evaluation.result, max_new_tokens)
     return evaluation.result
+
+
+def _tell_doubts(rows: Sequence[Row], max_new_tokens: int) -> None:
+    """Say what rows alone show of a server that was not one model, or cut replies where it was not asked to."""
+    if len(models := Counter(row["served_model"] for row in rows if row.get("served_model"))) > 1:
+        told = ", ".join(f"{model} ({count})" for model, count in models.most_common())
+        tell(f"{rows[0]['model']}: its replies are of several models by the server's word: {told}", "yellow")
+    ended = [row for row in rows if row["finish"] == "length" and isinstance(row["tokens"], int)]
+    if cut := [row for row in ended if row["tokens"] < max_new_tokens]:
+        tell(
+            f"{rows[0]['model']}: {len(cut)} of {len(rows)} replies were cut before --max-new-tokens = {max_new_tokens}"
+            f" by the server's count, such as record {cut[0]['id']}'s after {cut[0]['tokens']}; where it has no more"
+            " room (vLLM's --max-model-len), raise that and evaluate anew",
+            "yellow",
+        )
 
 
 def token_totals(rows: Sequence[Row]) -> dict[str, int | None]:
@@ -123,35 +142,56 @@ class Server:
         """Ask what is pending and add each row as its reply arrives; the first failure ends it all.
 
         A record to which the server gives no choice, time and again, gets a row without a reply, but only from a
-        server that answers others: one that answers nobody is told of at the third such record, or at the end.
+        server that answers others: at each third such record, and at the end, it is asked once more for a record that
+        it has answered.
         """
         questions = iter(evaluation.pending)
         silent: list[tuple[str, Record, NoCompletion]] = []
 
-        def answers_others() -> bool:
-            return any(row["finish"] != EMPTY for row in evaluation.rows.values())
-
         async with self.client() as client:
+
+            async def ask(record: Record) -> Row:
+                messages = await asyncio.to_thread(_messages, evaluation, record)
+                started = time.perf_counter()
+                reply = await self.reply(client, messages, record)
+                return reply | {"seconds": round(time.perf_counter() - started, 4)}
+
+            async def check_answers() -> None:
+                answered = (key for key, row in reversed(evaluation.rows.items()) if row["finish"] != EMPTY)
+                if key := next(answered, None):
+                    with contextlib.suppress(NoCompletion):
+                        await ask(evaluation.records[key])
+                        return
+                _, record, error = silent[0]
+                raise self._silence(record, error)
 
             async def work() -> None:
                 for key, record in questions:
-                    messages = await asyncio.to_thread(_messages, evaluation, record)
-                    started = time.perf_counter()
                     try:
-                        reply = await self.reply(client, messages, record)
+                        reply = await ask(record)
                     except NoCompletion as error:
                         silent.append((key, record, error))
-                        if len(silent) > 2 and not answers_others():
-                            break
-                        continue
-                    seconds = round(time.perf_counter() - started, 4)
-                    evaluation.add([(key, reply | {"seconds": seconds})])
+                        if len(silent) % 3 == 0:
+                            await check_answers()
+                    else:
+                        evaluation.add([(key, reply)])
 
             await at_once(work, concurrency)
-        if silent and not answers_others():
-            _, record, error = silent[0]
-            raise self._error(f"answers nothing at record {record.id} ({error})", "look into the server's log")
+            if silent:
+                await check_answers()
         evaluation.add((key, _row(Completion("", EMPTY, None, None, None, str(error)))) for key, _, error in silent)
+
+    def check_answers(self, silent: Sequence[tuple[Record, NoCompletion]], asked: int) -> None:
+        """See that a server answers others, where it gave no choice to these of the records that it was asked about.
+
+        Raises:
+            MedR1Error: it was asked about three or more, and answered none.
+        """
+        if len(silent) == asked > 2:
+            raise self._silence(*silent[0])
+
+    def _silence(self, record: Record, error: NoCompletion) -> MedR1Error:
+        return self._error(f"answers nothing at record {record.id} ({error})", "look into the server's log")
 
     def client(self) -> openai.AsyncOpenAI:
         """The client of this server, to be used in `async with`."""
@@ -179,11 +219,11 @@ class Server:
                 else:
                     raise self._misfit(error, record) from error
             except openai.NotFoundError as error:
-                raise self._error(f"no model {self.model} there ({reason_of(error)})", await _offer(client)) from error
+                raise self._error(f"no model {self.model} there ({reason_of(error)})", await _offer(client)) from None
             except openai.APIError as error:
                 if is_filter(error.body):
                     return _row(Completion("", "content_filter", None, None, None, reason_of(error)))
-                raise self._failure(error, record) from error
+                raise self._failure(error, record) from None  # which may repeat the key, and a run writes causes down
         raise AssertionError
 
     def _misfit(self, error: NoCompletion, record: Record) -> MedR1Error:
@@ -215,14 +255,13 @@ class Server:
         return self._error(f"refuses record {record.id} ({reason})", remedy)
 
     def _error(self, problem: str, remedy: str) -> MedR1Error:
-        line = f"{self.url}: {problem}; {remedy}; the same command goes on from the rows that are written"
-        return MedR1Error(line if self.key == NO_KEY else line.replace(self.key, "…"))
+        return MedR1Error(f"{self.url}: {problem}; {remedy}; the same command goes on from the rows that are written")
 
 
 def _row(completion: Completion) -> Row:
     return {
         "reply": _writable(completion.text),
-        "finish": completion.finish,
+        "finish": completion.finish and _writable(completion.finish),
         "tokens": completion.completion_tokens,
         "prompt_tokens": completion.prompt_tokens,
         "served_model": completion.model and _writable(completion.model),
@@ -264,4 +303,4 @@ async def _offer(client: openai.AsyncOpenAI) -> str:
         names = [model.id async for model in client.models.list()]
     except (openai.APIError, AttributeError, TypeError, ValueError):
         names = []
-    return f"it offers {', '.join(names)}" if names else "mend the URL, most end in /v1"
+    return f"it offers {quoted(', '.join(names))}" if names else "mend the URL, most end in /v1"

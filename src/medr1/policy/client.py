@@ -234,8 +234,10 @@ def _count(value: object) -> int | None:
 
 
 def quoted(content: object) -> str:
-    """Something of a server's in one line that is not too long."""
+    """Something of a server's in one line that is not too long, without the key, which some servers repeat."""
     text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+    if (key := api_key()) != NO_KEY:
+        text = text.replace(key, "…")
     return " ".join(text.split())[:300]
 
 
@@ -244,4 +246,4 @@ def reason_of(error: openai.APIError) -> str:
     text = str(error.__cause__ or error)
     if " - " not in text and error.body:  # the client shows a message of the usual form only
         text += f" - {error.body}"
-    return " ".join(text.split())[:300]
+    return quoted(text)

@@ -108,6 +108,14 @@ class Judge:
         first = {key: question for key, question in zip(reversed(keys), reversed(questions), strict=True)}
         pending = iter([(key, first[key]) for key in dict.fromkeys(keys) if key not in self.verdicts])
         rows: list[dict[str, Any]] = []
+        silent: dict[str, NoCompletion] = {}
+
+        def keep(key: str, said: str) -> None:
+            record, answer = first[key]
+            same = {"A": True, "B": False}.get(extract_answer(said, ("yes", "no")).letter or "")
+            about = {"question": record.question, "right": _right(record), "answer": answer}
+            rows.append({"key": key, "id": record.id, **about, "said": said, "same": same})
+
         async with self.server.client() as client:
 
             async def work() -> None:
@@ -115,14 +123,17 @@ class Judge:
                     text = _QUESTION.format(question=record.question, right=_right(record), answer=answer)
                     try:
                         said = (await self.server.reply(client, [{"role": "user", "content": text}], record))["reply"]
-                    except NoCompletion:
-                        said = ""
-                    same = {"A": True, "B": False}.get(extract_answer(said, ("yes", "no")).letter or "")
-                    about = {"question": record.question, "right": _right(record), "answer": answer}
-                    rows.append({"key": key, "id": record.id, **about, "said": said, "same": same})
+                    except NoCompletion as error:
+                        silent[key] = error
+                    else:
+                        keep(key, said)
 
             try:
                 await at_once(work, CONCURRENCY)
+                about = [(first[key][0], error) for key, error in silent.items()]
+                self.server.check_answers(about, len(silent) + len(rows))
+                for key in silent:
+                    keep(key, "")
             finally:
                 append_jsonl(self.folder / VERDICTS, rows)
                 self.verdicts.update({row["key"]: row["same"] for row in rows})
