@@ -174,5 +174,8 @@ def test_what_is_no_vllm_is_told(
     monkeypatch.setattr(server, "choices", without_ids)
     with pytest.raises(MedR1Error, match="tells no token ids; it is no vLLM"):
         greedy(vlm, server.url, records, **HOW)
+    monkeypatch.setattr("fake_vllm.certain", lambda: ({"message": {"content": "!"}, "logprobs": None}, {}))
+    with pytest.raises(MedR1Error, match="its reply is none of vLLM's"):
+        greedy(vlm, server.url, records, **HOW)
     with pytest.raises(MedR1Error, match="is no URL that ends in /v1"):
         greedy(vlm, "http://127.0.0.1:9", records, **HOW)

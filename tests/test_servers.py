@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("openai", reason="needs the openai client: pip install 'medr1[remote]'")
 
-from fake_vllm import FakeVLLM, disturbed, starting
+from fake_vllm import FakeVLLM, disturbed, is_proof, starting
 from tiny_vlms import tiny_vlm
 from transformers import TrainerCallback
 
@@ -31,6 +31,7 @@ from medr1.training import GRPOTrainer
 from medr1.training.folder import write_recipe
 
 Start = Callable[[], FakeVLLM]
+Reply = dict[str, Any]
 SAMPLING: dict[str, Any] = {"num_completions": 2, "max_new_tokens": 6, "temperature": 1.0, "seed": 5}
 
 
@@ -152,6 +153,91 @@ def test_all_lost_are_waited_for(
     with pytest.raises(MedR1Error, match="no vLLM for 0 seconds") as error:
         both.push(1)
     assert "\n" not in str(error.value)
+
+
+def changing(server: FakeVLLM, change: Callable[[Reply], object]) -> None:
+    """From now on the server's replies are changed, but for those of a proof."""
+    complete = server.complete
+
+    def changed(body: dict[str, Any]) -> tuple[int, Any]:
+        status, reply = complete(body)
+        if status == 200 and not is_proof(body):
+            change(reply)
+        return status, reply
+
+    server.complete = changed  # type: ignore[method-assign]
+
+
+def cut(reply: Reply, length: int, finish: str) -> None:
+    for choice in reply["choices"]:
+        told = choice["logprobs"]["content"][:length]
+        choice.update(token_ids=choice["token_ids"][:length], logprobs={"content": told}, finish_reason=finish)
+
+
+def test_a_gateway_s_words_for_a_server_that_is_away_are_waited_out(
+    vlm: VLM, start: Start, records: list[Record], tmp_path: Path
+) -> None:
+    """As many 429 and 502 in a row as would give up a server that says 500; and replies that somebody aborted."""
+    one = start()
+    alone, prompts, count = engine(vlm, tmp_path, one), encode(vlm, records), len(records)
+    alone.push(0)
+    expected = alone.sample(records, prompts, **SAMPLING)
+    one.asked.clear()
+    one.fault = lambda number: 429 if number <= count else 502 if number <= 5 * count else None
+    assert same(alone.sample(records, prompts, **SAMPLING), expected)
+    one.asked.clear()
+    changing(one, lambda reply: cut(reply, 2, "abort") if len(one.asked) <= count else None)
+    assert same(alone.sample(records, prompts, **SAMPLING), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda reply: reply["choices"].pop(), "gives 1 completions of record .* than the 2 that were asked for"),
+        (lambda reply: reply["choices"][1].update(index=0), "gives 2 completions of record"),
+        (lambda reply: reply["choices"].clear(), "gives 0 completions of record"),
+        (lambda reply: reply["choices"][0].update(logprobs=None), "its reply is none of vLLM's"),
+        (lambda reply: reply["choices"][0].update(token_ids=None), "its reply is none of vLLM's"),
+        (lambda reply: reply["choices"][0]["logprobs"]["content"].pop(), "its reply is none of vLLM's"),
+        (lambda reply: cut(reply, 2, "length"), r"after 2 of 6 tokens \(length\); raise its --max-model-len"),
+        (lambda reply: cut(reply, 0, "stop"), "after 0 of 6 tokens"),
+    ],
+)
+def test_completions_that_are_not_whole_are_not_learned_from(
+    vlm: VLM,
+    start: Start,
+    records: list[Record],
+    tmp_path: Path,
+    change: Callable[[Reply], object],
+    line: str,
+) -> None:
+    server = start()
+    alone = engine(vlm, tmp_path, server)
+    alone.push(0)
+    changing(server, change)
+    with pytest.raises(MedR1Error, match=f"^{server.url}: .*{line}") as error:
+        alone.sample(records[:1], encode(vlm, records[:1]), **SAMPLING)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("said", [{"object": "list", "data": []}, "It works!"])
+def test_what_is_no_vllm_is_one_line(vlm: VLM, start: Start, tmp_path: Path, said: object) -> None:
+    server = start()
+    get = server.get
+    server.get = lambda asked: (200, said) if asked == "/v1/models" else get(asked)  # type: ignore[method-assign]
+    with pytest.raises(MedR1Error, match=f"^{server.url}: its reply is none of vLLM's .*mend the URL"):
+        engine(vlm, tmp_path, server).push(0)
+
+
+def test_a_password_is_neither_written_nor_said(vlm: VLM, tmp_path: Path) -> None:
+    url = "http://me:secret@127.0.0.1:8000/v1"
+    for use in (
+        lambda: load_config(overrides={"rollout.vllm_url": url}),
+        lambda: VLLMServer(vlm, url, tmp_path, mode="no-think", lora=False),
+    ):
+        with pytest.raises(MedR1Error, match=r"holds a password.*set OPENAI_API_KEY") as error:
+            use()
+        assert "secret" not in str(error.value)
 
 
 def test_a_server_that_was_started_anew_is_found_before_and_after(

@@ -370,6 +370,10 @@ class Config(_Section):
                 "rollout.vllm_tensor_parallel: processes that share an engine ask it together, and draws.redraws asks"
                 " in some; set one of them back"
             )
+        if any("@" in url for url in self.rollout.vllm_url):  # here, where what is wrong is not quoted
+            raise ValueError(
+                "rollout.vllm_url holds a password, which a run would write down; leave it out, and set OPENAI_API_KEY"
+            )
         if self.rollout.ahead:
             self._can_be_ahead()
         return self

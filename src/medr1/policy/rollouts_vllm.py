@@ -45,6 +45,8 @@ LOOK = 30.0
 """Seconds within which a server that is there says what models it has."""
 MAX_FAULTS = 3
 """Replies of status 5xx in a row after which servers that answer are given up."""
+AWAY = (502, 503, 504)
+"""Those of a gateway before a server that is not there; it is waited for as one without a gateway."""
 MAX_REQUESTS = 64
 """Prompts under way at a time with each server."""
 
@@ -219,7 +221,8 @@ class VLLMServer(Watch):
                 continue
             # What one of them says of itself is worth more than that another is not there.
             lost = max(self.servers, key=lambda server: not isinstance(server.lost, openai.APIConnectionError))
-            faults = faults + 1 if isinstance(lost.lost, openai.InternalServerError) else 0
+            fails = isinstance(lost.lost, openai.InternalServerError) and lost.lost.status_code not in AWAY
+            faults = faults + 1 if fails else 0
             if since is None:
                 since = time.monotonic()
             if faults == MAX_FAULTS:
@@ -262,7 +265,9 @@ class Server:
     def __init__(self, url: str, certain: int, *, weights: Path = Path(), prefix: str = "", lora: bool = False) -> None:
         self.url, self.weights, self.prefix = url.rstrip("/"), weights, prefix
         self.certain, self.lora = certain, lora
-        if not re.fullmatch(r"https?://\S+/v1", self.url):
+        if "@" in self.url:  # which would be told, and written into recipes
+            raise MedR1Error("the URL of a vLLM server holds a password; name it without, and set OPENAI_API_KEY")
+        if not re.fullmatch(r"https?://[^\s?#]+/v1", self.url):
             raise MedR1Error(f"{url}: is no URL that ends in /v1; write it like http://127.0.0.1:8000/v1")
         timeout = openai.Timeout(TIMEOUT, connect=10.0)
         self.client = openai.OpenAI(api_key=api_key(), base_url=self.url, timeout=timeout, max_retries=0)
@@ -294,7 +299,7 @@ class Server:
         """
         try:
             return work()
-        except (openai.APIConnectionError, openai.InternalServerError, _Unready) as error:
+        except (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError, _Unready) as error:
             self.lost, self.known = self.lost or error, False
             if self.link:
                 self.link = self.link.shutdown()
@@ -330,8 +335,10 @@ class Server:
         with SENDING:
             if self.link is None:
                 self.post("shutdown_weight_transfer_engine")  # the group of a trainer before
-                found: Any = self.client.get(f"{self._root}/get_world_size", cast_to=object)
-                self.link = connect(self, found["world_size"])
+                with self.reading():
+                    found: Any = self.client.get(f"{self._root}/get_world_size", cast_to=object)
+                    processes = int(found["world_size"])
+                self.link = connect(self, processes)
             try:
                 self.link.send_weights()
             except RuntimeError as error:
@@ -375,17 +382,44 @@ class Server:
 
         Args:
             ours: tokens of its prompt, images included.
+
+        Raises:
+            MedR1Error: the server has read another prompt, or its completions are not as many, as whole or as long as
+                was asked for.
         """
-        reply = self.complete(record, **request)
-        check_prompt(self.url, record, reply.model_extra.get("prompt_token_ids"), ours)
-        return [
-            (
-                choice.model_extra["token_ids"],
-                [token.logprob for token in choice.logprobs.content],
-                choice.finish_reason == "stop",
+        with self.reading():
+            reply = self.complete(record, **request)
+            check_prompt(self.url, record, reply.model_extra.get("prompt_token_ids"), ours)
+            choices = sorted(reply.choices, key=lambda choice: choice.index)
+            if [choice.index for choice in choices] != list(range(request["n"])):
+                raise MedR1Error(
+                    f"{self.url}: gives {len(choices)} completions of record {record.id} by other numbers than the"
+                    f" {request['n']} that were asked for; look into the server's log, or a proxy's before it"
+                )
+            return [self._completion(record, choice, request["max_tokens"]) for choice in choices]
+
+    def _completion(self, record: Record, choice: Any, max_tokens: int) -> Completion:
+        if choice.finish_reason == "abort":
+            raise _Unready("it was made to abort what it is asked")
+        ids, finished = choice.model_extra["token_ids"], choice.finish_reason == "stop"
+        pairs = [(token, float(told.logprob)) for token, told in zip(ids, choice.logprobs.content, strict=True)]
+        if not pairs or (len(pairs) < max_tokens and not finished):
+            raise MedR1Error(
+                f"{self.url}: ends a completion of record {record.id} after {len(pairs)} of {max_tokens} tokens"
+                f" ({choice.finish_reason}); raise its --max-model-len, or lower rollout.max_new_tokens"
             )
-            for choice in sorted(reply.choices, key=lambda choice: choice.index)
-        ]
+        return [token for token, _ in pairs], [logp for _, logp in pairs], finished
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Within this block a reply that has not the form of vLLM's is one line."""
+        try:
+            yield
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise MedR1Error(
+                f"{self.url}: its reply is none of vLLM's ({reason}); mend the URL, or start vLLM 0.32 or newer there"
+            ) from error
 
     def complete(self, record: Record, **request: Any) -> Any:
         """The client's completion of a request about this record."""
@@ -404,22 +438,25 @@ class Server:
 
     def models(self) -> list[str]:
         """What it serves; a server that hangs is soon found to."""
-        models = list(self.client.with_options(timeout=openai.Timeout(LOOK, connect=10.0)).models.list())
-        self.base = next(model.id for model in models if not (model.model_extra or {}).get("parent"))
-        return [model.id for model in models]
+        with self.reading():
+            models = list(self.client.with_options(timeout=openai.Timeout(LOOK, connect=10.0)).models.list())
+            self.base, *_ = (model.id for model in models if not (model.model_extra or {}).get("parent"))
+            return [model.id for model in models]
 
     def prove_processed(self, model: str) -> None:
         """A token that a bias makes certain has log-prob 0, unless log-probs are of the distribution before biases."""
         if self.known:
             return
-        reply: Any = self.client.chat.completions.create(
-            model=model,
-            messages=[{"role": "user", "content": "?"}],
-            max_tokens=1,
-            logprobs=True,
-            logit_bias={str(self.certain): 100},
-        )
-        if reply.choices[0].logprobs.content[0].logprob < -0.1:
+        with self.reading():
+            reply: Any = self.client.chat.completions.create(
+                model=model,
+                messages=[{"role": "user", "content": "?"}],
+                max_tokens=1,
+                logprobs=True,
+                logit_bias={str(self.certain): 100},
+            )
+            logp = float(reply.choices[0].logprobs.content[0].logprob)
+        if not logp >= -0.1:
             raise MedR1Error(
                 f"{self.url}: gives log-probs before temperature and bans; start vLLM with --logprobs-mode"
                 " processed_logprobs"
@@ -455,26 +492,29 @@ def greedy(
     settings["extra_body"]["return_tokens_as_token_ids"] = True
 
     def ask(record: Record) -> Greedy:
-        reply = server.complete(
-            record,
-            model=served or server.base,
-            messages=_messages(vlm, record, mode),
-            temperature=0,
-            top_logprobs=TOP,
-            **settings,
-        )
-        (choice,) = reply.choices
-        told = choice.logprobs.content
-        if None in (choice.model_extra.get("token_ids"), reply.model_extra.get("prompt_token_ids")):
-            raise MedR1Error(f"{url}: tells no token ids; it is no vLLM, or one older than 0.11")
-        return Greedy(
-            prompt_ids=reply.model_extra["prompt_token_ids"],
-            tokens=choice.model_extra["token_ids"],
-            logps=[token.logprob for token in told],
-            tops=[
-                {int(top.token.removeprefix("token_id:")): top.logprob for top in token.top_logprobs} for token in told
-            ],
-        )
+        messages = _messages(vlm, record, mode)
+        with server.reading():
+            reply = server.complete(
+                record,
+                model=served or server.base,
+                messages=messages,
+                temperature=0,
+                top_logprobs=TOP,
+                **settings,
+            )
+            (choice,) = reply.choices
+            if None in (choice.model_extra.get("token_ids"), reply.model_extra.get("prompt_token_ids")):
+                raise MedR1Error(f"{url}: tells no token ids; it is no vLLM, or one older than 0.11")
+            pairs = list(zip(choice.model_extra["token_ids"], choice.logprobs.content, strict=True))
+            return Greedy(
+                prompt_ids=reply.model_extra["prompt_token_ids"],
+                tokens=[token for token, _ in pairs],
+                logps=[float(told.logprob) for _, told in pairs],
+                tops=[
+                    {int(top.token.removeprefix("token_id:")): top.logprob for top in told.top_logprobs}
+                    for _, told in pairs
+                ],
+            )
 
     def ask_all() -> list[Greedy]:
         server.models()
