@@ -28,7 +28,8 @@ FIELDS = ("id", "modality", "question_type", "group", "gold", "letter", "correct
 def main() -> None:
     study, out = Path(sys.argv[1]), Path(sys.argv[2])
     for name in ("tables", "figures"):
-        shutil.copytree(study / name, out / name, dirs_exist_ok=True)
+        shutil.rmtree(out / name, ignore_errors=True)  # of cells that the study had before
+        shutil.copytree(study / name, out / name)
     shutil.copy(study / "samples.md", out / "samples.md")
     found = StudyResults(study)
     about = {name: found.results[name] for name in ("versions", "data_sha256", "examples")}

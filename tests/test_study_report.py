@@ -17,6 +17,7 @@ import medr1.study.report as study_report
 from medr1.data.records import LETTERS, MODALITIES, QUESTION_TYPES, append_jsonl, read_jsonl, write_atomic
 from medr1.errors import MedR1Error
 from medr1.evaluation.metrics import accuracy_table
+from medr1.study.exports import study_tables
 from medr1.study.numbers import StudyResults, _prior_average, study_numbers
 from medr1.study.report import tell, write_study_report
 
@@ -225,6 +226,10 @@ def test_the_verdict_tells_ways_of_training_apart(on_image: Path):
     blind = [{**line, "controls": {"blank": noise}} for line in lines[:2]]
     assert tell({"lines": [*blind, *lines[2:]], "comparisons": []})[0][0] == "open"
     assert tell({"lines": blind, "comparisons": []})[0] == ("bad", "Nothing here shows that the image is used.")
+    worse = {"cost": {"difference": -0.1, "verdict": "down"}}  # with the image than with a blank one
+    story = tell({"lines": [{**lines[0], "controls": {"blank": worse}}, *blind], "comparisons": []})[1]
+    said = [(worth, line.split(", beyond ")[1]) for worth, line in story if "image blanked" in line]
+    assert said == [("bad", "the noise in 1 of 3 ways of training.")]
 
 
 @pytest.mark.parametrize(
@@ -293,6 +298,9 @@ def test_the_base_is_averaged_over_the_questions_of_the_models_beside_it(tmp_pat
     made.trained_on = {axis: values[:trained] for axis, values in made.values.items()}
     numbers = study_numbers(StudyResults(made.write()))
     answers = read_jsonl(made.folder / "evaluations/0.jsonl")  # the base's, in no-think
+    for table in study_tables(StudyResults(made.folder), numbers):
+        if table.name in ("averages", "controls"):  # of how many values an average is
+            assert all(line[1].endswith(f" ({trained} of 3)") == (trained < 3) for line in table.lines)
 
     def accuracy(axis: str, values) -> float:
         parts = [[row["correct"] for row in answers if row[axis] == value] for value in values]
@@ -610,6 +618,27 @@ def test_model_card_and_tripod_table(on_image: Path):
     tripod = (on_image / "tripod-llm.md").read_text(encoding="utf-8")
     assert [int(line.split("|")[1]) for line in tripod.splitlines() if re.match(r"\| \d", line)] == list(range(1, 20))
     assert "| Ethical approval" in tripod and "not reported" in tripod
+
+
+def test_what_a_study_no_longer_has_leaves_no_table(tmp_path: Path):
+    """Of questions without a modality, and then by SFT alone: no name None, no reward, no earlier matrix or curve."""
+    made = Planted(tmp_path, num_images=8, values=2)
+    made.trained_on = {"question_type": made.values["question_type"]}
+    for record in made.records:
+        record["modality"] = None
+    write_study_report(made.write())
+    assert (tmp_path / "tables/matrix-question-type-grpo-think.csv").is_file()
+    results = json.loads((tmp_path / "results.json").read_text())
+    for part in ("evaluations", "runs"):
+        results[part] = [entry for entry in results[part] if entry["method"] != "grpo"]
+    write_atomic(tmp_path / "results.json", json.dumps(results))
+    assert "rewards accuracy" in (tmp_path / "tripod-llm.md").read_text(encoding="utf-8")
+    write_study_report(tmp_path)
+    left = {path.name for folder in ("tables", "figures") for path in (tmp_path / folder).iterdir()}
+    assert "matrix-question-type-sft-no-think.csv" in left and "question-type.svg" in left
+    assert not [name for name in left if "grpo" in name or "right-answers" in name]
+    assert "rewards" not in (tmp_path / "tripod-llm.md").read_text(encoding="utf-8")
+    assert not re.search(r"\bNone\b(?! of these)", (tmp_path / "samples.md").read_text(encoding="utf-8"))
 
 
 def test_samples_are_drawn_by_seed_and_kept_as_text(on_image: Path):

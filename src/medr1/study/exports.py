@@ -52,6 +52,9 @@ def write_exports(study: StudyResults, numbers: dict[str, Any], verdict: tuple[s
         MedR1Error: a file cannot be written.
     """
     tables = study_tables(study, numbers)
+    for path in (folder / "tables").glob("matrix-*"):  # of cells that the study had before
+        if path.stem not in {table.name for table in tables}:
+            path.unlink()
     for table in tables:
         path = folder / "tables" / table.name
         write_atomic(path.with_name(f"{table.name}.csv"), to_csv(table))
@@ -151,6 +154,7 @@ def tripod_llm(study: StudyResults, numbers: dict[str, Any], verdict: tuple[str,
     asked = max(model["all"]["n"] for model in numbers["untrained"])
     modes = ", ".join(dict.fromkeys(model["mode"] for model in numbers["untrained"]))
     methods = "; ".join(sorted({line.label for line in study.lines}))
+    rewarded = any(line.method != "sft" for line in study.lines)
     rewards = ", ".join(f"{name} {weight}" for name, weight in settings["grpo"]["grpo"]["rewards"].items())
     seconds = sum(run["seconds"] for run in results["runs"])
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
@@ -177,7 +181,7 @@ def tripod_llm(study: StudyResults, numbers: dict[str, Any], verdict: tuple[str,
         ("Annotation of the reference standard", NOT_REPORTED),
         ("Prompts", f"one prompt for training and evaluation, in {modes}; greedy replies"),
         ("Summarising of texts before use", "none"),
-        ("Instruction tuning and alignment", f"{methods}; rewards {rewards}"),
+        ("Instruction tuning and alignment", methods + (f"; rewards {rewards}" if rewarded else "")),
         ("Computing", f"{len(results['runs'])} training runs; {seconds / 3600:.2f} hours; {versions}"),
         ("Ethical approval", NOT_REPORTED),
         (
@@ -202,11 +206,12 @@ def _averages(numbers: dict[str, Any]) -> Table:
     for axis in dict.fromkeys(line["axis"] for line in numbers["lines"]):
         for base in (base for base in numbers["bases"] if base["axis"] == axis):
             label = f"base {base['mode']}"
+            whole = next(line["num_values"] for line in numbers["lines"] if line["axis"] == axis)
             records += [_average(axis, label, side, base[side], None) for side in ("own", "others")]
-            lines.append([_axis(axis), label, _percent(base["own"]), "–", _percent(base["others"]), "–"])
+            shown = _among(label, base["own"]["n"], whole)
+            lines.append([_axis(axis), shown, _percent(base["own"]), "–", _percent(base["others"]), "–"])
         for line in (line for line in numbers["lines"] if line["axis"] == axis):
-            num, whole = len(line["values"]), line["num_values"]
-            text = [_axis(axis), line["label"] + (f" ({num} of {whole})" if num < whole else "")]
+            text = [_axis(axis), _among(line["label"], len(line["values"]), line["num_values"])]
             for side in ("own", "others"):
                 change = changes.get((axis, side, line["label"]))
                 records.append(_average(axis, line["label"], side, line[side], change))
@@ -214,11 +219,16 @@ def _averages(numbers: dict[str, Any]) -> Table:
             lines.append(text)
     head = ["trained on one", "model", "own, %", "against base", "others, %", "against base"]
     caption = (
-        "Accuracy averaged over the axis (or over some of its values, where that stands behind the model), 95 % "
+        "Accuracy averaged over the axis (own: or over so many of its values as stand behind the model), 95 % "
         "intervals in brackets, paired change against the base in points; * beyond the noise after Holm’s correction. "
         + NOTICE
     )
     return Table("averages", caption, records, head, lines)
+
+
+def _among(label: str, num: int, whole: int) -> str:
+    """A label that says of how many values an average is, where it is not of all that are tested."""
+    return label + (f" ({num} of {whole})" if num < whole else "")
 
 
 def _average(axis: str, label: str, side: str, cell: dict[str, Any], change: dict[str, Any] | None) -> dict[str, Any]:
@@ -289,7 +299,8 @@ def _controls(numbers: dict[str, Any]) -> Table:
             records.append({**about, **_average_fields(cell), **_change_fields(cost)})
         shown = ("image", *CONTROLS, "option text alone")
         cells = [_percent(seen[name]) if name in seen else "–" for name in shown]
-        lines.append([_axis(line["axis"]), line["label"], *cells, percent(line["own"]["chance"])])
+        label = _among(line["label"], len(line["values"]), line["num_values"])
+        lines.append([_axis(line["axis"]), label, *cells, percent(line["own"]["chance"])])
     head = ["trained on one", "model", "image", "blank", "no image", "another, same modality", "other modality",
             "option text alone", "guessing"]  # fmt: skip
     caption = f"Accuracy in the own domain with the image and without its evidence (95 % interval). {NOTICE}"

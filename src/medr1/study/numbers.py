@@ -191,7 +191,7 @@ def line_numbers(study: StudyResults, line: Line) -> dict[str, Any]:
     """Averages of a line over its axis; accuracies are what `average` gives.
 
     Returns:
-        axis, method, mode, label, seeds; values, those that it has models of, and num_values, those that any line has.
+        axis, method, mode, label, seeds; values, those that it has models of, and num_values, those that are tested.
         own, others, whole, base: in the own domain, in the others, in all; of the untrained model in the own domain.
         seeds_own: accuracy in the own domain, one a seed, over the values that have all of them: num_seeded of them.
         prior: average of the option-text prior learned on a value and tested on it.
@@ -222,7 +222,7 @@ def line_numbers(study: StudyResults, line: Line) -> dict[str, Any]:
         "label": line.label,
         "seeds": seeds,
         "values": named,
-        "num_values": len({entry.trained_on for entry in study.entries if entry.axis == line.axis}),
+        "num_values": len({row[line.axis] for row in study.base(line.mode)} - {None}),
         "num_seeded": len(seeded),
         "own": average(own, line.axis),
         "others": average(study.others(line), line.axis),

@@ -94,8 +94,12 @@ def write_study_report(folder: Path) -> dict[str, Any]:
     write_atomic(folder / "report.html", page)
     write_atomic(folder / "samples.md", _samples(study))
     figures = plots | {f"{title} {value}": svg for title, _, panels in curves for value, svg in panels}
-    for name, svg in figures.items():
-        write_atomic(folder / "figures" / f"{re.sub('[^a-z0-9]+', '-', name.lower())}.svg", standalone(svg))
+    drawn = {f"{re.sub('[^a-z0-9]+', '-', name.lower())}.svg": svg for name, svg in figures.items()}
+    for name, svg in drawn.items():
+        write_atomic(folder / "figures" / name, standalone(svg))
+    for path in (folder / "figures").glob("*.svg"):  # of cells that the study had before
+        if path.name not in drawn:
+            path.unlink()
     write_exports(study, numbers, verdict, folder)
     own = {f"{line['axis']}, {line['label']}": line["own"]["accuracy"] for line in numbers["lines"]}
     return {"report": str(folder / "report.html"), "image": verdict[0], "verdict": verdict[1], **own}
@@ -225,7 +229,8 @@ def _blanked(lines: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     costs = [-line["controls"]["blank"]["cost"]["difference"] for line in tested]
     used = sum(map(_uses_image, tested))
     worth = "good" if used == len(tested) else "bad" if not used else "open"
-    beyond = f"beyond the noise in {used} of {len(tested)} ways of training"
+    num_changed = sum(line["controls"]["blank"]["cost"]["verdict"] in ("up", "down") for line in tested)
+    beyond = f"beyond the noise in {num_changed} of {len(tested)} ways of training"
     return [(worth, f"With the image blanked, accuracy changes by {_range(costs, points)} points, {beyond}.")]
 
 
@@ -386,7 +391,8 @@ def _samples(study: StudyResults) -> str:
         row = after[name]
         options = [f"{letter}) {text}" for letter, text in zip(LETTERS, row["options"], strict=False)]
         asked = "\n".join([row["question"], *options, f"right: {row['gold']}"])
-        parts += [f"## {name}, {row['modality']}, {row['question_type']}", indent(asked, CODE)]
+        stated = filter(None, (name, row["modality"], row["question_type"]))
+        parts += [f"## {', '.join(stated)}", indent(asked, CODE)]
         for when, of in (("Before", before[name]), ("After", row)):
             parts += [f"{when}, {'right' if of['correct'] else 'wrong'}:", indent(of["reply"], CODE)]
     return "\n\n".join(parts) + "\n"
