@@ -50,7 +50,8 @@ def row(probs: list[float], gold: str = "A", *, id: str = "r", group: str | None
         "mode": "no-think",
         "outcome": "letter",
         "scoring": "options",
-        **dict.fromkeys(("modality", "question_type", "source", "question", "finish", "tokens", "format_ok")),
+        **dict.fromkeys(("modality", "question_type", "finish", "tokens")),
+        **{"source": "s", "question": "Which?", "format_ok": True},
         **{"images": [], "chance": 1 / len(probs), "reply": f"<answer>{letter}</answer>"},
     }
     return with_confidence(made)

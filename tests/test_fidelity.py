@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,17 @@ def test_a_reply_is_explained_by_the_option_that_it_chose(tmp_path: Path, letter
     letters(None, None, None)
     with pytest.raises(MedR1Error, match="none of 3 replies chose an option to explain"):
         measured(records, tmp_path / "other", mode="think")
+
+
+def test_a_full_disk_under_the_maps_is_told(tmp_path: Path) -> None:
+    records = made_records(tmp_path, num=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, hard))
+    try:
+        with pytest.raises(MedR1Error, match=r"overlays/.*-1\.png: cannot be written .*free space and run again"):
+            measured(records, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_stopped_run_goes_on_and_ends_the_same(

@@ -438,6 +438,10 @@ def test_bad_files(tmp_path: Path):
     append_jsonl(tmp_path / "part.jsonl", [{k: v for k, v in row.items() if k != "chance"} for row in data.base])
     with pytest.raises(MedR1Error, match=r"part\.jsonl: record r0 has no chance; give the file as `medr1 eval` wrote"):
         report_from_files(base, tmp_path / "part.jsonl", out=out)
+    for name, value in (("id", 7), ("source", None), ("options", ["Cyst", 2]), ("reply", {}), ("correct", "no")):
+        (tmp_path / "typed.jsonl").write_text(json.dumps(data.base[0] | {name: value}) + "\n")
+        with pytest.raises(MedR1Error, match=rf"typed\.jsonl: record \w+ says .* under {name}; give the file as"):
+            read_rows(tmp_path / "typed.jsonl")
     (tmp_path / "empty.json").write_text('{"by_modality": {}}')
     with pytest.raises(MedR1Error, match=r"empty\.json: is no accuracy table"):
         report_from_files(base, base, out=out, controls=[f"text_only={tmp_path / 'empty.json'}"])

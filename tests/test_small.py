@@ -20,6 +20,7 @@ from medr1.errors import MedR1Error
 from medr1.evaluation.run import evaluate
 from medr1.policy.names import TINY
 from medr1.policy.vlm import load_vlm
+from medr1.processes import alone
 
 TEXT = "A chest radiograph of 2024 shows 12 nodules.\n<|im_start|>user\nWhich modality?<|im_end|>\n"
 EYES = {"depth": 1, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2}
@@ -102,6 +103,28 @@ def test_a_stopped_build_ends_as_an_unbroken_one(little: Path, tmp_path: Path, m
         ).run()
     rows = evaluate(load_vlm(str(whole)), records[:4], mode="no-think", out=tmp_path / "rows.jsonl", max_new_tokens=4)
     assert len(rows) == 4
+
+
+def test_a_full_disk_a_damaged_state_and_another_build_are_told(
+    little: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    plan = {name: Stage(steps=1, batch=2, learning_rate=1e-3) for name in build.STAGES}
+    builder = Builder(load_records(little), out, plan=plan)
+
+    def full(*_: object) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file.\nIt was full.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(MedR1Error, match=r"out: cannot be written \(Py.* file\.\); free space and run the same"):
+            builder.run()
+    for torn in (b"", b"PK torn", b"torn"):
+        (out / "state.pt").write_bytes(torn)
+        with pytest.raises(MedR1Error, match=r"state\.pt: is damaged; restore it, or delete it to build anew"):
+            builder.run()
+    with alone(out), pytest.raises(MedR1Error, match="another process is writing it"):
+        builder.run()
 
 
 def test_what_was_learned_makes_the_same_model_again(little: Path, tmp_path: Path) -> None:

@@ -14,11 +14,15 @@ Row = dict[str, Any]
 
 STATED = ("model", "condition", "mode", "max_new_tokens", "scoring", "reasoning")
 """What every row says of its evaluation, and one evaluation has one value of. Rows of older versions state less."""
-NEEDED = (
-    "id", "modality", "question_type", "source", "group", "images", "question", "options", "gold", "chance",
-    "model", "condition", "mode", "reply", "finish", "tokens", "outcome", "letter", "correct", "format_ok",
-)  # fmt: skip
-"""Fields that rows of every version have."""
+NEEDED: dict[str, Any] = {
+    **dict.fromkeys(("id", "source", "group", "question", "gold", "model", "condition", "mode", "outcome"), str),
+    **dict.fromkeys(("images", "options"), list),
+    **dict.fromkeys(("modality", "question_type", "finish", "letter"), str | None),
+    **dict.fromkeys(("chance", "tokens"), float | int | None),
+    **dict.fromkeys(("correct", "format_ok"), int),
+    "reply": str,
+}
+"""Fields that rows of every version have, and what may stand in them."""
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -26,8 +30,8 @@ def read_rows(path: Path) -> list[Row]:
     another had.
 
     Raises:
-        MedR1Error: no such file, no rows of an evaluation in it, a row without one of its fields, a question that
-            stands there twice, or rows of several evaluations.
+        MedR1Error: no such file, no rows of an evaluation in it, a row in which a field is missing or of another
+            type, a question that stands there twice, or rows of several evaluations.
     """
     rows = read_jsonl(path)
     if not rows or not all(isinstance(row, dict) and {"id", "outcome"} <= row.keys() for row in rows):
@@ -35,6 +39,13 @@ def read_rows(path: Path) -> list[Row]:
     for row in rows:
         if absent := [name for name in NEEDED if name not in row]:
             raise MedR1Error(f"{path}: record {row['id']} has no {absent[0]}; give the file as `medr1 eval` wrote it")
+        wrong = [name for name, kind in NEEDED.items() if not isinstance(row[name], kind)]
+        wrong += [name for name in ("images", "options") if not all(isinstance(part, str) for part in row[name])]
+        if wrong:
+            raise MedR1Error(
+                f"{path}: record {row['id']} says {str(row[wrong[0]])[:40]!r} under {wrong[0]}; give the file as"
+                " `medr1 eval` wrote it"
+            )
     ids = Counter(row["id"] for row in rows)
     if twice := [name for name, count in ids.items() if count > 1]:
         raise MedR1Error(

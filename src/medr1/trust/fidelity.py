@@ -23,6 +23,7 @@ Shapes: C cells of all images of a record, S steps, O orders.
 import copy
 import dataclasses
 import hashlib
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -153,7 +154,9 @@ def _map(
         images = [load_image(path) for path in record.images]
         named = [f"{key[:16]}-{number}.png" for number in range(1, len(maps) + 1)]
         for image, heatmap, name in zip(images, maps, named, strict=True):
-            overlay(image, heatmap).save(out / OVERLAYS / name)
+            picture = io.BytesIO()
+            overlay(image, heatmap).save(picture, "PNG")
+            write_atomic(out / OVERLAYS / name, picture.getvalue())
         row = {
             "key": key,
             **{name: answer[name] for name in COPIED if name in answer},

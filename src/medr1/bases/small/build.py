@@ -16,7 +16,8 @@ Every batch is a function of (seed, stage, step), so a stopped build resumes exa
 
 import importlib.util
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from medr1.data.prompts import MODES, build_messages
 from medr1.data.records import QUESTION_TYPES, Record, append_jsonl, read_jsonl, write_atomic, write_jsonl
 from medr1.errors import MedR1Error
 from medr1.policy.vlm import VLM
-from medr1.processes import make_folder
+from medr1.processes import alone, make_folder
 from medr1.report.plots import curve_panel, standalone
 
 STAGES = ("seeing", "aligning", "answering")
@@ -175,14 +176,21 @@ class Builder:
         """Run or resume all stages; the model folder.
 
         Raises:
-            MedR1Error: an unreadable image, a full disk, or a state whose last stage was begun with other steps, for
-                which it had another learning rate.
+            MedR1Error: an unreadable image, a full disk, another process at work there, a damaged state, or one whose
+                last stage was begun with other steps, for which it had another learning rate.
         """
         make_folder(self.out)
+        with alone(self.out):
+            return self._run()
+
+    def _run(self) -> Path:
         state_file, curve = self.out / "state.pt", self.out / "curve.jsonl"
         done: dict[str, Any] = {"stage": 0, "step": 0, "optimizer": None}
         if state_file.exists():
-            done = torch.load(state_file, map_location=self.device, weights_only=True)
+            try:
+                done = torch.load(state_file, map_location=self.device, weights_only=True)
+            except Exception as error:  # of many kinds, by what is torn
+                raise MedR1Error(f"{state_file}: is damaged; restore it, or delete it to build anew") from error
             name = STAGES[done["stage"]]
             steps = done.get("steps", PLAN[name].steps)  # a state of an older version does not say
             if steps != self.plan[name].steps:
@@ -247,8 +255,9 @@ class Builder:
         state = {"stage": stage, "step": step, "steps": self.plan[STAGES[stage]].steps, "optimizer": optimizer}
         state |= {"eyes": self.eyes.state_dict(), "model": self.model.state_dict()}
         hidden = self.out / ".state.pt"
-        torch.save(state, hidden)
-        hidden.replace(self.out / "state.pt")
+        with _full_disk_told(self.out):
+            torch.save(state, hidden)
+            hidden.replace(self.out / "state.pt")
 
     def _see(self, rng: Generator, batch: int) -> tuple[Tensor, dict[str, float]]:
         """Loss of one batch of images: named facts (cross-entropy within a question type) and the teacher (cosine)."""
@@ -359,9 +368,19 @@ def restore(file: Path, out: Path) -> Path:
     except MedR1Error as error:
         raise MedR1Error(f"{file}: {error}") from error
     folder = out / "model"
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    with _full_disk_told(out):
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
     return folder
+
+
+@contextmanager
+def _full_disk_told(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own
+        reason = str(error).split("\n")[0]
+        raise MedR1Error(f"{out}: cannot be written ({reason}); free space and run the same command again") from error
 
 
 def build(data: DataConfig, out: Path, *, seed: int = 0, answering_steps: int = PLAN["answering"].steps) -> Path:
