@@ -140,6 +140,11 @@ def load(text: str, folder: Path) -> Study:
         (("[grpo.optimizer]", '[sft.model]\nname = "x"\n[grpo.optimizer]'), r"sft\.model\.name has no place here"),
         (("[recipe.rollout]", "[recipe]\nrollout = 3\n[sft.rollout]"), r"recipe\.rollout = 3"),
         (('name = "micro"', ""), "name is missing"),
+        (('name = "micro"', 'name = "micro"\nseeds = [0, -1]'), r"seeds\.1 = -1"),
+        (
+            ('name = "micro"', 'name = "micro"\nbaselines = ["runs/a-1", "tiny", "runs/A_1"]'),
+            r"baselines: runs/a-1 and runs/A_1 would have the same files",
+        ),
         (('name = "micro"', "name = = 1"), "not TOML"),
         (('name = "micro"', 'name = "micro"\nsft = 3'), "sft is a value, not a table"),
     ],
@@ -464,6 +469,50 @@ def test_another_study_or_other_data_is_refused(whole: Path, study_file: Path, p
         file.write_text(before)
 
 
+def test_the_weights_of_a_local_base_are_part_of_the_study(plan: Plan, tmp_path: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    recipe = plan.study.recipe
+    local = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": str(base)})})
+    plan = replace(plan, study=plan.study.model_copy(update={"recipe": local}))
+    for folder in (base, out):
+        folder.mkdir()
+    (base / "model.safetensors").write_bytes(b"one")
+    (out / "study.json").write_text(there := module._identity(plan, out))
+    assert module._identity(plan, out) == there
+    (base / "model.safetensors").write_bytes(b"built anew")
+    with pytest.raises(MedR1Error, match=r"out: holds results of another base .*; choose another --out"):
+        module._identity(plan, out)
+    for foreign in ("[]", '{"a": 1}', '{"study": {}, "data_sha256": ""}'):
+        (out / "study.json").write_text(foreign)
+        with pytest.raises(MedR1Error, match="out: holds results of another study"):
+            module._identity(plan, out)
+
+
+def test_a_model_sees_images_as_large_as_in_its_training(
+    phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {}
+
+    def loaded(name: str, **settings: Any) -> None:
+        asked[name] = settings["max_pixels"]
+        raise InterruptedError
+
+    monkeypatch.setattr(module, "load_vlm", loaded)
+    text = MICRO + "[recipe.model]\nmax_pixels = 9000\n[grpo.model]\nmax_pixels = 5000\n"
+    plan = make_plan(load_study(_write(tmp_path, text), str(phantoms)))
+    for cell in plan.cells:
+        (tmp_path / "runs" / cell.name / "model").mkdir(parents=True)
+        with pytest.raises(InterruptedError):
+            module._answer(plan, cell, tmp_path)
+    assert {Path(name).parent.name: pixels for name, pixels in asked.items()} == {
+        "": 9000,
+        "modality-ct-sft-no-think-seed0": 9000,
+        "modality-ct-grpo-think-seed0": 5000,
+        "modality-ct-looking-think-seed0": 5000,
+        "modality-oct-grpo-think-seed0": 5000,
+    }
+
+
 def test_list_tells_the_states(whole: Path, study: Study, study_file: Path, phantoms: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(whole, out)
@@ -583,6 +632,30 @@ def test_what_is_done_stays_done_whichever_cell_is_first(
         run_study(study.model_copy(update={"cells": ("*-oct-grpo-*", "*-ct-sft-*")}), out, keep)
         assert "No model trained by GRPO was asked so: the first" in (out / "report.html").read_text(encoding="utf-8")
     assert kept == {path.name: path.read_bytes() for path in (keep / "cells").iterdir()}
+
+
+def test_a_part_of_what_a_first_cell_is_asked_is_no_number(
+    whole: Path, study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while its options were permuted, and then another cell was put first, here and where it is kept."""
+    monkeypatch.setattr(module, "_answer", lambda *arguments: None)  # all else is answered
+    out, keep, name = tmp_path / "out", tmp_path / "kept", "modality-ct-grpo-think-seed0"
+    shutil.copytree(whole, out)
+    (out / "cells" / f"{name}.json").unlink()
+    (out / "evaluations" / f"{name}-repeat.jsonl").unlink()
+    begun = out / "evaluations" / f"{name}-permuted.jsonl"
+    part = "".join(begun.read_text().splitlines(keepends=True)[:2])
+    begun.write_text(part)
+    turned = study.model_copy(update={"cells": study.cells[::-1]})
+    run_study(turned, out, keep)
+    other = tmp_path / "other/evaluations"
+    other.mkdir(parents=True)
+    (other / begun.name).write_text(part)
+    run_study(turned, other.parent, keep)
+    for folder in (out, other.parent):
+        evaluations = json.loads((folder / "results.json").read_text())["evaluations"]
+        asked = {e["condition"] for e in evaluations if e["rows"].startswith(f"evaluations/{name}-")}
+        assert asked == {"image", "blank", "shuffled_other"}
 
 
 def _known(row: dict[str, Any], folder: Path) -> dict[str, Any]:
