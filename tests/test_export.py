@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
+from peft import LoraConfig, get_peft_model
 from test_evaluation import make_records
 from tiny_vlms import ragged_prompts, tiny_vlm, token_kinds
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -86,6 +87,19 @@ def test_a_merged_adapter_is_the_same_model_for_transformers_alone(adapter: Path
         assert torch.equal(weight.bfloat16(), rounded.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("layer", ["lm_head", "embed_tokens"])
+def test_an_adapter_on_weights_that_head_and_embeddings_share(layer: str, tmp_path: Path) -> None:
+    """As other programs train them: merged in place it would be added to both."""
+    vlm = load_vlm(str(save(tiny_vlm("qwen2_vl"), tmp_path / "base")), device="cpu")
+    vlm.model = get_peft_model(vlm.core, LoraConfig(target_modules=["q_proj", layer], init_lora_weights=False))
+    vlm.core.name_or_path = vlm.model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    expected = logits(vlm, vlm.model.eval())
+    export_model(str(save(vlm, tmp_path / "adapter")), tmp_path / "out")
+    plain, loading = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(loading.values()), loading
+    torch.testing.assert_close(logits(vlm, plain), expected, atol=1e-3, rtol=1e-4)
+
+
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "idefics3"])
 def test_whole_models_of_every_family(family: str, tmp_path: Path) -> None:
     original = tiny_vlm(family)
@@ -140,7 +154,10 @@ def test_an_export_says_nothing_of_this_machine_and_can_be_exported_again(
     recipe = load_config(tmp_path / "out" / "recipe.toml")
     assert list(recipe.grpo.rewards) == ["accuracy", "rewards.py:short", "judge"]
     assert (recipe.draws.weights, recipe.grpo.judge) == ("draws.py:rare", "openai:Qwen/Qwen3-8B")
+    (tmp_path / "out" / "recipe.toml").write_text(text.replace('name = "base"', 'name = "acme/base@v1"'))
     assert export_model(str(tmp_path / "out"), tmp_path / "half", dtype="float16")["dtype"] == "float16"
+    card = ModelCard.load(tmp_path / "half" / "README.md")
+    assert card.data.base_model == "acme/base" and "Weights of acme/base@v1" in card.text
     tell_older(str(tmp_path / "out"))
     assert "is an export, which carries no list of what its run held out" in capsys.readouterr().err
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_vlms import FAMILIES, conversation, picture, plain_logprobs, ragged_images, ragged_prompts, tiny_vlm
 from transformers import (
     AutoTokenizer,
@@ -83,6 +83,60 @@ def test_an_adapter_names_the_folder_its_base_came_from(saved: Path, tmp_path: P
     vlm = add_lora(load_vlm(str(tmp_path), device="cpu"), rank=1, alpha=1)
     assert vlm.model.peft_config["default"].base_model_name_or_path == str(saved.resolve())
     assert add_lora(load_vlm("tiny"), rank=1, alpha=1).model.peft_config["default"].base_model_name_or_path == "tiny"
+
+
+def changed(file: Path, **fields: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def test_an_adapter_whose_weights_do_not_fit_its_base_is_refused(saved: Path, tmp_path: Path) -> None:
+    """PEFT warns and goes on with the base alone: Qwen2-VL's layers had other names before transformers 4.52."""
+    folder = tmp_path / "adapter"
+    add_lora(load_vlm(str(saved), device="cpu"), rank=2, alpha=4).model.save_pretrained(folder)
+    weights = load_file(folder / "adapter_model.safetensors")
+    head = {f"base_model.model.lm_head.lora_{part}.weight": torch.ones(2, 2) for part in "AB"}
+    for found, message in (
+        ({name.replace(".language_model", ""): weight for name, weight in weights.items()}, "56 weights"),
+        ({name: weight for name, weight in weights.items() if "layers.0" in name}, "14 weights .*layers.1.mlp"),
+        (weights | head, "2 weights .*, such as base_model.model.lm_head.lora_A.weight"),
+    ):
+        save_file(found, folder / "adapter_model.safetensors")
+        with pytest.raises(MedR1Error, match=message) as caught:
+            load_vlm(str(folder), device="cpu")
+        assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_base_of_an_adapter(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the revision that it was trained on; one that is not there any more is told by the adapter's file."""
+    folder = tmp_path / "adapter"
+    add_lora(load_vlm(str(saved), device="cpu"), rank=2, alpha=4).model.save_pretrained(folder)
+    asked = []
+
+    def on_hub(name: str, weights: bool) -> names.Place:
+        asked.append(name)
+        return names.Place(saved, saved)
+
+    monkeypatch.setattr(names, "_on_hub", on_hub)
+    for base, revision in (("acme/base", "v1"), ("acme/base", None), ("acme/base@v2", "v1"), (str(saved), "v1")):
+        changed(folder / "adapter_config.json", base_model_name_or_path=base, revision=revision)
+        load_vlm(str(folder), device="cpu")
+    assert asked == ["acme/base@v1", "acme/base", "acme/base@v2"]
+    changed(folder / "adapter_config.json", base_model_name_or_path="/data/moved")
+    with pytest.raises(MedR1Error, match=r"adapter_config.json: base_model_name_or_path is /data/moved: no such"):
+        load_vlm(str(folder), device="cpu")
+
+
+def test_a_chat_template_that_lies_in_the_tokenizer_alone(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As other programs leave it: without it prompts would silently be an image mark and the text."""
+    before = ragged_prompts(load_vlm(str(saved), device="cpu"))
+    template = (saved / "chat_template.jinja").read_text()
+    (saved / "chat_template.jinja").unlink()
+    changed(saved / "tokenizer_config.json", chat_template=template)
+    assert torch.equal(ragged_prompts(load_vlm(str(saved), device="cpu")).input_ids_BP, before.input_ids_BP)
+    assert "no chat template" not in capsys.readouterr().err
+    changed(saved / "tokenizer_config.json", chat_template=None)
+    load_vlm(str(saved), device="cpu")
+    assert "holds no chat template; a prompt is its image marks and texts alone" in capsys.readouterr().err
 
 
 def test_auto_is_bfloat16_where_a_gpu_has_it_and_not_where_it_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:

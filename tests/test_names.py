@@ -11,6 +11,7 @@ from medr1.errors import MedR1Error
 from medr1.policy import names
 from medr1.policy.names import PROCESSOR, TINY, check_name, find_model
 from medr1.policy.vlm import load_vlm
+from medr1.processes import tell_once
 
 WEIGHTS = ("config.json", "generation_config.json", "model.safetensors")
 
@@ -36,7 +37,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("name", ["acme/Med-R1/CT", "acme/Med-R1/CT@v1"])
 def test_a_folder_of_a_repository(hub: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    names._say.cache_clear()
+    tell_once.cache_clear()
     place = find_model(name)
     assert (place.weights, place.processor) == (hub / "CT", hub)
     assert (
@@ -55,7 +56,7 @@ def test_a_processor_of_the_base(hub: Path, capsys: pytest.CaptureFixture[str]) 
         file.rename(base / "snapshots" / hub.name / file.name)
     config = json.loads((hub / "CT" / "config.json").read_text())
     (hub / "CT" / "config.json").write_text(json.dumps(config | {"_name_or_path": "acme/base"}))
-    names._say.cache_clear()
+    tell_once.cache_clear()
     assert find_model("acme/Med-R1/CT").processor == base / "snapshots" / hub.name
     assert "acme/base" in capsys.readouterr().err
 
@@ -66,7 +67,7 @@ def test_a_folder_of_this_machine_without_a_processor(
     """As checkpoints are published: the configuration names a folder of the machine that trained, or nothing."""
     copied = tmp_path / "downloads" / "CT"
     shutil.copytree(hub / "CT", copied)
-    names._say.cache_clear()
+    tell_once.cache_clear()
     assert find_model(str(copied)).processor == copied, "nothing is known"
     config = json.loads((copied / "config.json").read_text())
     for base, processor in {

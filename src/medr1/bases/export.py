@@ -229,9 +229,11 @@ def _card(name: str, about: dict[str, Any], recipe: Config | None, evaluations: 
         )
         for evaluation in evaluations
     ]
+    base = about["base_model"]
+    published = base.partition("@")[0]  # the hub refuses a card whose base is not the bare name of a repository
     data = ModelCardData(
         model_name=name,
-        base_model=base if (base := about["base_model"]).count("/") == 1 else None,
+        base_model=published if published.count("/") == 1 else None,
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         tags=["medr1", "research-use-only"],

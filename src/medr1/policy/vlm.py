@@ -9,6 +9,7 @@ Shapes: B prompts, P prompt tokens, A rotary axes (3 with M-RoPE, else 1).
 import contextlib
 import json
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,9 +24,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from medr1.errors import MedR1Error, NotFiniteError
 from medr1.policy import attention, four_bit, layers
-from medr1.policy.names import NO_SHIPPED_CODE, find_model
+from medr1.policy.names import NO_SHIPPED_CODE, check_name, find_model
 from medr1.policy.pixels import limit_as_published, limit_pixels
-from medr1.processes import tell
+from medr1.processes import tell, tell_once
 
 MEDIA = re.compile(r"(image|img|video|vision|audio|\b[be]o[iav])(_\w+)?_token")
 """What configurations, tokenizers and processors call the tokens that stand for images, videos or sounds."""
@@ -179,7 +180,7 @@ def _load(name: str, dtype: str, device: str | torch.device | None, quantize: st
     if quantize != "none":
         settings["device_map"] = {"": device}
     try:
-        processor = AutoProcessor.from_pretrained(str(place.processor), **NO_SHIPPED_CODE)
+        processor = _load_processor(place.processor)
         model, loading = loader.from_pretrained(source, **settings, output_loading_info=True)
     except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise MedR1Error(_load_failure(name, folder, error)) from error
@@ -201,6 +202,17 @@ def _load(name: str, dtype: str, device: str | torch.device | None, quantize: st
             " its own, exact but slower: G completions cost about G times the prompt's time"
         )
     return vlm
+
+
+def _load_processor(folder: Path) -> Any:
+    """The processor in a folder; of those whose chat template lies in the tokenizer alone, with that one."""
+    processor: Any = AutoProcessor.from_pretrained(str(folder), **NO_SHIPPED_CODE)
+    tokenizer: Any = getattr(processor, "tokenizer", None)
+    if getattr(processor, "chat_template", None) is None and getattr(tokenizer, "chat_template", None):
+        processor.chat_template = tokenizer.get_chat_template()
+    if not getattr(processor, "chat_template", None):
+        tell_once(f"{folder}: holds no chat template; a prompt is its image marks and texts alone")
+    return processor
 
 
 def is_saved_quantised(folder: Path) -> bool:
@@ -239,21 +251,35 @@ def _load_adapter(name: str, folder: Path, dtype: str, device: str | torch.devic
     from peft import PeftConfig, PeftModel
 
     try:
-        base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+        config = PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError) as error:
         raise MedR1Error(_load_failure(name, folder, error)) from error
+    base = config.base_model_name_or_path
     if not base:
         raise MedR1Error(f"{folder}: adapter_config.json names no base model; add base_model_name_or_path")
+    try:
+        if check_name(base) is None and config.revision and "@" not in base:
+            base = f"{base}@{config.revision}"
+    except MedR1Error as error:
+        raise MedR1Error(f"{folder / 'adapter_config.json'}: base_model_name_or_path is {error}") from error
     if not (folder / "adapter_model.safetensors").is_file():  # PEFT would unpickle adapter_model.bin
         raise MedR1Error(f"{folder}: holds no adapter_model.safetensors; save the adapter as safetensors")
     vlm = load_vlm(base, dtype=dtype, device=device, quantize="nf4" if is_saved_quantised(folder) else quantize)
     try:
-        model = PeftModel.from_pretrained(merged(vlm), str(folder))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # it goes on with zeros in their place
+            model = PeftModel.from_pretrained(merged(vlm), str(folder))
+        loading = model.load_adapter(str(folder), "default")  # once more, since this says what had no place
         # As the adapter was trained: its folder says how large images are.
         has_processor = any((folder / file).is_file() for file in ("processor_config.json", "preprocessor_config.json"))
-        processor = AutoProcessor.from_pretrained(str(folder), **NO_SHIPPED_CODE) if has_processor else vlm.processor
+        processor = _load_processor(folder) if has_processor else vlm.processor
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise MedR1Error(_load_failure(name, folder, error)) from error
+    if lost := sorted([*loading.missing_keys, *loading.unexpected_keys]):
+        raise MedR1Error(
+            f"{name}: {len(lost)} weights of the adapter do not fit {base}, such as {lost[0]}; take the base that it"
+            " was trained on, and save it with the present transformers and peft"
+        )
     refuse_not_finite(model, name)
     limit_as_published(processor, name, folder)
     return VLM(model, processor, name, folder)
@@ -273,7 +299,18 @@ def merged(vlm: VLM) -> Any:
         config, adapter = model.peft_config["default"], get_peft_model_state_dict(model)
         model = get_peft_model(four_bit.dequantised(model.unload()), config)
         set_peft_model_state_dict(model, adapter)
+    _untie(model.get_base_model())
     return model.merge_and_unload()
+
+
+def _untie(core: Any) -> None:
+    """Give the head weights of its own where an adapter lies on them or on the embeddings: merged, it would be added
+    to both."""
+    head, embeddings = core.get_output_embeddings(), core.get_input_embeddings()
+    bases = [getattr(module, "base_layer", module) for module in (head, embeddings)]
+    if bases != [head, embeddings] and bases[0].weight is bases[1].weight:
+        bases[0].weight = nn.Parameter(bases[0].weight.detach().clone())
+        core.config.tie_word_embeddings = False
 
 
 def computes_in_bfloat16(dtype: str, device: str | torch.device) -> bool:
