@@ -178,6 +178,15 @@ def test_an_adapter_is_counted_as_peft_makes_it() -> None:
     assert 3 * count("tiny").linear_ends == trained
 
 
+@pytest.mark.parametrize("family", ["gemma4", "blip_2"])
+def test_a_model_that_cannot_be_counted_is_one_line(family: str, tmp_path: Path) -> None:
+    """Layers whose heads differ, and layers elsewhere than in other families."""
+    tiny_vlm(family).core.config.save_pretrained(tmp_path)
+    with pytest.raises(MedR1Error, match="its configuration cannot be counted") as caught:
+        count(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
 def test_memory_and_time_by_hand() -> None:
     """A model of round numbers: 100 text weights, 20 of embeddings, 30 of the tower."""
     sizes = Sizes(100, 20, 30, 10, 2, 4, 8, 4, 1000, 28, 4, 1, 2)

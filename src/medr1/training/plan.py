@@ -171,7 +171,7 @@ def count(model: str) -> Sizes:
         with torch.device("meta"):
             network: Any = AutoModelForImageTextToText.from_config(config, **NO_SHIPPED_CODE)
         return _counted(network, facts)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:  # the last of Gemma 4
         reason = str(error).strip().split("\n")[0]
         known = ", ".join(sorted(file.stem for file in KNOWN.glob("*.json")))
         raise MedR1Error(
