@@ -19,6 +19,7 @@ from medr1.errors import MedR1Error
 from medr1.policy.encoding import encode_prompts
 from medr1.policy.pixels import PUBLISHED, as_scaled, limit_as_published, limit_pixels
 from medr1.policy.vlm import VLM, load_vlm
+from medr1.training.plan import described
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,15 @@ def published(shared: Path, tmp_path: Path) -> Path:
 def test_a_hub_model_gets_at_most_the_published_pixels(published: Path, width: int, height: int) -> None:
     """2000 x 1500 made 3,834 tokens and 3000 x 2000 made 7,597, where the recipe's 401,408 pixels are 512."""
     assert image_tokens(load_vlm(str(published)), Image.new("RGB", (width, height))) <= PUBLISHED // 28**2
+
+
+def test_a_copied_model_keeps_the_limit_that_it_was_saved_with(tmp_path: Path) -> None:
+    """It was shown at most 401,408 pixels where no recipe lay beside it."""
+    vlm = tiny_vlm("qwen2_vl")
+    limit_pixels(vlm.processor, "trained", max_pixels=1_003_520)
+    folder = save(vlm, tmp_path / "copied")
+    assert load_vlm(str(folder)).processor.image_processor.size["longest_edge"] == 1_003_520
+    assert described(str(folder))[1]["max_pixels"] == 1_003_520
 
 
 def test_limits_that_are_asked_for_hold(published: Path) -> None:

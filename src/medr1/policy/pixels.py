@@ -16,6 +16,8 @@ from medr1.errors import MedR1Error
 
 PUBLISHED = 401_408
 """Pixels of an image at most, in the published recipe (arXiv:2503.13939): 512 tokens of 28 x 28 pixels for Qwen2-VL."""
+MANY_TOKENS = 4_096
+"""Tokens of an image above which the limit in a processor's files is none that was meant: Qwen-VL's own say 16,384."""
 MAX_TILES = 6
 """Tiles along a side, for which Idefics3 and SmolVLM have tokens."""
 
@@ -50,7 +52,7 @@ def limit_pixels(processor: Any, name: str, *, min_pixels: int = 0, max_pixels: 
 
 
 def limit_as_published(processor: Any, name: str, folder: Path) -> None:
-    """At most PUBLISHED pixels, where Qwen-VL's own processor files allow more: up to 16,384 tokens an image.
+    """At most PUBLISHED pixels, where the processor's files set no limit that was meant; see `most_pixels`.
 
     Not of what a run or an export wrote into `folder`: it was trained with the limits that it was saved with.
     """
@@ -59,8 +61,15 @@ def limit_as_published(processor: Any, name: str, folder: Path) -> None:
     if (folder.resolve().parent / RECIPE).is_file() or any((folder / file).is_file() for file in (RECIPE, EXPORTED)):
         return
     images = processor.image_processor
-    if scales_by_pixels(images) and images.size["longest_edge"] > PUBLISHED:
-        limit_pixels(processor, name, max_pixels=PUBLISHED)
+    if scales_by_pixels(images) and (most := most_pixels(images)) < images.size["longest_edge"]:
+        limit_pixels(processor, name, max_pixels=most)
+
+
+def most_pixels(image_processor: Any) -> int:
+    """Pixels of an image at most: the limit in a processor's files, or PUBLISHED where that is above MANY_TOKENS."""
+    most = int(image_processor.size["longest_edge"])
+    token = (image_processor.patch_size * image_processor.merge_size) ** 2
+    return PUBLISHED if most > MANY_TOKENS * token else most
 
 
 def scales_by_pixels(image_processor: Any) -> bool:

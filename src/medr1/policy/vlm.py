@@ -151,8 +151,8 @@ def load_vlm(
         quantize: "nf4" keeps linear layers in 4 bits (see `medr1.policy.four_bit`). An adapter that was trained on
             such a base gets one in any case.
         min_pixels: of an image, which is scaled up to them; 0: the model's own.
-        max_pixels: of an image, which is scaled down to them; 0: the model's own, and of a model that no recipe lies
-            beside at most `pixels.PUBLISHED`.
+        max_pixels: of an image, which is scaled down to them; 0: the model's own, see
+            `pixels.limit_as_published`.
 
     Raises:
         MedR1Error: no such model, the hub cannot be reached, it is not a vision-language model, limits of pixels that

@@ -27,7 +27,7 @@ from medr1.errors import MedR1Error
 from medr1.policy import four_bit
 from medr1.policy.adapters import lora_layers
 from medr1.policy.names import NO_SHIPPED_CODE, find_model
-from medr1.policy.pixels import PUBLISHED, is_tiled, scales_by_pixels
+from medr1.policy.pixels import PUBLISHED, is_tiled, most_pixels, scales_by_pixels
 from medr1.policy.shared_prefix import MAX_LOGITS
 
 if TYPE_CHECKING:
@@ -269,8 +269,7 @@ def described(model: str) -> tuple[Any, dict[str, Any]]:
     except (OSError, ValueError, KeyError):  # a configuration alone
         return config, {}
     if scales_by_pixels(images):
-        size = images.size
-        return config, {"min_pixels": size["shortest_edge"], "max_pixels": min(size["longest_edge"], PUBLISHED)}
+        return config, {"min_pixels": images.size["shortest_edge"], "max_pixels": most_pixels(images)}
     if is_tiled(images):
         across = images.size["longest_edge"] // images.max_image_size["longest_edge"]
         return config, {"tiles": across**2, "tiled_always": True}
