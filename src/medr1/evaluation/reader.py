@@ -93,7 +93,7 @@ async def _ask(server: Server, rows: list[Row], pending: Sequence[int], out: Pat
                     write_jsonl(out, rows)
 
         await at_once(work, concurrency)
-    server.check_answers([(record_of(rows[place]), error) for place, error in silent.items()], len(pending))
+    server.check_answers([(record_of(rows[place]), error) for place, error in sorted(silent.items())], len(pending))
     for place in silent:
         read(place, "")
 

@@ -220,9 +220,11 @@ class VLLMServer(Watch):
                 yield there
                 continue
             # What one of them says of itself is worth more than that another is not there.
-            lost = max(self.servers, key=lambda server: not isinstance(server.lost, openai.APIConnectionError))
-            fails = isinstance(lost.lost, openai.InternalServerError) and lost.lost.status_code not in AWAY
-            faults = faults + 1 if fails else 0
+            lost = max(
+                self.servers,
+                key=lambda server: (_fails(server), not isinstance(server.lost, openai.APIConnectionError)),
+            )
+            faults = faults + 1 if _fails(lost) else 0
             if since is None:
                 since = time.monotonic()
             if faults == MAX_FAULTS:
@@ -545,6 +547,11 @@ def _settings(vlm: VLM, mode: str, max_new_tokens: int) -> dict[str, Any]:
             "chat_template_kwargs": {"enable_thinking": mode == "think"},
         },
     }
+
+
+def _fails(server: Server) -> bool:
+    """Whether it is there and fails, unlike one that a gateway does not find."""
+    return isinstance(server.lost, openai.InternalServerError) and server.lost.status_code not in AWAY
 
 
 def _messages(vlm: VLM, record: Record, mode: str) -> Any:
