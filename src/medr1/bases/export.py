@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HTTPError
-from safetensors import SafetensorError
 from tabulate import tabulate
 
 from medr1 import NOTICE
@@ -27,7 +26,7 @@ from medr1.evaluation.metrics import summarise
 from medr1.evaluation.rows import read_rows, said
 from medr1.evaluation.run import weights_fingerprint
 from medr1.policy import four_bit
-from medr1.policy.vlm import load_vlm, merged, refuse_not_finite
+from medr1.policy.vlm import disk_errors, load_vlm, merged, refuse_not_finite
 from medr1.report.pages import package_versions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -132,14 +131,12 @@ def _replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """A folder in the place of an older one when it is whole, never a half."""
     hidden = folder.parent / f".{folder.name}.saving"
     try:
-        shutil.rmtree(hidden, ignore_errors=True)
-        hidden.mkdir(parents=True)
-        write(hidden)
-        shutil.rmtree(folder, ignore_errors=True)
-        hidden.replace(folder)
-    except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
-        reason = str(error).split("\n")[0]
-        raise MedR1Error(f"{folder}: cannot be written ({reason}); free space and run again") from error
+        with disk_errors(folder):
+            shutil.rmtree(hidden, ignore_errors=True)
+            hidden.mkdir(parents=True)
+            write(hidden)
+            shutil.rmtree(folder, ignore_errors=True)
+            hidden.replace(folder)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
 

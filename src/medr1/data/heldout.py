@@ -25,8 +25,9 @@ from medr1.config import RECIPE, DataConfig, load_config
 from medr1.data.images import Content, with_contents
 from medr1.data.kept import code
 from medr1.data.records import Record, write_atomic
-from medr1.data.splits import content_links, question_digest, tell
+from medr1.data.splits import content_links, question_digest
 from medr1.errors import MedR1Error
+from medr1.processes import tell
 
 SPLIT = "split.json"
 """The list's file in a run's folder."""

@@ -21,9 +21,9 @@ from medr1.data.images import load_image
 from medr1.data.kept import in_order, taken
 from medr1.data.phantoms import write_phantoms
 from medr1.data.records import Record, write_jsonl
-from medr1.data.splits import divided, joined, tell
+from medr1.data.splits import divided, joined
 from medr1.errors import MedR1Error
-from medr1.processes import is_first, tell_once
+from medr1.processes import is_first, tell, tell_once
 
 
 def load_parts(config: DataConfig, run: RunSplit | None = None) -> tuple[Sequence[Record], Sequence[Record]]:

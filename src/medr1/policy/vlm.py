@@ -351,6 +351,20 @@ def entropy_of(logp: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
+def disk_errors(folder: Path, remedy: str = "free space and run again") -> Iterator[None]:
+    """Within this block what a library cannot write into a folder ends in one line.
+
+    Raises:
+        MedR1Error: the disk is full, or the folder cannot be written.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
+        reason = str(error).split("\n")[0]
+        raise MedR1Error(f"{folder}: cannot be written ({reason}); {remedy}") from error
+
+
+@contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Without dropout and gradients, and back to the mode it was in."""
     training = model.training

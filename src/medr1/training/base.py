@@ -22,7 +22,6 @@ from typing import Any, cast
 
 import torch
 from peft import load_peft_weights, set_peft_model_state_dict
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -50,7 +49,7 @@ from medr1.policy import four_bit
 from medr1.policy.adapters import add_lora, compile_text_layers, freeze_vision
 from medr1.policy.encoding import PromptBatch, check_lengths, encode_prompts
 from medr1.policy.pixels import limit_pixels
-from medr1.policy.vlm import VLM, computes_in_bfloat16, first_not_finite
+from medr1.policy.vlm import VLM, computes_in_bfloat16, disk_errors, first_not_finite
 from medr1.processes import agree, gather, tell
 from medr1.training.checkpoints import newest_whole, seal
 from medr1.training.draws import draw_order, record_weights
@@ -62,6 +61,8 @@ from medr1.training.trackers import check_trackers
 
 SUMS = "log-sums.json"
 """In a checkpoint: what the next log line, and the last, have summed up so far."""
+RESUME = "earlier checkpoints are whole, free space and run the same command to resume"
+"""Remedy where a checkpoint cannot be written."""
 NAMED = 3
 """Records that an error names; more are counted."""
 HELD_OUT = re.compile(r"(?:eval|looking-image|looking-shuffled)-step-(\d+)(?:\.\d+)?\.jsonl")
@@ -558,8 +559,8 @@ class RecordTrainer(Trainer):
 
         agree(clean)
         try:
-            agree(partial(_or_disk_error, folder, write))
-            agree(partial(_or_disk_error, folder, put_in_place))
+            agree(disk_errors(folder, RESUME)(write))
+            agree(disk_errors(folder, RESUME)(put_in_place))
         finally:
             clean()
 
@@ -694,17 +695,6 @@ def _rounded(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor
         if weight.data_ptr() not in kept:
             kept[weight.data_ptr()] = (weight.to(dtype) if weight.is_floating_point() else weight).cpu()
     return {name: kept[weight.data_ptr()] for name, weight in weights.items()}
-
-
-def _or_disk_error(folder: Path, write: Callable[[], None]) -> None:
-    try:
-        write()
-    except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
-        reason = str(error).split("\n")[0]
-        raise MedR1Error(
-            f"{folder}: cannot be written ({reason}); earlier checkpoints are whole,"
-            " free space and run the same command to resume"
-        ) from error
 
 
 class RecordOrder(Sampler[int]):

@@ -16,8 +16,7 @@ Every batch is a function of (seed, stage, step), so a stopped build resumes exa
 
 import importlib.util
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,10 +39,12 @@ from medr1.data.parts import load_parts
 from medr1.data.prompts import MODES, build_messages
 from medr1.data.records import QUESTION_TYPES, Record, append_jsonl, read_jsonl, write_atomic, write_jsonl
 from medr1.errors import MedR1Error
-from medr1.policy.vlm import VLM
+from medr1.policy.vlm import VLM, disk_errors
 from medr1.processes import alone, make_folder
 from medr1.report.plots import curve_panel, standalone
 
+AGAIN = "free space and run the same command again"
+"""Remedy where a state or a model cannot be written: a build resumes."""
 STAGES = ("seeing", "aligning", "answering")
 SAYS = {
     "Modality Recognition": "This is {}.",
@@ -255,7 +256,7 @@ class Builder:
         state = {"stage": stage, "step": step, "steps": self.plan[STAGES[stage]].steps, "optimizer": optimizer}
         state |= {"eyes": self.eyes.state_dict(), "model": self.model.state_dict()}
         hidden = self.out / ".state.pt"
-        with _full_disk_told(self.out):
+        with disk_errors(self.out, AGAIN):
             torch.save(state, hidden)
             hidden.replace(self.out / "state.pt")
 
@@ -368,19 +369,10 @@ def restore(file: Path, out: Path) -> Path:
     except MedR1Error as error:
         raise MedR1Error(f"{file}: {error}") from error
     folder = out / "model"
-    with _full_disk_told(out):
+    with disk_errors(out, AGAIN):
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
     return folder
-
-
-@contextmanager
-def _full_disk_told(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own
-        reason = str(error).split("\n")[0]
-        raise MedR1Error(f"{out}: cannot be written ({reason}); free space and run the same command again") from error
 
 
 def build(data: DataConfig, out: Path, *, seed: int = 0, answering_steps: int = PLAN["answering"].steps) -> Path:
