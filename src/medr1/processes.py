@@ -46,7 +46,7 @@ def tell(line: str, style: str = "") -> None:
 
 
 @cache  # a study divides its data again and again, and a command may look at a name more than once
-def tell_once(line: str, style: str = "yellow") -> None:
+def tell_once(line: str, style: str = "") -> None:
     """As `tell`, and the same line never again."""
     tell(line, style)
 

@@ -68,7 +68,7 @@ def _divided(
     if run is None or all(one == "never seen" for one in seen):
         train, test, note = divided(records, config.test_fraction, config.split_seed + config.validation)
         if note:
-            tell_once(note)
+            tell_once(note, "yellow")
         return train, test
     _, test, _ = divided(records, run.data.test_fraction, run.data.split_seed + config.validation)
     held_out = {record.id for record in test}
@@ -103,12 +103,14 @@ def tell_older(model: str) -> None:
     if (Path(model).expanduser() / EXPORTED).is_file():
         tell_once(
             f"{model}: is an export, which carries no list of what its run held out: some of these questions may have"
-            " been trained on; evaluate the run's folder to leave them out"
+            " been trained on; evaluate the run's folder to leave them out",
+            "yellow",
         )
     elif recipe_of(model) is not None:
         tell_once(
             f"{model}: its run left no list of what it held out (an older version made it), and the split is drawn"
-            " otherwise now: some of these questions may have been trained on"
+            " otherwise now: some of these questions may have been trained on",
+            "yellow",
         )
 
 
@@ -172,7 +174,7 @@ def tell_refused(path: str, num_records: int, refused: tuple[str, ...]) -> None:
     """Say on stderr, once, how much of a data set was left out."""
     if refused:
         lost = f"{num_refused(refused, num_records)} left out, first {refused[0]}"
-        tell_once(f"{path}: {lost}; `medr1 data check {path}` lists them")
+        tell_once(f"{path}: {lost}; `medr1 data check {path}` lists them", "yellow")
 
 
 def phantom_folder(num_images: int, seed: int = 0) -> Path:

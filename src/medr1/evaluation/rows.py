@@ -65,7 +65,8 @@ def read_rows(path: Path) -> list[Row]:
 
         tell_once(
             f"{path.parent}: its replies were read by extractor version {min(former)}, and are read again by version"
-            f" {EXTRACTOR_VERSION}"
+            f" {EXTRACTOR_VERSION}",
+            "yellow",
         )
         return score(rows)
     return rows

@@ -411,7 +411,7 @@ def _read_images(records: Sequence[Record], progress: Progress) -> dict[Path, st
     if warned := by_warning({path: warnings for path, (_, warnings) in told.items()}):
         counts = "; ".join(f"{warning} ({len(images)}, first {images[0]})" for warning, images in warned.items())
         num_warned = len({image for images in warned.values() for image in images})
-        tell_once(f"{num_warned} of {len(told)} images are read with a warning: {counts}")
+        tell_once(f"{num_warned} of {len(told)} images are read with a warning: {counts}", "yellow")
     return {path: digest for path, (digest, _) in told.items()}
 
 

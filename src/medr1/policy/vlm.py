@@ -211,7 +211,7 @@ def _load_processor(folder: Path) -> Any:
     if getattr(processor, "chat_template", None) is None and getattr(tokenizer, "chat_template", None):
         processor.chat_template = tokenizer.get_chat_template()
     if not getattr(processor, "chat_template", None):
-        tell_once(f"{folder}: holds no chat template; a prompt is its image marks and texts alone")
+        tell_once(f"{folder}: holds no chat template; a prompt is its image marks and texts alone", "yellow")
     return processor
 
 
