@@ -26,6 +26,7 @@ from medr1.training.plan import (
     LINKS,
     UTILISATION,
     Sizes,
+    _counted,
     count,
     gpu_named,
     image_tokens,
@@ -176,6 +177,15 @@ def test_an_adapter_is_counted_as_peft_makes_it() -> None:
     vlm = add_lora(load_vlm("tiny"), rank=3, alpha=6)
     trained = sum(parameter.numel() for parameter in vlm.model.parameters() if parameter.requires_grad)
     assert 3 * count("tiny").linear_ends == trained
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "gemma3", "qwen3_5", "lfm2_vl"])
+def test_keys_and_values_are_those_that_a_cache_holds(family: str) -> None:
+    """Layers with a state keep none, however long the text is."""
+    vlm = tiny_vlm(family)
+    cache = vlm.core(input_ids=torch.arange(5, 9)[None], use_cache=True).past_key_values
+    kept = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    assert _counted(vlm.core, {}).cached * 4 == sum(layer.keys.numel() + layer.values.numel() for layer in kept)
 
 
 @pytest.mark.parametrize("family", ["gemma4", "blip_2"])

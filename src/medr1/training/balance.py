@@ -53,7 +53,7 @@ def _divided(sizes: Sizes, config: "Config", samplers: int, trainers: int, **mac
     rate, bandwidth = tflops * 1e12 * UTILISATION, gigabytes * GB
     servers = samplers or 1
     rows = math.ceil(prompts / servers) * group
-    of_token = 4 * sizes.layers * sizes.key_value  # bytes of keys and values
+    of_token = 2 * sizes.cached  # bytes of keys and values
     free = GB * (trained["usable_gb"] - (0 if samplers else trained["needed_gb"])) - 2 * sizes.weights
     at_once = min(rows, int(free / (of_token * (prompt / group + new_tokens))))  # a group's prompt is there once
     fits = trained["fits"] and at_once > 0

@@ -26,6 +26,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from medr1.errors import MedR1Error
 from medr1.policy import four_bit
 from medr1.policy.adapters import lora_layers
+from medr1.policy.layers import CARRIES
 from medr1.policy.names import NO_SHIPPED_CODE, find_model
 from medr1.policy.pixels import PUBLISHED, is_tiled, most_pixels, scales_by_pixels
 from medr1.policy.shared_prefix import MAX_LOGITS
@@ -150,10 +151,17 @@ class Sizes:
     """At most, of an image; where they are several, the whole image is one more."""
     tiled_always: bool = False
     """Whether a small image is scaled up to that many."""
+    stateful: int = 0
+    """Text layers that carry a state of one size in place of keys and values."""
 
     @property
     def weights(self) -> int:
         return self.text + self.embeddings + self.vision
+
+    @property
+    def cached(self) -> int:
+        """Keys and values of a token, in numbers."""
+        return 2 * (self.layers - self.stateful) * self.key_value
 
 
 def count(model: str) -> Sizes:
@@ -207,6 +215,7 @@ def _counted(network: Any, facts: dict[str, Any]) -> Sizes:
         vision_ends=_ends(layers["vision"]),
         linear=sum(layer.in_features * layer.out_features for part in layers.values() for layer in part.values()),
         layers=text.num_hidden_layers,
+        stateful=sum(kind in CARRIES for kind in getattr(text, "layer_types", None) or ()),
         hidden=text.hidden_size,
         query=query,
         norms=sum({head: query if "q_" in name else key}.get(size, size) for name, size in norms),
@@ -384,7 +393,7 @@ def plan(
         "bfloat16 copies": copies,
         "activations": in_forward * (tokens * saved + shown * sizes.patches * of_patch),
         "logits": 12 * scored * sizes.vocabulary,
-        "keys and values": 0 if sft else 2 * width * num_prompts * tokens * sizes.layers * sizes.key_value,
+        "keys and values": 0 if sft else width * num_prompts * tokens * sizes.cached,
     }
     needed = sum(parts.values()) / GB
 
