@@ -22,6 +22,9 @@ import typer
 
 from medr1.cli import app
 from medr1.data.phantoms import write_phantoms
+from medr1.data.records import Record
+from medr1.evaluation.rows import NEEDED, STATED, read_reply
+from medr1.evaluation.run import record_fields
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -182,3 +185,14 @@ def test_python_of_the_api_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert small in text and "max_new_tokens=8, mode=" in text
     exec(compile(text, "api.md", "exec"), {})
     assert (tmp_path / "runs" / "mine" / "test.jsonl").is_file()
+
+
+def test_every_column_of_a_row_is_told() -> None:
+    """What any row has, what is stated of a model in its run's folder, and what is read from an open reply."""
+    page = (ROOT / "docs" / "reference" / "run-folder.md").read_text(encoding="utf-8")
+    told = set(re.findall(r"`(\w+)`", page.partition("## Rows of `medr1 eval`")[2].partition("\n## ")[0]))
+    about = {"modality": None, "question_type": None, "source": "mine", "group": "a", "alternatives": ("bones",)}
+    record = Record(id="a", images=(), question="What?", options=(), answer="bone", **about)
+    row = record_fields(record, Path()) | dict.fromkeys((*STATED, "weights", "seen_by_run"), "") | {"mode": "think"}
+    row |= {"reply": "<answer>bone</answer>"}
+    assert (NEEDED.keys() | row.keys() | read_reply(row).keys()) - told == set()
