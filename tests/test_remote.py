@@ -345,6 +345,44 @@ def test_what_a_server_refuses(
     assert len(run(server, records, out)) == 8
 
 
+NEW_NAME = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported.",
+        "litellm.UnsupportedParamsError: these models don't support temperature=0. Only temperature=1 is supported.",
+        "`temperature` is deprecated for this model.",
+        "invalid temperature: only 1 is allowed for this model",
+        "`temperature` must be strictly positive",
+    ],
+)
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_services_that_name_the_limit_otherwise_and_sample_by_their_own(
+    server: Server,
+    records: list[Record],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    said: str,
+    concurrency: int,
+):
+    """Each refusal is heeded once, whatever is under way beside it, and what is sampled is told."""
+
+    def fault(number: int) -> Fault | None:
+        body = server.asked[number - 1]
+        wrong = NEW_NAME if "max_tokens" in body else said if "temperature" in body else ""
+        return (400, {"error": {"message": wrong}}, {}) if wrong else None
+
+    server.fault = fault
+    rows = run(server, records, tmp_path / "run.jsonl", concurrency=concurrency, max_new_tokens=77)
+    assert [row["id"] for row in rows] == [record.id for record in records]
+    assert all(row["sampled"] for row in rows)
+    assert 8 + 2 <= len(server.asked) <= 8 + 2 * concurrency
+    assert server.asked[-1].keys() - {"messages"} == {"model", "max_completion_tokens"}
+    assert "takes no temperature, so that 8 of 8 replies were sampled" in " ".join(capfd.readouterr().err.split())
+
+
 def test_an_unknown_model_where_the_server_lists_none(
     server: Server, records: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -58,7 +58,7 @@ def evaluate_remote(
     donors: Sequence[Record] | None = None,
     concurrency: int = 8,
 ) -> list[Row]:
-    """As `medr1.evaluation.run.evaluate`, with the replies of a server at temperature 0.
+    """As `medr1.evaluation.run.evaluate`, with the replies of a server at temperature 0, where it takes one.
 
     A row's key has the server's name of the model in place of weights: neither the URL, which may change between
     two sessions, nor what lies behind the name, which we cannot see. OPENAI_API_KEY is sent where it is set, and
@@ -73,7 +73,8 @@ def evaluate_remote(
         "prompt_tokens" (images included) are the server's count, None where it states none; "served_model" is
         what the server says that it ran; "seconds" is one request's own time, retries included. Where the server's
         filter took the reply "finish" is "content_filter" and the outcome a refusal, where it had none to give
-        "empty": both without a reply, and with the server's words as "server_said".
+        "empty": both without a reply, and with the server's words as "server_said". "sampled" is True where it takes
+        no temperature and replies by its own.
 
     Raises:
         MedR1Error: as `evaluate`; a malformed name; or the server cannot be reached, knows no such model or key,
@@ -104,6 +105,12 @@ def _tell_doubts(rows: Sequence[Row], max_new_tokens: int) -> None:
     if len(models := Counter(row["served_model"] for row in rows if row.get("served_model"))) > 1:
         told = ", ".join(f"{model} ({count})" for model, count in models.most_common())
         tell(f"{rows[0]['model']}: its replies are of several models by the server's word: {told}", "yellow")
+    if num_sampled := sum(row.get("sampled", False) for row in rows):
+        tell(
+            f"{rows[0]['model']}: takes no temperature, so that {num_sampled} of {len(rows)} replies were sampled by"
+            " its own; asked again it may answer otherwise",
+            "yellow",
+        )
     ended = [row for row in rows if row["finish"] == "length" and isinstance(row["tokens"], int)]
     if cut := [row for row in ended if row["tokens"] < max_new_tokens]:
         tell(
@@ -129,7 +136,7 @@ def token_totals(rows: Sequence[Row]) -> dict[str, int | None]:
     }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Server:
     """A model behind a server, asked many questions at a time."""
 
@@ -137,6 +144,10 @@ class Server:
     url: str
     key: str
     max_new_tokens: int
+    limit: str = "max_tokens"
+    """What the server calls max_new_tokens, by its own word."""
+    greedy: bool = True
+    """Whether it takes a temperature, which is 0 then."""
 
     async def answer(self, evaluation: Evaluation, concurrency: int) -> None:
         """Ask what is pending and add each row as its reply arrives; the first failure ends it all.
@@ -205,15 +216,19 @@ class Server:
             MedR1Error: the server refuses, fails, or speaks another language.
             NoCompletion: it has no choice to give, at any attempt.
         """
-        for attempt in range(MAX_RETRIES + 1):
+        attempt = 0
+        while True:
+            settings = self._settings()
             try:
                 response = await client.chat.completions.with_raw_response.create(
-                    model=self.model, messages=messages, temperature=0, max_tokens=self.max_new_tokens
+                    model=self.model, messages=messages, **settings
                 )
-                return _row(read_completion(response.http_response.text))
+                sampled = {} if "temperature" in settings else {"sampled": True}
+                return _row(read_completion(response.http_response.text)) | sampled
             except NoCompletion as error:
                 if error.passing and attempt < MAX_RETRIES:
                     await asyncio.sleep(min(8, 0.5 * 2**attempt))
+                    attempt += 1
                 elif error.empty:
                     raise
                 else:
@@ -223,8 +238,21 @@ class Server:
             except openai.APIError as error:
                 if is_filter(error.body):
                     return _row(Completion("", "content_filter", None, None, None, reason_of(error)))
-                raise self._failure(error, record) from None  # which may repeat the key, and a run writes causes down
-        raise AssertionError
+                self._heed(error)
+                if self._settings() == settings:
+                    raise self._failure(error, record) from None  # may repeat the key, and a run writes causes down
+
+    def _settings(self) -> dict[str, Any]:
+        return {self.limit: self.max_new_tokens} | ({"temperature": 0} if self.greedy else {})
+
+    def _heed(self, error: openai.APIError) -> None:
+        """Ask from now on as a refusal says: services that reason take another name of the limit, or no temperature."""
+        if isinstance(error, openai.BadRequestError | openai.UnprocessableEntityError):
+            said = reason_of(error)
+            if "max_completion_tokens" in said:
+                self.limit = "max_completion_tokens"
+            elif re.search(r"\btemperature\b", said):
+                self.greedy = False
 
     def _misfit(self, error: NoCompletion, record: Record) -> MedR1Error:
         said = str(error)
