@@ -540,6 +540,14 @@ def test_list_tells_the_states(whole: Path, study: Study, study_file: Path, phan
     assert json.loads(said.stdout.splitlines()[-1])["cells"] == list(cells.values())
 
 
+def test_a_server_that_cannot_be_named_so_stops_the_study_at_once(phantoms: Path, tmp_path: Path) -> None:
+    """Before anything is trained, and before a password stands in a file."""
+    text = 'baselines = ["openai:Big/One@http://me:secret@localhost:1/v1"]\n' + MICRO
+    with pytest.raises(MedR1Error, match="baselines openai:Big/One@…: name the URL without password") as caught:
+        run_study(load_study(_write(tmp_path, text), data=str(phantoms)), tmp_path / "out", tmp_path / "kept")
+    assert "secret" not in str(caught.value) and sorted(tmp_path.iterdir()) == [tmp_path / "study.toml"]
+
+
 def test_baselines_go_to_their_server_in_every_mode(
     phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

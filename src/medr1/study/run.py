@@ -424,9 +424,14 @@ def run_study(study: Study, out: Path, keep: Path | None = None) -> dict[str, An
         that other processes are at}, where there is nothing left to take and no report yet.
 
     Raises:
-        MedR1Error: bad data, another study or other data in `out` or `keep`, or what training and evaluation raise.
-            What was done until then is whole and used again.
+        MedR1Error: a baseline that is no server's name, bad data, another study or other data in `out` or `keep`, or
+            what training and evaluation raise. What was done until then is whole and used again.
     """
+    if served := [model for model in study.baselines if model.startswith(REMOTE)]:
+        from medr1.evaluation.remote import parse_name  # its client is an extra
+
+        for model in served:  # before hours of training, and before a password is written down
+            parse_name(model, "baselines")
     plan = make_plan(study)
     if keep:
         write_atomic(keep / STUDY, _identity(plan, keep, "--keep"))
