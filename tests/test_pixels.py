@@ -19,7 +19,8 @@ from medr1.errors import MedR1Error
 from medr1.policy.encoding import encode_prompts
 from medr1.policy.pixels import PUBLISHED, as_scaled, limit_as_published, limit_pixels
 from medr1.policy.vlm import VLM, load_vlm
-from medr1.training.plan import described
+from medr1.training.plan import count, described
+from medr1.training.plan import image_tokens as planned
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,19 @@ def test_limits_that_are_asked_for_hold(published: Path) -> None:
     small = Image.new("RGB", (56, 56))
     assert image_tokens(load_vlm(str(published)), small) == 4
     assert image_tokens(load_vlm(str(published), min_pixels=28**2 * 64), small) == 64
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "glm46v"])
+def test_a_limit_is_of_an_image_however_a_processor_counts(family: str, tmp_path: Path) -> None:
+    """GLM's counts an image twice, once a frame; and `plan` reads the limits of all as they act."""
+    vlm = tiny_vlm(family)
+    limit_pixels(vlm.processor, family, min_pixels=1600, max_pixels=6400)
+    side = vlm.processor.image_processor.patch_size * vlm.processor.image_processor.merge_size
+    for picture_side in (30, 60, 300):
+        tokens = image_tokens(vlm, picture(1, picture_side, picture_side))
+        assert 1600 <= tokens * side**2 <= 6400
+        assert planned(count(str(save(vlm, tmp_path))), load_config(), picture_side) == tokens
+    assert image_tokens(vlm, picture(1, 300, 300)) == (80 // side) ** 2
 
 
 @pytest.mark.parametrize(

@@ -42,13 +42,15 @@ def limit_pixels(processor: Any, name: str, *, min_pixels: int = 0, max_pixels: 
             f"{name}: its images have sizes of their own; leave model.min_pixels and model.max_pixels at 0"
         )
     token = (images.patch_size * images.merge_size) ** 2
-    most = max_pixels or images.size["longest_edge"]
-    least = min_pixels or min(images.size["shortest_edge"], most)
+    own_least, own_most = limits(images)
+    most = max_pixels or own_most
+    least = min_pixels or min(own_least, most)
     if most < token:
         raise MedR1Error(f"model.max_pixels = {most}: a token of {name} stands for {token}; set at least that")
     if least > most:
         raise MedR1Error(f"model.min_pixels = {least} is above model.max_pixels = {most}; lower it")
-    images.size = SizeDict(shortest_edge=least, longest_edge=most)
+    frames = _frames(images)
+    images.size = SizeDict(shortest_edge=least * frames, longest_edge=most * frames)
 
 
 def limit_as_published(processor: Any, name: str, folder: Path) -> None:
@@ -61,15 +63,26 @@ def limit_as_published(processor: Any, name: str, folder: Path) -> None:
     if (folder.resolve().parent / RECIPE).is_file() or any((folder / file).is_file() for file in (RECIPE, EXPORTED)):
         return
     images = processor.image_processor
-    if scales_by_pixels(images) and (most := most_pixels(images)) < images.size["longest_edge"]:
+    if scales_by_pixels(images) and (most := most_pixels(images)) < limits(images)[1]:
         limit_pixels(processor, name, max_pixels=most)
 
 
 def most_pixels(image_processor: Any) -> int:
     """Pixels of an image at most: the limit in a processor's files, or PUBLISHED where that is above MANY_TOKENS."""
-    most = int(image_processor.size["longest_edge"])
+    most = limits(image_processor)[1]
     token = (image_processor.patch_size * image_processor.merge_size) ** 2
     return PUBLISHED if most > MANY_TOKENS * token else most
+
+
+def limits(image_processor: Any) -> tuple[int, int]:
+    """Pixels of an image at least and at most, of a processor that `scales_by_pixels`."""
+    frames = _frames(image_processor)
+    return image_processor.size["shortest_edge"] // frames, image_processor.size["longest_edge"] // frames
+
+
+def _frames(image_processor: Any) -> int:
+    """How often the limits count a pixel: GLM's once for each of the frames that an image is made into."""
+    return image_processor.temporal_patch_size if type(image_processor).__name__.startswith("Glm") else 1
 
 
 def scales_by_pixels(image_processor: Any) -> bool:

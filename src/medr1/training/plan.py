@@ -28,7 +28,7 @@ from medr1.policy import four_bit
 from medr1.policy.adapters import lora_layers
 from medr1.policy.layers import CARRIES
 from medr1.policy.names import NO_SHIPPED_CODE, find_model
-from medr1.policy.pixels import PUBLISHED, is_tiled, most_pixels, scales_by_pixels
+from medr1.policy.pixels import PUBLISHED, is_tiled, limits, most_pixels, scales_by_pixels
 from medr1.policy.shared_prefix import MAX_LOGITS
 
 if TYPE_CHECKING:
@@ -278,7 +278,7 @@ def described(model: str) -> tuple[Any, dict[str, Any]]:
     except (OSError, ValueError, KeyError):  # a configuration alone
         return config, {}
     if scales_by_pixels(images):
-        return config, {"min_pixels": images.size["shortest_edge"], "max_pixels": most_pixels(images)}
+        return config, {"min_pixels": limits(images)[0], "max_pixels": most_pixels(images)}
     if is_tiled(images):
         across = images.size["longest_edge"] // images.max_image_size["longest_edge"]
         return config, {"tiles": across**2, "tiled_always": True}
