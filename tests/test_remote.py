@@ -456,7 +456,9 @@ def test_a_server_of_several_models_or_of_little_room_is_told(
     assert f"of several models by the server's word: {MODEL}-2026 (4), another (4)" in capsys.readouterr().err
 
 
-def test_replies_as_servers_give_them(server: Server, records: list[Record], tmp_path: Path):
+def test_replies_as_servers_give_them(
+    server: Server, records: list[Record], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     def reply(**change: Any) -> dict[str, Any]:
         server.change = change
         out = tmp_path / "run.jsonl"
@@ -476,6 +478,9 @@ def test_replies_as_servers_give_them(server: Server, records: list[Record], tmp
     filtered = reply(choice={"finish_reason": "content_filter"}, message={"content": None})
     assert (filtered["reply"], filtered["finish"], filtered["correct"]) == ("", "content_filter", False)
     assert filtered["outcome"] == "refusal"
+    spent = reply(choice={"finish_reason": "length"}, message={"content": None})  # on reasoning that is not shown
+    assert (spent["reply"], spent["outcome"], spent["correct"]) == ("", "truncated", False)
+    assert "1 of 1 replies are empty and were cut" in " ".join(capsys.readouterr().err.split())
     assert reply(message={"content": "A half \ud83d"}, choice={"finish_reason": "\ud83d"})["reply"] == "A half ?"
     assert reply(message={"content": None, "refusal": "No \ud83d"}, choice={"finish_reason": "content_filter"})
 

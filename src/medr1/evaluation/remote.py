@@ -111,6 +111,12 @@ def _tell_doubts(rows: Sequence[Row], max_new_tokens: int) -> None:
             " its own; asked again it may answer otherwise",
             "yellow",
         )
+    if spent := sum(row["finish"] == "length" and not row["reply"].strip() for row in rows):
+        tell(
+            f"{rows[0]['model']}: {spent} of {len(rows)} replies are empty and were cut: a service counts reasoning"
+            f" that it does not show in --max-new-tokens = {max_new_tokens}; raise it, and evaluate anew",
+            "yellow",
+        )
     ended = [row for row in rows if row["finish"] == "length" and isinstance(row["tokens"], int)]
     if cut := [row for row in ended if row["tokens"] < max_new_tokens]:
         tell(

@@ -147,10 +147,11 @@ def read_reply(row: Row) -> Row:
     chosen = voted(row["samples"], record.options) if "samples" in row else {}
     row = {**row, **chosen}
     answer = read_answer(row["reply"], record)
-    filtered = row.get("finish") == "content_filter" and not row["reply"].strip()  # by a service, the whole reply
+    # A service's filter took the whole reply, or reasoning that it does not show all the tokens.
+    unsaid = {"content_filter": "refusal", "length": "truncated"} if not row["reply"].strip() else {}
     fields = {
         **chosen,
-        "outcome": "refusal" if filtered else answer.outcome,
+        "outcome": unsaid.get(row.get("finish") or "", answer.outcome),
         "letter": answer.letter,
         "correct": is_correct(answer, record),
         "format_ok": format_ok(row["reply"], row["mode"]),
