@@ -245,6 +245,19 @@ def test_controls_change_what_is_sent(server: Server, records: list[Record], tmp
     assert {(row["gold"], row["condition"]) for row in rows} == {("B", "permuted")}
 
 
+def test_images_are_sent_within_the_recipes_limit(server: Server, records: list[Record], tmp_path: Path):
+    """Services refuse large ones. What was sent otherwise is another answer, and small images are left as they are."""
+    large = tmp_path / "data" / "large.png"
+    Image.new("RGB", (400, 100), (90, 0, 0)).save(large)
+    records = [records[0], records[1].model_copy(update={"images": (large, *records[1].images)})]
+    whole = run(server, records, tmp_path / "whole.jsonl")
+    assert sorted(image.size for body in server.asked for image in images_of(body)) == [(6, 5), (6, 5), (400, 100)]
+    server.asked = []
+    rows = run(server, records, tmp_path / "run.jsonl", max_pixels=10_000)
+    assert sorted(image.size for body in server.asked for image in images_of(body)) == [(6, 5), (6, 5), (200, 50)]
+    assert not {row["key"] for row in rows} & {row["key"] for row in whole}
+
+
 def test_many_at_a_time_give_the_rows_of_one_at_a_time(server: Server, records: list[Record], tmp_path: Path):
     alone = run(server, records, tmp_path / "alone.jsonl", concurrency=1)
     assert without_time(read_jsonl(tmp_path / "alone.jsonl")) == without_time(alone)

@@ -565,7 +565,7 @@ def test_baselines_go_to_their_server_in_every_mode(
     (tmp_path / "evaluations").mkdir()
     module._answer(plan, cells[0], tmp_path)
     name = "baseline-openai-big-one-http-localhost-1-v1-think"
-    settings = {"mode": "think", "max_new_tokens": 6, "condition": "image", "seed": 0}
+    settings = {"mode": "think", "max_new_tokens": 6, "condition": "image", "seed": 0, "max_pixels": 0}
     assert calls == [("openai:Big/One@http://localhost:1/v1", len(plan.test), f"{name}-image.jsonl", settings)]
 
 

@@ -101,7 +101,7 @@ def evaluate_named(
     if model.startswith(REMOTE):
         from medr1.evaluation.remote import evaluate_remote, token_totals  # its client is an extra
 
-        ask = partial(evaluate_remote, model, concurrency=concurrency)
+        ask = partial(evaluate_remote, model, max_pixels=config.model.max_pixels, concurrency=concurrency)
         rows = ask(records, **settings)
         found = _looking(ask, rows, records, settings, None) if looking else {}
         return summarise(rows) | token_totals(rows) | _read_again(reader, rows, out, concurrency) | found

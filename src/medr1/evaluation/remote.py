@@ -9,6 +9,7 @@ elsewhere, through OpenAI's own client, which retries and times out. Every image
 
 import asyncio
 import contextlib
+import math
 import re
 import time
 from collections import Counter
@@ -45,6 +46,8 @@ MAX_RETRIES = 4
 EMPTY = "empty"
 """What a row says under "finish" where the server gave no reply at any attempt."""
 
+REFUSED = "raise the server's limits, send smaller images (model.max_pixels), or leave the record out of the data"
+
 
 def evaluate_remote(
     name: str,
@@ -56,6 +59,7 @@ def evaluate_remote(
     condition: str = "image",
     seed: int = 0,
     donors: Sequence[Record] | None = None,
+    max_pixels: int = 0,
     concurrency: int = 8,
 ) -> list[Row]:
     """As `medr1.evaluation.run.evaluate`, with the replies of a server at temperature 0, where it takes one.
@@ -66,6 +70,7 @@ def evaluate_remote(
 
     Args:
         name: "openai:MODEL@URL", MODEL as the server calls it, URL up to and with /v1.
+        max_pixels: a larger image is scaled down to them before it is sent; 0: every image as it is.
         concurrency: requests under way at a time. Rows are written as replies arrive.
 
     Returns:
@@ -86,7 +91,7 @@ def evaluate_remote(
     with open_evaluation(
         records,
         name=model,
-        model=["openai", model],
+        model=["openai", model, *([max_pixels] if max_pixels else [])],
         mode=mode,
         out=out,
         max_new_tokens=max_new_tokens,
@@ -94,7 +99,7 @@ def evaluate_remote(
         seed=seed,
         donors=donors,
     ) as evaluation:
-        server = Server(model, url, key, max_new_tokens)
+        server = Server(model, url, key, max_new_tokens, max_pixels=max_pixels)
         run_async(server.answer(evaluation, concurrency))
     _tell_doubts(evaluation.result, max_new_tokens)
     return evaluation.result
@@ -150,6 +155,8 @@ class Server:
     url: str
     key: str
     max_new_tokens: int
+    max_pixels: int = 0
+    """Of an image that is sent; 0: any."""
     limit: str = "max_tokens"
     """What the server calls max_new_tokens, by its own word."""
     greedy: bool = True
@@ -168,7 +175,7 @@ class Server:
         async with self.client() as client:
 
             async def ask(record: Record) -> Row:
-                messages = await asyncio.to_thread(_messages, evaluation, record)
+                messages = await asyncio.to_thread(self._messages, evaluation, record)
                 started = time.perf_counter()
                 reply = await self.reply(client, messages, record)
                 return reply | {"seconds": round(time.perf_counter() - started, 4)}
@@ -248,6 +255,14 @@ class Server:
                 if self._settings() == settings:
                     raise self._failure(error, record) from None  # may repeat the key, and a run writes causes down
 
+    def _messages(self, evaluation: Evaluation, record: Record) -> list[dict[str, Any]]:
+        images = evaluation.images(record)
+        for image in images:
+            share = math.sqrt(self.max_pixels / (image.width * image.height))
+            if 0 < share < 1:
+                image.thumbnail((image.width * share, image.height * share), reducing_gap=None)
+        return api_messages(build_messages(record, evaluation.stated["mode"]), images)
+
     def _settings(self) -> dict[str, Any]:
         return {self.limit: self.max_new_tokens} | ({"temperature": 0} if self.greedy else {})
 
@@ -268,7 +283,9 @@ class Server:
             return self._error(said, "turn streaming off in the server or the proxy before it")
         if error.passing:
             return self._error(f"fails at record {record.id} ({said})", "look into the server's log")
-        remedy = "raise the server's limits, shrink the image, or leave the record out of the data"
+        remedy = (
+            "raise the server's limits, send smaller images (model.max_pixels), or leave the record out of the data"
+        )
         return self._error(f"refuses record {record.id} ({said})", remedy)
 
     def _failure(self, error: openai.APIError, record: Record) -> MedR1Error:
@@ -285,7 +302,9 @@ class Server:
                 return self._error(f"takes no more requests ({reason})", "lower --concurrency or wait")
             case openai.InternalServerError():
                 return self._error(f"fails at record {record.id} ({reason})", "look into the server's log")
-        remedy = "raise the server's limits, shrink the image, or leave the record out of the data"
+        remedy = (
+            "raise the server's limits, send smaller images (model.max_pixels), or leave the record out of the data"
+        )
         return self._error(f"refuses record {record.id} ({reason})", remedy)
 
     def _error(self, problem: str, remedy: str) -> MedR1Error:
@@ -325,10 +344,6 @@ def parse_name(name: str, option: str = "--model") -> tuple[str, str]:
     if url.username or url.password or url.query or url.fragment:
         raise MedR1Error(f"{option} openai:{match[1]}@…: name the URL without password or query; set OPENAI_API_KEY")
     return match[1], match[2]
-
-
-def _messages(evaluation: Evaluation, record: Record) -> list[dict[str, Any]]:
-    return api_messages(build_messages(record, evaluation.stated["mode"]), evaluation.images(record))
 
 
 async def _offer(client: openai.AsyncOpenAI) -> str:

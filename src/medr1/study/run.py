@@ -556,6 +556,7 @@ def _answer(plan: Plan, cell: Cell, out: Path) -> None:
     if cell.model and cell.model.startswith(REMOTE):
         from medr1.evaluation.remote import evaluate_remote  # its client is an extra
 
+        settings["max_pixels"] = study.recipe.model.max_pixels
         for condition, records in plan.asked(cell):
             evaluate_remote(cell.model, records, out=files[condition], condition=condition, **settings)
         return
