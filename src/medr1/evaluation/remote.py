@@ -283,10 +283,7 @@ class Server:
             return self._error(said, "turn streaming off in the server or the proxy before it")
         if error.passing:
             return self._error(f"fails at record {record.id} ({said})", "look into the server's log")
-        remedy = (
-            "raise the server's limits, send smaller images (model.max_pixels), or leave the record out of the data"
-        )
-        return self._error(f"refuses record {record.id} ({said})", remedy)
+        return self._error(f"refuses record {record.id} ({said})", REFUSED)
 
     def _failure(self, error: openai.APIError, record: Record) -> MedR1Error:
         reason = reason_of(error)
@@ -302,10 +299,7 @@ class Server:
                 return self._error(f"takes no more requests ({reason})", "lower --concurrency or wait")
             case openai.InternalServerError():
                 return self._error(f"fails at record {record.id} ({reason})", "look into the server's log")
-        remedy = (
-            "raise the server's limits, send smaller images (model.max_pixels), or leave the record out of the data"
-        )
-        return self._error(f"refuses record {record.id} ({reason})", remedy)
+        return self._error(f"refuses record {record.id} ({reason})", REFUSED)
 
     def _error(self, problem: str, remedy: str) -> MedR1Error:
         return MedR1Error(f"{self.url}: {problem}; {remedy}; the same command goes on from the rows that are written")
