@@ -369,15 +369,18 @@ NEW_NAME = "Unsupported parameter: 'max_tokens' is not supported with this model
         "`temperature` is deprecated for this model.",
         "invalid temperature: only 1 is allowed for this model",
         "`temperature` must be strictly positive",
+        "Unsupported parameter: 'temperature' is not supported with this model.",
+        "`temperature` may only be set to 1 when thinking is enabled or in adaptive mode. Please consult our docs",
     ],
 )
-@pytest.mark.parametrize("concurrency", [1, 4])
+@pytest.mark.parametrize(("status", "concurrency"), [(400, 1), (400, 4), (200, 4)])
 def test_services_that_name_the_limit_otherwise_and_sample_by_their_own(
     server: Server,
     records: list[Record],
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
     said: str,
+    status: int,
     concurrency: int,
 ):
     """Each refusal is heeded once, whatever is under way beside it, and what is sampled is told."""
@@ -385,7 +388,7 @@ def test_services_that_name_the_limit_otherwise_and_sample_by_their_own(
     def fault(number: int) -> Fault | None:
         body = server.asked[number - 1]
         wrong = NEW_NAME if "max_tokens" in body else said if "temperature" in body else ""
-        return (400, {"error": {"message": wrong}}, {}) if wrong else None
+        return (status, {"error": {"message": wrong}}, {}) if wrong else None
 
     server.fault = fault
     rows = run(server, records, tmp_path / "run.jsonl", concurrency=concurrency, max_new_tokens=77)

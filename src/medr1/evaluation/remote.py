@@ -244,15 +244,15 @@ class Server:
                     attempt += 1
                 elif error.empty:
                     raise
-                else:
+                elif not self._heed(str(error), settings):
                     raise self._misfit(error, record) from error
             except openai.NotFoundError as error:
                 raise self._error(f"no model {self.model} there ({reason_of(error)})", await _offer(client)) from None
             except openai.APIError as error:
                 if is_filter(error.body):
                     return _row(Completion("", "content_filter", None, None, None, reason_of(error)))
-                self._heed(error)
-                if self._settings() == settings:
+                refused = isinstance(error, openai.BadRequestError | openai.UnprocessableEntityError)
+                if not (refused and self._heed(reason_of(error), settings)):
                     raise self._failure(error, record) from None  # may repeat the key, and a run writes causes down
 
     def _messages(self, evaluation: Evaluation, record: Record) -> list[dict[str, Any]]:
@@ -266,14 +266,17 @@ class Server:
     def _settings(self) -> dict[str, Any]:
         return {self.limit: self.max_new_tokens} | ({"temperature": 0} if self.greedy else {})
 
-    def _heed(self, error: openai.APIError) -> None:
-        """Ask from now on as a refusal says: services that reason take another name of the limit, or no temperature."""
-        if isinstance(error, openai.BadRequestError | openai.UnprocessableEntityError):
-            said = reason_of(error)
-            if "max_completion_tokens" in said:
-                self.limit = "max_completion_tokens"
-            elif re.search(r"\btemperature\b", said):
-                self.greedy = False
+    def _heed(self, refusal: str, asked: dict[str, Any]) -> bool:
+        """Ask from now on as a refusal says: services that reason take another name of the limit, or no temperature.
+
+        Returns:
+            Whether that is otherwise than was asked, if by the refusal of another request meanwhile.
+        """
+        if "max_completion_tokens" in refusal:
+            self.limit = "max_completion_tokens"
+        elif re.search(r"\btemperature\b", refusal):
+            self.greedy = False
+        return self._settings() != asked
 
     def _misfit(self, error: NoCompletion, record: Record) -> MedR1Error:
         said = str(error)
